@@ -1,0 +1,172 @@
+//! What a caller asks of the engine, and what it is told in return.
+//!
+//! Owns the request and event types; it never validates an API field (the server did) and never sees text.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::ids::{RequestId, TenantId, TokenId};
+use crate::step::{RowFault, TokenLogprobs};
+
+/// Time since the engine's start. The scheduler has no clock of its own: `now` is always an argument.
+pub type Time = Duration;
+
+/// How the next token is drawn. Resolved: every default is already filled in by the caller.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// 0 means greedy: the highest logit, the lowest id among equals.
+    pub temperature: f32,
+    /// Nucleus, in (0, 1]; 1 switches it off.
+    pub top_p: f32,
+    /// Highest-probability tokens kept; 0 switches it off.
+    pub top_k: u32,
+    /// Smallest probability kept, relative to the most likely token's; 0 switches it off.
+    pub min_p: f32,
+    /// Key of the random stream, together with the choice's number and the drawn position.
+    pub seed: u64,
+    /// Added once to every token that already occurred in the output (subtracted from its logit).
+    pub presence_penalty: f32,
+    /// Times the number of occurrences in the output, subtracted from the logit.
+    pub frequency_penalty: f32,
+    /// Divides positive and multiplies negative logits of tokens in prompt or output; 1 switches it off.
+    pub repetition_penalty: f32,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(TokenId, f32)>,
+    /// If set, every other token is impossible. Sorted, without repeats.
+    pub allowed_token_ids: Option<Vec<TokenId>>,
+    /// Sequences that must not be completed: the last token of each is impossible after the tokens before it.
+    pub bad_words: Vec<Vec<TokenId>>,
+    /// Tokens that end the sequence (EOS unless ignored, and the request's own); impossible before `min_tokens`.
+    /// Sorted, without repeats.
+    pub stop_token_ids: Vec<TokenId>,
+    /// Output tokens before any of `stop_token_ids` may be drawn.
+    pub min_tokens: u32,
+    /// Log-probabilities wanted of each drawn token: the token's own, and this many of the most likely.
+    pub logprobs: Option<u32>,
+    /// The same of each prompt token but the first. Such a request takes nothing from the prefix index.
+    pub prompt_logprobs: Option<u32>,
+}
+
+impl Default for SamplingParams {
+    /// Greedy, without penalties, limits or log-probabilities.
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            seed: 0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+            logit_bias: Vec::new(),
+            allowed_token_ids: None,
+            bad_words: Vec::new(),
+            stop_token_ids: Vec::new(),
+            min_tokens: 0,
+            logprobs: None,
+            prompt_logprobs: None,
+        }
+    }
+}
+
+/// One request: a prompt and `choices` continuations of it.
+#[derive(Clone, Debug)]
+pub struct EngineRequest {
+    /// Unique among the requests of this engine.
+    pub id: RequestId,
+    /// Who is charged in the fair share.
+    pub tenant: TenantId,
+    /// The tenant's share relative to others; at least 1.
+    pub weight: u32,
+    /// Separates prefix caches: blocks are shared only between equal salts.
+    pub cache_salt: u64,
+    /// Higher goes first among the requests of one tenant.
+    pub priority: i32,
+    /// When the request is ended whatever its state.
+    pub deadline: Option<Time>,
+    /// At least one token, each below the model's vocabulary size.
+    pub prompt: Arc<[TokenId]>,
+    /// Most output tokens of each choice; `prompt.len() + max_tokens` is at most the context length.
+    pub max_tokens: u32,
+    /// Continuations (`n`); the first computes the prompt and the others share its full blocks.
+    pub choices: u32,
+    /// How each choice draws.
+    pub sampling: Arc<SamplingParams>,
+}
+
+/// Why a sequence ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FinishReason {
+    /// One of `stop_token_ids` was drawn; it is the last token of the sequence.
+    StopToken(TokenId),
+    /// The caller found a stop condition of its own (`EngineHandle::stop`).
+    Stopped,
+    /// `max_tokens` were drawn.
+    Length,
+    /// The caller cancelled it.
+    Cancelled,
+    /// Its deadline passed.
+    Deadline,
+    /// Its own computation failed; no other sequence is touched.
+    Fault(RowFault),
+    /// The device failed, or the engine stopped; every sequence ends like this.
+    EngineStopped,
+}
+
+/// Exact cost of one sequence, in tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SeqUsage {
+    /// Prompt length.
+    pub prompt_tokens: u32,
+    /// Of these, tokens whose KV came from the prefix index at first admission.
+    pub cached_tokens: u32,
+    /// Output tokens that belong to the answer (a stop token included).
+    pub completion_tokens: u32,
+    /// Tokens computed and thrown away: recomputed after preemption, drawn after a stop or a cancel.
+    pub wasted_tokens: u32,
+    /// Times the sequence was preempted.
+    pub preemptions: u32,
+}
+
+/// What happened to a sequence in a step. Sent in step order; within a step, in row order.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The prompt's last chunk was computed. Sent once for each choice, before its first token.
+    Prefilled {
+        /// The request.
+        request: RequestId,
+        /// Which of its choices.
+        choice: u32,
+        /// Prompt tokens taken from the prefix index.
+        cached_tokens: u32,
+        /// When the sequence was first given a slot.
+        scheduled: Time,
+        /// One entry for each prompt token but the first, if they were asked for.
+        prompt_logprobs: Vec<TokenLogprobs>,
+    },
+    /// One more output token.
+    Token {
+        /// The request.
+        request: RequestId,
+        /// Which of its choices.
+        choice: u32,
+        /// Number of output tokens before this one.
+        index: u32,
+        /// The token.
+        token: TokenId,
+        /// If they were asked for.
+        logprobs: Option<Box<TokenLogprobs>>,
+    },
+    /// The sequence is over. Sent exactly once for each choice of each accepted request, after all its tokens.
+    Finished {
+        /// The request.
+        request: RequestId,
+        /// Which of its choices.
+        choice: u32,
+        /// Why.
+        reason: FinishReason,
+        /// What it cost.
+        usage: SeqUsage,
+    },
+}
