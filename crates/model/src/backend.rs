@@ -77,6 +77,15 @@ pub struct StepShape {
     pub decode_only: bool,
 }
 
+/// Largest step that will be run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepLimits {
+    /// Tokens, which also bounds the outputs.
+    pub tokens: usize,
+    /// Rows: sequences at once.
+    pub rows: usize,
+}
+
 /// One sequence's part of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchRow {
@@ -256,7 +265,18 @@ pub trait Backend {
 
     // ---- loading ----
 
-    /// Takes a weight; several tensors are stacked along the output dimension and multiplied in one call.
+    /// Says how large steps get. Called once, before everything else; a device whose buffers grow has no use
+    /// for it.
+    /// # Errors
+    /// Larger than the device can run.
+    fn limits(&mut self, limits: StepLimits) -> Result<()> {
+        let _ = limits;
+        Ok(())
+    }
+    /// Takes a weight; several tensors are stacked along the output dimension and multiplied in one call. They
+    /// have equal input widths, and may differ in storage (GGUF mixes them). The same tensor may be taken as a
+    /// linear and as the table of [`Backend::embed`]. Bytes are copied or repacked: files are unmapped after
+    /// loading.
     /// # Errors
     /// Storage or shape without a kernel, or no memory.
     fn load_linear(&mut self, parts: Vec<HostTensor<'_>>) -> Result<Self::Linear>;
@@ -374,9 +394,9 @@ pub trait Backend {
     where
         Self: Sized,
     {
-        self.linear(block.gate_up, None, io.x, io.wide)?;
+        self.linear(block.gate_up, block.gate_up_bias, io.x, io.wide)?;
         self.glu(block.activation, io.wide, io.inner)?;
-        self.linear(block.down, None, io.inner, io.out)
+        self.linear(block.down, block.down_bias, io.inner, io.out)
     }
 }
 
@@ -426,10 +446,14 @@ pub struct AttentionBlock<'a, B: Backend> {
 pub struct MlpBlock<'a, B: Backend> {
     /// `[gate | up]`.
     pub gate_up: &'a B::Linear,
+    /// Its bias.
+    pub gate_up_bias: Option<&'a B::Vector>,
     /// Gate.
     pub activation: Activation,
     /// Projection back to the hidden size.
     pub down: &'a B::Linear,
+    /// Its bias.
+    pub down_bias: Option<&'a B::Vector>,
 }
 
 /// Buffers of a block: input, two of its own, output.
