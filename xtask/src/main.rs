@@ -1,1 +1,64 @@
-fn main() {}
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+//! `cargo xtask`: what a developer or CI runs, in one place and under one name.
+//!
+//! Owns the order of checks and their limits; it never contains a check's own logic beyond reading its report.
+
+#![allow(clippy::print_stdout, reason = "a command-line tool talks to its user")]
+
+mod ci;
+mod coverage;
+mod full;
+mod shell;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(about = "Development tasks of mirai")]
+struct Args {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Format, lints, tests under coverage, ratchet, licences.
+    Ci {
+        /// Then the long versions, in a release build; writes `benches/results/full.md`.
+        #[arg(long)]
+        full: bool,
+    },
+    /// Print each crate's line coverage from a report of `cargo llvm-cov --json` and hold it to the ratchet.
+    Coverage {
+        /// The report.
+        report: PathBuf,
+        /// Write the measured values into the ratchet where they are higher.
+        #[arg(long)]
+        raise: bool,
+    },
+    /// Make the golden checkpoints and log-probabilities anew with HF transformers.
+    Golden {
+        /// A Python with torch and transformers.
+        #[arg(long, default_value = "python3")]
+        python: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Args::parse().task {
+        Task::Ci { full } => ci::run().and_then(|()| if full { full::run() } else { Ok(()) }),
+        Task::Coverage { report, raise } => coverage::check(&report, raise),
+        Task::Golden { python } => {
+            shell::run(&python.to_string_lossy(), &["crates/model/golden/make_golden.py"])
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

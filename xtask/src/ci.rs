@@ -1,0 +1,58 @@
+//! The checks of every change, in the order in which they fail fastest.
+
+use anyhow::{Context, Result};
+
+use crate::coverage;
+use crate::shell::{self, root};
+
+/// The README's test command, word for word.
+const TEST: [&str; 2] = ["test", "--workspace"];
+
+pub(crate) fn run() -> Result<()> {
+    shell::run("cargo", &["fmt", "--all", "--check"])?;
+    shell::run("cargo", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
+    shell::run("cargo", &["deny", "--log-level", "error", "check", "bans", "licenses", "sources"])?;
+    test_under_coverage()
+}
+
+/// Runs the test command once, instrumented, and holds the result to the ratchet.
+fn test_under_coverage() -> Result<()> {
+    let env = shell::output("cargo", &["llvm-cov", "show-env"])?;
+    let env: Vec<(String, String)> = env.lines().filter_map(parse_env).collect();
+    let with_env = |args: &[&str]| {
+        let mut command = shell::command("cargo", args);
+        command.envs(env.iter().map(|(k, v)| (k, v)));
+        command
+    };
+    shell::run_command(with_env(&["llvm-cov", "clean", "--workspace", "--profraw-only"]))?;
+    shell::run_command(with_env(&TEST))?;
+    let report = root().join("target/coverage.json");
+    let path = report.to_str().context("the workspace's path is not UTF-8")?;
+    shell::run_command(with_env(&["llvm-cov", "report", "--json", "--summary-only", "--output-path", path]))?;
+    coverage::check(&report, false)
+}
+
+/// `NAME=value` or `NAME='value'`.
+fn parse_env(line: &str) -> Option<(String, String)> {
+    let (name, value) = line.trim_start_matches("export ").split_once('=')?;
+    let value = value.trim_matches(['\'', '"']);
+    Some((name.to_owned(), value.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn env_lines_lose_their_quotes() {
+        assert_eq!(parse_env("A='b c'"), Some(("A".into(), "b c".into())));
+        assert_eq!(parse_env("export A=b=c"), Some(("A".into(), "b=c".into())));
+        assert_eq!(parse_env("nonsense"), None);
+    }
+
+    #[test]
+    fn the_readme_names_the_test_command() {
+        let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
+        assert!(readme.contains(&format!("cargo {}", TEST.join(" "))));
+    }
+}
