@@ -1,0 +1,167 @@
+//! Products against an f64 reference, and their independence of batch, place and threads.
+
+use super::super::{Isa, PackedMatrix, Scratch, Storage};
+use super::{Rng, assert_close, bits, isas};
+use crate::pool::Pool;
+use half::{bf16, f16};
+
+const STORAGES: [Storage; 5] = [Storage::F32, Storage::F16, Storage::Bf16, Storage::Q8_0, Storage::Q4K];
+
+/// A random weight of a storage, and its exact values.
+fn weight(rng: &mut Rng, storage: Storage, n: usize, k: usize, isa: Isa) -> (PackedMatrix, Vec<f32>) {
+    let data = rng.normals(n * k);
+    let matrix = match storage {
+        Storage::F32 => PackedMatrix::from_f32(&data, n, k, isa),
+        Storage::F16 => {
+            PackedMatrix::from_f16(&data.iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>(), n, k, isa)
+        }
+        Storage::Bf16 => {
+            PackedMatrix::from_bf16(&data.iter().map(|&v| bf16::from_f32(v)).collect::<Vec<_>>(), n, k, isa)
+        }
+        Storage::Q8_0 => PackedMatrix::quantize_q8_0(&data, n, k, isa),
+        Storage::Q4K => PackedMatrix::quantize_q4_k(&data, n, k, isa),
+    }
+    .unwrap();
+    assert_eq!((matrix.n(), matrix.k(), matrix.storage()), (n, k, storage));
+    let mut exact = vec![0.0; n * k];
+    for (i, row) in exact.chunks_mut(k).enumerate() {
+        matrix.row(i, row);
+    }
+    (matrix, exact)
+}
+
+fn product(matrix: &PackedMatrix, pool: &Pool, x: &[f32], m: usize) -> Vec<f32> {
+    let mut out = vec![f32::NAN; m * matrix.n()];
+    matrix.matmul(pool, x, m, &mut out, &mut Scratch::default());
+    out
+}
+
+/// Largest error of a sum of products relative to the sum of their magnitudes, or, for int8 activations, to the
+/// weights' magnitudes times half a quantization step of the block.
+fn bound(storage: Storage, w: &[f32], x: &[f32]) -> f64 {
+    let magnitude: f64 = w.iter().zip(x).map(|(&w, &x)| f64::from(w * x).abs()).sum();
+    match storage {
+        Storage::F32 | Storage::F16 => 1e-5 * magnitude + 1e-30,
+        // Rounding x to 8 bits of mantissa: 2^-9 each, and f32 sums.
+        Storage::Bf16 => (1.0 / 512.0 + 1e-5) * magnitude + 1e-30,
+        Storage::Q8_0 | Storage::Q4K => w
+            .chunks(32)
+            .zip(x.chunks(32))
+            .map(|(w, x)| {
+                let step = f64::from(x.iter().fold(0.0_f32, |m, v| m.max(v.abs()))) / 127.0;
+                0.501 * step * w.iter().map(|v| f64::from(v.abs())).sum::<f64>()
+            })
+            .sum::<f64>() + 1e-5 * magnitude,
+    }
+}
+
+#[test]
+fn products_keep_their_error_bound() {
+    let seed = 21;
+    println!("seed {seed}");
+    let mut rng = Rng(seed);
+    let pool = Pool::new(2);
+    for isa in isas() {
+        for storage in STORAGES {
+            // Odd sizes on purpose: a short last panel, an odd k, one column.
+            let shapes: &[(usize, usize)] = match storage {
+                Storage::Q8_0 => &[(1, 32), (33, 96), (70, 576), (40, 2880)],
+                Storage::Q4K => &[(1, 256), (33, 512), (70, 1536)],
+                _ => &[(1, 1), (31, 7), (33, 65), (70, 576), (40, 2880)],
+            };
+            for &(n, k) in shapes {
+                let (matrix, exact) = weight(&mut rng, storage, n, k, isa);
+                for m in [1, 2, 3, 5, 7, 12, 13, 31] {
+                    let x = rng.normals(m * k);
+                    let got = product(&matrix, &pool, &x, m);
+                    for (row, (x, got)) in x.chunks(k).zip(got.chunks(n)).enumerate() {
+                        let want: Vec<f64> = exact
+                            .chunks(k)
+                            .map(|w| w.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum())
+                            .collect();
+                        let what = format!("{storage:?} {isa:?} n {n} k {k} m {m} row {row}");
+                        assert_close(got, &want, |c| bound(storage, &exact[c * k..(c + 1) * k], x), &what);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_does_not_depend_on_the_batch_or_the_threads() {
+    let seed = 22;
+    println!("seed {seed}");
+    let mut rng = Rng(seed);
+    let pools = [Pool::new(1), Pool::new(2), Pool::new(3)];
+    let (n, k) = (150, 512);
+    for isa in isas() {
+        for storage in STORAGES {
+            let (matrix, _) = weight(&mut rng, storage, n, k, isa);
+            let x = rng.normals(512 * k);
+            let alone: Vec<Vec<u32>> = x.chunks(k).map(|x| bits(&product(&matrix, &pools[0], x, 1))).collect();
+            for pool in &pools {
+                for m in (2..=64).chain([512]) {
+                    // The batch starts somewhere else each time, so that rows change their place.
+                    let first = if m == 512 { 0 } else { rng.below(512 - m) };
+                    let got = product(&matrix, pool, &x[first * k..(first + m) * k], m);
+                    for (row, got) in got.chunks(n).enumerate() {
+                        let what = || format!("{storage:?} {isa:?} {} threads m {m} row {row}", pool.threads());
+                        assert_eq!(bits(got), alone[first + row], "{}", what());
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_poisoned_row_stays_alone_and_visible() {
+    let mut rng = Rng(23);
+    let pool = Pool::new(2);
+    let (n, k) = (40, 256);
+    for isa in isas() {
+        for storage in STORAGES {
+            let (matrix, _) = weight(&mut rng, storage, n, k, isa);
+            let clean = rng.normals(3 * k);
+            for poison in [f32::NAN, f32::INFINITY] {
+                let mut x = clean.clone();
+                x[k + 100] = poison;
+                let (got, want) = (product(&matrix, &pool, &x, 3), product(&matrix, &pool, &clean, 3));
+                assert_eq!(bits(&got[..n]), bits(&want[..n]), "{storage:?} {isa:?}");
+                assert_eq!(bits(&got[2 * n..]), bits(&want[2 * n..]), "{storage:?} {isa:?}");
+                // A weight of exactly zero hides an infinity in a float product, but not in all columns.
+                assert!(got[n..2 * n].iter().any(|v| !v.is_finite()), "{storage:?} {isa:?} {poison}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_scratch_serves_products_of_any_order_and_size() {
+    let mut rng = Rng(24);
+    let pool = Pool::new(2);
+    let mut scratch = Scratch::default();
+    for _ in 0..40 {
+        let storage = STORAGES[rng.below(STORAGES.len())];
+        let (n, k, m) = (1 + rng.below(80), 256 * (1 + rng.below(2)), 1 + rng.below(40));
+        let (matrix, _) = weight(&mut rng, storage, n, k, Isa::detect());
+        let x = rng.normals(m * k);
+        let mut out = vec![f32::NAN; m * n];
+        matrix.matmul(&pool, &x, m, &mut out, &mut scratch);
+        assert_eq!(bits(&out), bits(&product(&matrix, &pool, &x, m)), "{storage:?} n {n} k {k} m {m}");
+    }
+}
+
+#[test]
+fn no_rows_is_no_work() {
+    let matrix = PackedMatrix::from_f32(&[1.0; 6], 2, 3, Isa::detect()).unwrap();
+    assert!(product(&matrix, &Pool::new(2), &[], 0).is_empty());
+}
+
+#[test]
+#[should_panic(expected = "activations of 2 x 3 in a slice of 5")]
+fn a_wrong_activation_length_is_named() {
+    let matrix = PackedMatrix::from_f32(&[1.0; 6], 2, 3, Isa::detect()).unwrap();
+    product(&matrix, &Pool::new(1), &[0.0; 5], 2);
+}
