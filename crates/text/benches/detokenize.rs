@@ -1,0 +1,2 @@
+//! Cost of a generated token on its way out.
+fn main() {}
