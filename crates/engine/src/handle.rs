@@ -1,22 +1,322 @@
-//! CONTRACT (bodies to be written by the owner of this crate): how the rest of the process talks to the engine's thread.
-/*
+//! How the rest of the process talks to the engine's thread.
+//!
+//! Owns the handle, the decision at the door, and the view of the engine's health. Nothing here waits for the
+//! engine's thread, so a frozen engine can never freeze a caller.
+
+use std::error::Error;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use crate::door::{AdmissionError, Door};
+use crate::executor::Executor;
+use crate::ids::RequestId;
+use crate::mailbox::Mailbox;
+use crate::request::{EngineRequest, Event, Time};
+use crate::stats::{Counters, EngineStats};
+use crate::step::Geometry;
+
+/// Any error of the code that loads an executor.
+pub type BoxError = Box<dyn Error + Send + Sync>;
+
+/// Limits and switches of one engine.
+#[derive(Clone, Debug)]
 pub struct EngineConfig {
-    pub max_step_tokens: u32,        // --max-num-batched-tokens (clamped to geometry)
-    pub max_running: u32,            // --max-num-seqs
-    pub max_queued_requests: usize,  // queue limit
+    /// Most tokens in one step (`--max-num-batched-tokens`); clamped to the executor's.
+    pub max_step_tokens: u32,
+    /// Most sequences that run at once (`--max-num-seqs`); clamped to the executor's slots and to
+    /// `max_step_tokens`, so that every running sequence can have a token in every step.
+    pub max_running: u32,
+    /// Most requests that wait for their first slot.
+    pub max_queued_requests: usize,
+    /// Most prompt tokens of those requests.
     pub max_queued_tokens: usize,
+    /// Whether prompts are looked up in the prefix index. Choices of one request share their prompt regardless.
     pub prefix_caching: bool,
-    pub look_ahead: Option<bool>,    // None: Executor::is_asynchronous
-    ...
+    /// Tokens between two snapshots of recurrent state (rounded up to whole blocks).
+    pub snapshot_interval: u32,
+    /// Whether step n+1 is submitted before step n is collected; `None` asks the executor.
+    pub look_ahead: Option<bool>,
+    /// Batches of events that may wait for the demultiplexer before the engine waits for it.
+    pub event_batches: usize,
 }
-pub fn start(config: EngineConfig, make: impl FnOnce() -> Result<Box<dyn Executor>, BoxError> + Send + 'static)
-    -> Result<(EngineHandle, Receiver<Vec<Event>>), StartError>   // blocks until the executor is loaded; std sync_channel, bounded
-EngineHandle: Clone + Send + Sync
-  submit(EngineRequest) -> Result<(), AdmissionError>   // QueueFull{..}, TooLong{needed_blocks, have}, NeverFits, Stopping, Dead ; decided without waiting for the engine thread
-  cancel(RequestId); 
-  stop(RequestId, choice: u32, kept_tokens: u32)        // the demultiplexer found a stop string after that many tokens
-  stats() -> &EngineStats     // atomics: running, waiting, kv blocks used/total, prefix queries/hits, preemptions, prompt/generation tokens, wasted, steps, faults, step-time; lock-free
-  health() -> EngineHealth    // Running{busy, last_progress: Duration ago}, Dead(reason)
-  geometry() -> &Geometry
-  shutdown(grace)             // end all
-*/
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            max_step_tokens: 2048,
+            max_running: 256,
+            max_queued_requests: 1024,
+            max_queued_tokens: 4 << 20,
+            prefix_caching: true,
+            snapshot_interval: 1024,
+            look_ahead: None,
+            event_batches: 64,
+        }
+    }
+}
+
+/// Why the engine did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The executor could not be loaded.
+    #[error(transparent)]
+    Executor(BoxError),
+    /// The executor has no room for even one sequence of one token.
+    #[error("the executor has no room: {0}")]
+    Geometry(String),
+    /// The operating system refused a thread.
+    #[error("cannot start the engine's thread: {0}")]
+    Thread(#[from] std::io::Error),
+    /// The code that loads the executor panicked.
+    #[error("loading the executor panicked: {0}")]
+    Panic(String),
+}
+
+/// What an outside observer may say about the engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EngineHealth {
+    /// The thread lives. It beats at least once a step, and about once a second while idle: a
+    /// `last_progress` of many seconds means that it hangs, busy or not.
+    Running {
+        /// Whether any sequence runs or waits.
+        busy: bool,
+        /// Time since the last beat.
+        last_progress: Duration,
+    },
+    /// It ended because it was told to.
+    Stopped,
+    /// It ended by a fault of the device or a bug; the process should exit.
+    Dead(String),
+}
+
+/// State that the thread and all handles see.
+pub(crate) struct Shared {
+    pub(crate) epoch: Instant,
+    pub(crate) geometry: Geometry,
+    pub(crate) door: Door,
+    pub(crate) stats: EngineStats,
+    pub(crate) mailbox: Mailbox,
+    /// Nanoseconds since `epoch` of the last beat.
+    pub(crate) beat: AtomicU64,
+    pub(crate) busy: AtomicBool,
+    pub(crate) stopping: AtomicBool,
+    pub(crate) stopped: AtomicBool,
+    pub(crate) dead: OnceLock<String>,
+    /// Requests, and their prompt tokens, between the door and their first slot.
+    pub(crate) queued_requests: AtomicUsize,
+    pub(crate) queued_tokens: AtomicUsize,
+    #[cfg(feature = "test-hooks")]
+    pub(crate) hooks: Arc<crate::hooks::TestHooks>,
+}
+
+impl Shared {
+    pub(crate) fn new(config: &EngineConfig, geometry: Geometry) -> Self {
+        Self {
+            epoch: Instant::now(),
+            door: Door::new(config, &geometry),
+            geometry,
+            stats: EngineStats::default(),
+            mailbox: Mailbox::default(),
+            beat: AtomicU64::new(0),
+            busy: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
+            dead: OnceLock::new(),
+            queued_requests: AtomicUsize::new(0),
+            queued_tokens: AtomicUsize::new(0),
+            #[cfg(feature = "test-hooks")]
+            hooks: Arc::default(),
+        }
+    }
+
+    pub(crate) fn now(&self) -> Time {
+        self.epoch.elapsed()
+    }
+
+    pub(crate) fn beat(&self, busy: bool) {
+        self.busy.store(busy, Ordering::Relaxed);
+        let nanos = u64::try_from(self.now().as_nanos()).unwrap_or(u64::MAX);
+        self.beat.store(nanos, Ordering::Release);
+    }
+}
+
+/// Ends the engine when the last handle is gone: nobody could speak to it any more.
+struct Owner(Arc<Shared>);
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.0.stopping.store(true, Ordering::Release);
+        self.0.mailbox.post(|letters| letters.shutdown = Some(Duration::ZERO));
+    }
+}
+
+/// The rest of the process's end of the engine. Cheap to clone; every method returns at once. The engine ends
+/// when the last clone is dropped.
+#[derive(Clone)]
+pub struct EngineHandle {
+    owner: Arc<Owner>,
+}
+
+impl std::fmt::Debug for EngineHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EngineHandle").field("health", &self.health()).finish_non_exhaustive()
+    }
+}
+
+impl EngineHandle {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Self { owner: Arc::new(Owner(shared)) }
+    }
+
+    fn shared(&self) -> &Shared {
+        &self.owner.0
+    }
+
+    /// Hands a request over. From `Ok` on, exactly one [`Event::Finished`] comes for each of its choices.
+    ///
+    /// # Errors
+    /// The request can never fit, the queue is full, or the engine takes no more.
+    pub fn submit(&self, request: EngineRequest) -> Result<(), AdmissionError> {
+        let shared = self.shared();
+        if let Some(reason) = shared.dead.get() {
+            return Err(AdmissionError::Dead(reason.clone()));
+        }
+        if shared.stopping.load(Ordering::Acquire) {
+            return Err(AdmissionError::Stopping);
+        }
+        shared.door.check(&request)?;
+        let tokens = request.prompt.len();
+        let limits = &shared.door;
+        let requests_now = shared.queued_requests.fetch_add(1, Ordering::AcqRel) + 1;
+        let tokens_now = shared.queued_tokens.fetch_add(tokens, Ordering::AcqRel) + tokens;
+        let full = if requests_now > limits.max_queued_requests {
+            Some(AdmissionError::QueueFull { queued: requests_now - 1, limit: limits.max_queued_requests })
+        } else if tokens_now > limits.max_queued_tokens && requests_now > 1 {
+            // An empty queue takes any request that fits the model, or it could never be served.
+            Some(AdmissionError::QueueTokensFull {
+                queued: tokens_now - tokens,
+                request: tokens,
+                limit: limits.max_queued_tokens,
+            })
+        } else {
+            None
+        };
+        if let Some(error) = full {
+            shared.queued_requests.fetch_sub(1, Ordering::AcqRel);
+            shared.queued_tokens.fetch_sub(tokens, Ordering::AcqRel);
+            return Err(error);
+        }
+        let mut refused = None;
+        shared.mailbox.post(|letters| {
+            // Decided under the mailbox's lock: the thread closes the box under the same lock when it ends,
+            // so no accepted request is left unread.
+            if letters.closed {
+                refused = Some(());
+            } else {
+                letters.submits.push(request);
+            }
+        });
+        match (refused, shared.dead.get()) {
+            (None, _) => Ok(()),
+            (Some(()), Some(reason)) => Err(AdmissionError::Dead(reason.clone())),
+            (Some(()), None) => Err(AdmissionError::Stopping),
+        }
+    }
+
+    /// Ends all choices of a request with [`crate::FinishReason::Cancelled`]. Unknown or ended ones are ignored.
+    pub fn cancel(&self, request: RequestId) {
+        self.shared().mailbox.post(|letters| {
+            if !letters.closed {
+                letters.cancels.insert(request);
+            }
+        });
+    }
+
+    /// Ends one choice with [`crate::FinishReason::Stopped`]: the demultiplexer found a stop condition after
+    /// `kept_tokens` output tokens. Later tokens count as wasted. Where the choice has already ended, nothing
+    /// happens, and the caller's own `kept_tokens` stands over the `completion_tokens` of its
+    /// [`Event::Finished`]; what lies between is wasted.
+    pub fn stop(&self, request: RequestId, choice: u32, kept_tokens: u32) {
+        self.shared().mailbox.post(|letters| {
+            if !letters.closed {
+                letters.stops.entry((request, choice)).or_insert(kept_tokens);
+            }
+        });
+    }
+
+    /// The live counters.
+    #[must_use]
+    pub fn stats(&self) -> &EngineStats {
+        &self.shared().stats
+    }
+
+    /// The counters now, with what waits between the door and the engine's thread.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let mut counters = self.shared().stats.snapshot();
+        counters.queued_requests = self.shared().queued_requests.load(Ordering::Relaxed) as u64;
+        counters.queued_tokens = self.shared().queued_tokens.load(Ordering::Relaxed) as u64;
+        counters
+    }
+
+    /// Time since the engine's start: what deadlines are measured in.
+    #[must_use]
+    pub fn now(&self) -> Time {
+        self.shared().now()
+    }
+
+    /// Whether the engine lives and moves.
+    #[must_use]
+    pub fn health(&self) -> EngineHealth {
+        let shared = self.shared();
+        if let Some(reason) = shared.dead.get() {
+            return EngineHealth::Dead(reason.clone());
+        }
+        if shared.stopped.load(Ordering::Acquire) {
+            return EngineHealth::Stopped;
+        }
+        let beat = Duration::from_nanos(shared.beat.load(Ordering::Acquire));
+        EngineHealth::Running {
+            busy: shared.busy.load(Ordering::Relaxed) || shared.queued_requests.load(Ordering::Relaxed) > 0,
+            last_progress: shared.now().saturating_sub(beat),
+        }
+    }
+
+    /// What the executor has room for.
+    #[must_use]
+    pub fn geometry(&self) -> &Geometry {
+        &self.shared().geometry
+    }
+
+    /// Takes no more requests, lets the accepted ones go on for `grace`, then ends the rest with
+    /// [`crate::FinishReason::EngineStopped`] and ends the thread; the receiver of events then disconnects.
+    /// Returns at once. Of several calls the shortest grace counts.
+    pub fn shutdown(&self, grace: Duration) {
+        self.shared().stopping.store(true, Ordering::Release);
+        self.shared().mailbox.post(|letters| {
+            letters.shutdown = Some(letters.shutdown.map_or(grace, |other| other.min(grace)));
+        });
+    }
+
+    /// Switches for tests.
+    #[cfg(feature = "test-hooks")]
+    #[must_use]
+    pub fn hooks(&self) -> &crate::hooks::TestHooks {
+        &self.shared().hooks
+    }
+}
+
+/// Starts the engine's thread, which loads its executor with `make` (executors need not be `Send`) and then
+/// serves. Blocks until the executor is loaded. Events come in batches, one or more a step, for one
+/// demultiplexer; when it is gone or too slow the engine stops or waits.
+///
+/// # Errors
+/// The executor could not be loaded or has no room, or no thread could be started.
+pub fn start(
+    config: EngineConfig,
+    make: impl FnOnce() -> Result<Box<dyn Executor>, BoxError> + Send + 'static,
+) -> Result<(EngineHandle, Receiver<Vec<Event>>), StartError> {
+    crate::thread::start(config, make)
+}

@@ -2,14 +2,31 @@
 //!
 //! Knows tokens and blocks; never a tensor, never HTTP, never text.
 
+mod door;
 mod executor;
+mod fair;
+mod handle;
+#[cfg(feature = "test-hooks")]
+pub mod hooks;
 mod ids;
+mod mailbox;
+mod pool;
+mod prefix;
 mod request;
+mod scheduler;
+mod sequence;
+mod slab;
+mod stats;
 mod step;
+mod thread;
 
+pub use door::{AdmissionError, MAX_CHOICES};
 pub use executor::{DeviceFault, Executor};
+pub use handle::{BoxError, EngineConfig, EngineHandle, EngineHealth, StartError, start};
 pub use ids::{BLOCK_TOKENS, BlockId, RequestId, SeqId, SlotId, SnapshotId, TenantId, TokenId};
 pub use request::{EngineRequest, Event, FinishReason, SamplingParams, SeqUsage, Time};
+pub use scheduler::{CommitError, HashKey, IntegrityError, MAX_PREEMPTIONS, Scheduler};
+pub use stats::{Counters, EngineStats};
 pub use step::{
     BlockAppend, Geometry, GroupKind, Row, RowFault, RowInput, RowLogprobs, RowOutcome, RowOutput, SlotOpen,
     SnapshotSave, StepOutcome, StepPlan, TokenLogprobs,
