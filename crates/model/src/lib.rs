@@ -1,5 +1,33 @@
 //! Model specifications, weights, and the forward pass, written once over [`backend::Backend`].
 //!
 //! Knows architectures and tensors' names; never HTTP, never a request.
+//!
+//! [`loader::load`] is the way in: from files to a [`executor::ModelExecutor`] that the engine drives.
 
+pub mod arch;
 pub mod backend;
+pub mod cache;
+pub mod config;
+pub mod convert;
+pub mod dummy;
+pub mod error;
+pub mod executor;
+pub mod forward;
+pub mod loader;
+pub mod gguf;
+pub mod mmap;
+#[cfg(feature = "test-support")]
+pub mod reference;
+pub mod rope;
+pub mod safetensors;
+pub mod spec;
+mod storage;
+pub mod weights;
+
+pub use cache::{CacheBudget, CacheReport};
+pub use convert::Quantization;
+pub use error::ModelError;
+pub use executor::ModelExecutor;
+pub use loader::{LoadOptions, LoadedModel, ModelSource, load};
+pub use mmap::FileSource;
+pub use spec::ModelSpec;

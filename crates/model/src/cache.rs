@@ -1,0 +1,236 @@
+//! How much KV memory there is, and how layers share it.
+//!
+//! Owns the grouping of layers and the arithmetic from a budget to pages. All groups take pages of equal size
+//! from one pool, so a page is as large as the largest group needs; the grouping is chosen to waste least.
+
+use mirai_engine::{BLOCK_TOKENS, GroupKind};
+
+use crate::backend::{AttentionSpec, CacheDtype, CacheLayout, GroupLayout};
+use crate::error::{ModelError, Result};
+use crate::spec::ModelSpec;
+
+/// Most groups. Each costs the scheduler a block table for every sequence.
+const MAX_GROUPS: usize = 16;
+/// Most pages: ids are 32 bits wide, and some room is left below.
+const MAX_BLOCKS: u64 = 1 << 31;
+
+/// How much memory the cache may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheBudget {
+    /// Bytes of all pages together.
+    Bytes(u64),
+    /// Tokens, summed over sequences, that all groups can hold at once.
+    Tokens(u64),
+}
+
+/// What the cache has room for, for the log and for `/metrics`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CacheReport {
+    /// Groups of layers.
+    pub groups: usize,
+    /// Bytes of one page.
+    pub page_bytes: u64,
+    /// Pages, the reserved one included.
+    pub blocks: u64,
+    /// Bytes of all pages.
+    pub bytes: u64,
+    /// Tokens that all groups can hold at once.
+    pub tokens: u64,
+    /// Most tokens of one sequence.
+    pub max_context: usize,
+}
+
+/// Groups of a model's layers, and where each layer went.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Grouping {
+    /// What each group keeps.
+    pub kinds: Vec<GroupKind>,
+    /// Its pages.
+    pub layouts: Vec<GroupLayout>,
+    /// For each layer its group, and its number in it.
+    pub places: Vec<(usize, usize)>,
+}
+
+/// Layers that could share a group: equal heads and equal reach.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Class {
+    window: Option<u32>,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl Class {
+    fn layout(self, layers: usize, dtype: CacheDtype) -> GroupLayout {
+        GroupLayout { layers, kv_heads: self.kv_heads, head_dim: self.head_dim, dtype }
+    }
+
+    fn layer_bytes(self, dtype: CacheDtype) -> usize {
+        self.layout(1, dtype).page_bytes()
+    }
+}
+
+impl Grouping {
+    /// Groups the layers of a model. A window that is not shorter than the context is none.
+    #[must_use]
+    pub fn new(spec: &ModelSpec, dtype: CacheDtype, max_context: usize) -> Self {
+        let class_of = |index: usize| {
+            let a = &spec.layers[index].attention;
+            let window = a.window.filter(|&w| (w as usize) < max_context);
+            Class { window, kv_heads: a.kv_heads, head_dim: a.head_dim }
+        };
+        let mut classes: Vec<(Class, Vec<usize>)> = Vec::new();
+        for index in 0..spec.layers.len() {
+            let class = class_of(index);
+            match classes.iter_mut().find(|(c, _)| *c == class) {
+                Some((_, members)) => members.push(index),
+                None => classes.push((class, vec![index])),
+            }
+        }
+        let page = page_bytes(&classes, dtype);
+        let mut out = Self { kinds: vec![], layouts: vec![], places: vec![(0, 0); spec.layers.len()] };
+        for (class, members) in &classes {
+            // Members are spread evenly, so that no group of a class is a lone rest.
+            let groups = members.len().div_ceil((page / class.layer_bytes(dtype)).max(1));
+            for run in members.chunks(members.len().div_ceil(groups)) {
+                for (place, &layer) in run.iter().enumerate() {
+                    out.places[layer] = (out.kinds.len(), place);
+                }
+                out.kinds.push(class.window.map_or(GroupKind::Full, GroupKind::Window));
+                out.layouts.push(class.layout(run.len(), dtype));
+            }
+        }
+        out
+    }
+
+    /// Bytes of a page of the pool.
+    #[must_use]
+    pub fn page_bytes(&self) -> usize {
+        self.layouts.iter().map(GroupLayout::page_bytes).max().unwrap_or(0)
+    }
+
+    /// What the backend needs to know of a layer's attention.
+    #[must_use]
+    pub fn attention(&self, spec: &ModelSpec, layer: usize) -> AttentionSpec {
+        let a = &spec.layers[layer].attention;
+        let (group, layer_in_group) = self.places[layer];
+        let window = match self.kinds[group] {
+            GroupKind::Window(n) => Some(n),
+            _ => None,
+        };
+        AttentionSpec {
+            group,
+            layer_in_group,
+            q_heads: a.q_heads,
+            kv_heads: a.kv_heads,
+            head_dim: a.head_dim,
+            scale: a.scale,
+            window,
+            soft_cap: a.soft_cap,
+        }
+    }
+}
+
+/// The page size that wastes least in a token's pages, and among equals needs the fewest groups.
+fn page_bytes(classes: &[(Class, Vec<usize>)], dtype: CacheDtype) -> usize {
+    let candidates = classes.iter().flat_map(|(class, members)| {
+        let bytes = class.layer_bytes(dtype);
+        (1..=members.len()).map(move |n| n * bytes)
+    });
+    let cost = |page: usize| {
+        let groups = classes.iter().map(|(class, members)| match page / class.layer_bytes(dtype) {
+            0 => usize::MAX / 2,
+            fit => members.len().div_ceil(fit),
+        });
+        let groups = groups.fold(0usize, usize::saturating_add);
+        (groups > MAX_GROUPS.max(classes.len()), groups.saturating_mul(page), groups)
+    };
+    candidates.min_by_key(|&page| cost(page)).unwrap_or(0)
+}
+
+/// Pages that one sequence of `tokens` needs.
+fn sequence_pages(grouping: &Grouping, tokens: usize, max_step_tokens: usize) -> u64 {
+    let pages = |kind: &GroupKind| match kind {
+        GroupKind::Full => tokens.div_ceil(BLOCK_TOKENS),
+        // The window, the step that is being computed, and a page that both only touch.
+        GroupKind::Window(n) => {
+            let reach = tokens.min(*n as usize + max_step_tokens);
+            (reach.div_ceil(BLOCK_TOKENS) + 1).min(tokens.div_ceil(BLOCK_TOKENS))
+        }
+        GroupKind::Recurrent => 0,
+    };
+    grouping.kinds.iter().map(|k| pages(k) as u64).sum()
+}
+
+/// Longest sequence, of at most `wanted` tokens, that fits in `pages`.
+fn longest(grouping: &Grouping, wanted: usize, max_step_tokens: usize, pages: u64) -> usize {
+    let (mut low, mut high) = (0, wanted);
+    while low < high {
+        let middle = low + (high - low).div_ceil(2);
+        if sequence_pages(grouping, middle, max_step_tokens) <= pages {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    low
+}
+
+/// What was asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct CacheRequest {
+    /// Memory.
+    pub budget: CacheBudget,
+    /// Element type.
+    pub dtype: CacheDtype,
+    /// Longest sequence, if the user named one; else the model's context, or what fits.
+    pub max_model_len: Option<usize>,
+    /// Sequences at once.
+    pub slots: usize,
+    /// Most tokens in a step.
+    pub max_step_tokens: usize,
+}
+
+/// Turns a budget into a layout.
+///
+/// # Errors
+/// The context that was asked for is beyond the model's, or does not fit in the budget; or nothing fits.
+pub fn plan_cache(spec: &ModelSpec, request: &CacheRequest) -> Result<(Grouping, CacheLayout, CacheReport)> {
+    let wanted = request.max_model_len.unwrap_or(spec.context);
+    if wanted == 0 || wanted > spec.context {
+        let why = format!("is {wanted}, the model's context is {}", spec.context);
+        return Err(ModelError::Option { option: "max-model-len", why });
+    }
+    let grouping = Grouping::new(spec, request.dtype, wanted);
+    let page = grouping.page_bytes() as u64;
+    let groups = grouping.kinds.len() as u64;
+    let pages = match request.budget {
+        CacheBudget::Bytes(bytes) => (bytes / page.max(1)).saturating_sub(1),
+        CacheBudget::Tokens(tokens) => tokens.div_ceil(BLOCK_TOKENS as u64).saturating_mul(groups),
+    };
+    let pages = pages.min(MAX_BLOCKS);
+    let fits = longest(&grouping, wanted, request.max_step_tokens, pages);
+    if fits == 0 || (request.max_model_len.is_some() && fits < wanted) {
+        let why = format!(
+            "{:?} makes {pages} pages of {page} bytes in {groups} layer groups, room for a sequence of {fits} \
+             tokens; {wanted} were asked for",
+            request.budget
+        );
+        return Err(ModelError::Option { option: "kv-cache budget", why });
+    }
+    let blocks = pages + 1;
+    let layout = CacheLayout {
+        groups: grouping.layouts.clone(),
+        blocks: blocks as usize,
+        slots: request.slots,
+        table_len: fits.div_ceil(BLOCK_TOKENS),
+    };
+    let report = CacheReport {
+        groups: grouping.kinds.len(),
+        page_bytes: page,
+        blocks,
+        bytes: blocks.saturating_mul(page),
+        tokens: pages / groups.max(1) * BLOCK_TOKENS as u64,
+        max_context: fits,
+    };
+    Ok((grouping, layout, report))
+}

@@ -1,0 +1,416 @@
+//! From files to an executor: the one way in.
+//!
+//! Owns the order of loading, the choice between sources, and what is handed to others besides the executor
+//! (tokenizer files, chat template, generation defaults). It opens no socket and downloads nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use mirai_engine::Geometry;
+use serde_json::{Map, Value};
+
+use crate::arch::spec_from_config;
+use crate::backend::{Backend, CacheDtype, StepLimits, Storage};
+use crate::cache::{CacheBudget, CacheReport, CacheRequest, plan_cache};
+use crate::config::{Config, MAX_CONFIG_BYTES, parse_object};
+use crate::convert::{Conversion, Quantization};
+use crate::dummy::DummySource;
+use crate::error::{ModelError, Result};
+use crate::executor::ModelExecutor;
+use crate::forward::Model;
+use crate::gguf::{GgufSource, GgufTokenizer};
+use crate::mmap::FileSource;
+use crate::safetensors::SafetensorsSource;
+use crate::spec::ModelSpec;
+use crate::weights::{TensorId, WeightSource, layer_parts};
+
+/// Most entries of a model's directory.
+const MAX_ENTRIES: usize = 10_000;
+/// Largest tokenizer or template file.
+const MAX_TEXT_FILE: usize = 64 << 20;
+/// Files that make a tokenizer, as far as they are there.
+const TOKENIZER_FILES: [&str; 7] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+];
+
+/// Where a model is.
+#[derive(Clone, Debug)]
+pub enum ModelSource {
+    /// A directory's files by name (or files compiled into the program).
+    Files {
+        /// For messages.
+        place: String,
+        /// The listing.
+        files: BTreeMap<String, FileSource>,
+    },
+    /// One GGUF file.
+    Gguf {
+        /// For messages.
+        name: String,
+        /// The file.
+        file: FileSource,
+    },
+}
+
+impl ModelSource {
+    /// The regular files directly in a directory.
+    ///
+    /// # Errors
+    /// It cannot be listed, or has too many entries.
+    pub fn directory(path: &Path) -> Result<Self> {
+        let place = path.display().to_string();
+        let io = |source| ModelError::Io { file: place.clone(), source };
+        let mut files = BTreeMap::new();
+        for (count, entry) in std::fs::read_dir(path).map_err(io)?.enumerate() {
+            if count == MAX_ENTRIES {
+                return Err(ModelError::corrupt(&place, "directory", format!("more than {count} entries")));
+            }
+            let path = entry.map_err(io)?.path();
+            if let Some(name) = path.file_name().and_then(|n| n.to_str())
+                && path.is_file()
+            {
+                files.insert(name.to_owned(), FileSource::Path(path.clone()));
+            }
+        }
+        Ok(Self::Files { place, files })
+    }
+
+    /// A GGUF file.
+    #[must_use]
+    pub fn gguf(path: &Path) -> Self {
+        Self::Gguf { name: path.display().to_string(), file: FileSource::Path(path.to_owned()) }
+    }
+
+    /// Files compiled into the program.
+    #[must_use]
+    pub fn memory(place: &str, files: &[(&str, &'static [u8])]) -> Self {
+        let files = files.iter().map(|(n, b)| ((*n).to_owned(), FileSource::Static(b))).collect();
+        Self::Files { place: place.to_owned(), files }
+    }
+}
+
+/// How to load.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadOptions {
+    /// Random weights from this seed instead of files (`--load-format dummy`).
+    pub dummy: Option<u64>,
+    /// Float type of the weights; as in the files if none.
+    pub dtype: Option<Storage>,
+    /// Blocks for linear weights.
+    pub quantization: Option<Quantization>,
+    /// KV memory.
+    pub cache: CacheBudget,
+    /// Element of the KV cache.
+    pub cache_dtype: CacheDtype,
+    /// Longest sequence; else the model's context, or what fits in the cache.
+    pub max_model_len: Option<usize>,
+    /// Sequences at once.
+    pub max_slots: usize,
+    /// Most tokens in a step.
+    pub max_step_tokens: usize,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            dummy: None,
+            dtype: None,
+            quantization: None,
+            cache: CacheBudget::Bytes(1 << 30),
+            cache_dtype: CacheDtype::Bf16,
+            max_model_len: None,
+            max_slots: 256,
+            max_step_tokens: 512,
+        }
+    }
+}
+
+/// What loading is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Configuration and headers.
+    Opening,
+    /// Weights.
+    Weights,
+    /// KV memory.
+    Cache,
+}
+
+/// Told while loading: the phase and the share of it that is done, from 0 to 1.
+pub type Progress<'a> = dyn FnMut(Phase, f32) + 'a;
+
+/// What a tokenizer is made from.
+#[derive(Clone, Debug)]
+pub enum TokenizerData {
+    /// Files by name; possibly none.
+    Files(BTreeMap<String, Vec<u8>>),
+    /// The vocabulary of a GGUF file.
+    Gguf(Box<GgufTokenizer>),
+}
+
+/// A model that is ready to run.
+pub struct LoadedModel<B: Backend> {
+    /// For the engine.
+    pub executor: ModelExecutor<B>,
+    /// What it is.
+    pub spec: ModelSpec,
+    /// What the cache has room for.
+    pub cache: CacheReport,
+    /// For the `text` crate.
+    pub tokenizer: TokenizerData,
+    /// Jinja source, if the model brings one.
+    pub chat_template: Option<String>,
+    /// `generation_config.json`, if there is one.
+    pub generation_config: Option<Map<String, Value>>,
+    /// Tokens that end a text: the configuration's and the generation defaults'. Sorted.
+    pub eos_ids: Vec<u32>,
+    /// Tensors in the files that the model has no place for.
+    pub unused_tensors: Vec<String>,
+}
+
+/// Everything of a source but the weights' values.
+struct Opened {
+    spec: ModelSpec,
+    weights: Box<dyn WeightSource>,
+    unused_tensors: Vec<String>,
+    tokenizer: TokenizerData,
+    chat_template: Option<String>,
+    generation_config: Option<Map<String, Value>>,
+}
+
+/// Loads a model onto a backend.
+///
+/// # Errors
+/// Names the file, the tensor or field, and the reason.
+pub fn load<B: Backend>(
+    source: &ModelSource,
+    options: &LoadOptions,
+    mut backend: B,
+    progress: &mut Progress<'_>,
+) -> Result<LoadedModel<B>> {
+    progress(Phase::Opening, 0.0);
+    let opened = open(source, options)?;
+    let spec = opened.spec;
+    let eos_ids = eos_ids(&spec, opened.generation_config.as_ref())?;
+    let request = CacheRequest {
+        budget: options.cache,
+        dtype: options.cache_dtype,
+        max_model_len: options.max_model_len,
+        slots: options.max_slots,
+        max_step_tokens: options.max_step_tokens,
+    };
+    let (slots, max_step_tokens) = (
+        small(options.max_slots, "max-num-seqs", 1 << 16)?,
+        small(options.max_step_tokens, "max-num-batched-tokens", 1 << 20)?,
+    );
+    let (grouping, layout, cache) = plan_cache(&spec, &request)?;
+    let limits = StepLimits { tokens: options.max_step_tokens, rows: options.max_slots };
+    backend.limits(limits).map_err(|source| ModelError::Backend { what: "step limits".into(), source })?;
+    progress(Phase::Weights, 0.0);
+    let conversion = Conversion { dtype: options.dtype, quantization: options.quantization };
+    let model = Model::load(
+        &spec,
+        &grouping,
+        opened.weights.as_ref(),
+        conversion,
+        cache.max_context,
+        &mut backend,
+        &mut |share| progress(Phase::Weights, share),
+    )?;
+    // Unmapped before the cache takes its memory, and before anything is served.
+    drop(opened.weights);
+    progress(Phase::Cache, 0.0);
+    backend
+        .allocate_cache(&layout)
+        .map_err(|source| ModelError::Backend { what: "KV cache".into(), source })?;
+    progress(Phase::Cache, 1.0);
+    let geometry = Geometry {
+        groups: grouping.kinds,
+        blocks: cache.blocks as u32,
+        slots,
+        snapshots: 0,
+        max_step_tokens,
+        max_context: cache.max_context as u32,
+        vocab: spec.vocab as u32,
+    };
+    Ok(LoadedModel {
+        executor: ModelExecutor::new(backend, model, geometry),
+        spec,
+        cache,
+        tokenizer: opened.tokenizer,
+        chat_template: opened.chat_template,
+        generation_config: opened.generation_config,
+        eos_ids,
+        unused_tensors: opened.unused_tensors,
+    })
+}
+
+/// Reads the specification alone: for checks and plans that need no weights.
+///
+/// # Errors
+/// As [`load`].
+pub fn read_spec(source: &ModelSource) -> Result<ModelSpec> {
+    match source {
+        ModelSource::Files { place, files } => spec_of_files(place, files),
+        ModelSource::Gguf { name, file } => GgufSource::open(name, file)?.spec(),
+    }
+}
+
+fn small(value: usize, option: &'static str, max: usize) -> Result<u32> {
+    if value == 0 || value > max {
+        return Err(ModelError::Option { option, why: format!("is {value}, expected 1 to {max}") });
+    }
+    Ok(value as u32)
+}
+
+fn open(source: &ModelSource, options: &LoadOptions) -> Result<Opened> {
+    match source {
+        ModelSource::Files { place, files } => open_files(place, files, options),
+        ModelSource::Gguf { name, file } => open_gguf(name, file, options),
+    }
+}
+
+fn open_gguf(name: &str, file: &FileSource, options: &LoadOptions) -> Result<Opened> {
+    let gguf = GgufSource::open(name, file)?;
+    let spec = gguf.spec()?;
+    let tokenizer = gguf.tokenizer()?;
+    let known = known_names(&spec, TensorId::gguf_name);
+    let unused_tensors = beyond_layers(name, &spec, gguf.extra(&known))?;
+    let weights: Box<dyn WeightSource> = match options.dummy {
+        Some(seed) => Box::new(dummy(seed, &spec, options)?),
+        None => Box::new(gguf),
+    };
+    Ok(Opened {
+        spec,
+        weights,
+        unused_tensors,
+        chat_template: tokenizer.chat_template.clone(),
+        tokenizer: TokenizerData::Gguf(Box::new(tokenizer)),
+        generation_config: None,
+    })
+}
+
+fn spec_of_files(place: &str, files: &BTreeMap<String, FileSource>) -> Result<ModelSpec> {
+    let config = files.get("config.json").ok_or_else(|| ModelError::MissingFile {
+        place: place.to_owned(),
+        why: "has no `config.json`".to_owned(),
+    })?;
+    let bytes = config.open("config.json")?;
+    spec_from_config("config.json", &parse_object("config.json", bytes.as_ref(), MAX_CONFIG_BYTES)?)
+}
+
+fn open_files(
+    place: &str,
+    files: &BTreeMap<String, FileSource>,
+    options: &LoadOptions,
+) -> Result<Opened> {
+    let spec = spec_of_files(place, files)?;
+    let (weights, unused_tensors): (Box<dyn WeightSource>, _) = match options.dummy {
+        Some(seed) => (Box::new(dummy(seed, &spec, options)?), Vec::new()),
+        None => {
+            let source = SafetensorsSource::open(place, files)?;
+            let extra = source.extra(&known_names(&spec, TensorId::hf_name));
+            let extra = beyond_layers(source.label(), &spec, extra)?;
+            (Box::new(source), extra)
+        }
+    };
+    let mut tokenizer = BTreeMap::new();
+    for name in TOKENIZER_FILES {
+        if let Some(file) = files.get(name) {
+            tokenizer.insert(name.to_owned(), file.read(name, MAX_TEXT_FILE)?);
+        }
+    }
+    let generation_config = match files.get("generation_config.json") {
+        None => None,
+        Some(file) => {
+            let name = "generation_config.json";
+            Some(parse_object(name, file.open(name)?.as_ref(), MAX_CONFIG_BYTES)?)
+        }
+    };
+    Ok(Opened {
+        spec,
+        weights,
+        unused_tensors,
+        chat_template: chat_template(files, &tokenizer)?,
+        tokenizer: TokenizerData::Files(tokenizer),
+        generation_config,
+    })
+}
+
+fn dummy(seed: u64, spec: &ModelSpec, options: &LoadOptions) -> Result<DummySource> {
+    DummySource::new(seed, options.dtype.or(spec.dtype).unwrap_or(Storage::Bf16))
+}
+
+/// Names that the specification has a place for. The head of a tied model may be stored too.
+fn known_names(spec: &ModelSpec, name: fn(TensorId) -> String) -> BTreeSet<String> {
+    let mut ids = vec![TensorId::Embedding, TensorId::FinalNorm, TensorId::Head];
+    for layer in 0..spec.layers.len() {
+        ids.extend(layer_parts(spec, layer).into_iter().map(|part| TensorId::Layer(layer, part)));
+    }
+    ids.into_iter().map(name).collect()
+}
+
+/// Tensors of layers that the configuration does not have contradict it; others are only listed.
+fn beyond_layers(file: &str, spec: &ModelSpec, extra: Vec<String>) -> Result<Vec<String>> {
+    for name in &extra {
+        let number = name.strip_prefix("model.layers.").or_else(|| name.strip_prefix("blk."));
+        let number = number.and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+        if let Some(layer) = number
+            && layer >= spec.layers.len()
+        {
+            let why = format!("is of layer {layer}, the configuration has {} layers", spec.layers.len());
+            return Err(ModelError::corrupt(file, format!("tensor `{}`", name.escape_default()), why));
+        }
+    }
+    Ok(extra)
+}
+
+fn eos_ids(spec: &ModelSpec, generation: Option<&Map<String, Value>>) -> Result<Vec<u32>> {
+    let mut ids: BTreeSet<u32> = spec.eos.iter().copied().collect();
+    if let Some(object) = generation {
+        let config = Config::new("generation_config.json", object);
+        ids.extend(config.token_ids("eos_token_id", spec.vocab)?);
+    }
+    Ok(ids.into_iter().collect())
+}
+
+/// `chat_template.jinja`, else `chat_template.json`, else `chat_template` of `tokenizer_config.json`: a text, or
+/// a list of named templates of which `default` counts.
+fn chat_template(
+    files: &BTreeMap<String, FileSource>,
+    tokenizer: &BTreeMap<String, Vec<u8>>,
+) -> Result<Option<String>> {
+    const JINJA: &str = "chat_template.jinja";
+    if let Some(file) = files.get(JINJA) {
+        let bytes = file.read(JINJA, MAX_TEXT_FILE)?;
+        let text = String::from_utf8(bytes);
+        return text.map(Some).map_err(|e| ModelError::corrupt(JINJA, "file", format!("not UTF-8: {e}")));
+    }
+    const JSON: &str = "chat_template.json";
+    let (name, bytes) = match files.get(JSON) {
+        Some(file) => (JSON, file.read(JSON, MAX_TEXT_FILE)?),
+        None => match tokenizer.get("tokenizer_config.json") {
+            Some(bytes) => ("tokenizer_config.json", bytes.clone()),
+            None => return Ok(None),
+        },
+    };
+    let object = parse_object(name, &bytes, MAX_TEXT_FILE)?;
+    match object.get("chat_template") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text.clone())),
+        Some(Value::Array(list)) => {
+            let default = list.iter().find(|t| t["name"] == "default").and_then(|t| t["template"].as_str());
+            let default = default.ok_or_else(|| {
+                ModelError::field(name, "chat_template", "the list has no template named `default`")
+            })?;
+            Ok(Some(default.to_owned()))
+        }
+        Some(_) => Err(ModelError::field(name, "chat_template", "expected a text or a list of templates")),
+    }
+}
