@@ -60,6 +60,7 @@ fn open01(rng: &mut impl Rng) -> f64 {
 }
 
 #[cfg(test)]
+#[allow(clippy::print_stdout)]
 mod tests {
     use super::*;
     use rand::SeedableRng;

@@ -213,6 +213,8 @@ async fn handshake(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static)
 }
 
 /// A failure with the chain of causes, which is where hyper says what happened.
+// By value, because that is how `map_err` gives it.
+#[allow(clippy::needless_pass_by_value)]
 pub(crate) fn transport(error: hyper::Error) -> Failure {
     let mut message = error.to_string();
     let mut source = std::error::Error::source(&error);

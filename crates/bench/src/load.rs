@@ -80,14 +80,14 @@ impl Run {
 /// Sends all requests of `run` and returns what was measured, in no particular order.
 ///
 /// Dropping the future aborts everything in flight.
-pub(crate) async fn drive(run: Arc<Run>, schedule: &Schedule) -> Vec<Sample> {
+pub(crate) async fn drive(run: &Arc<Run>, schedule: &Schedule) -> Vec<Sample> {
     match schedule {
         Schedule::Closed { slots } => closed(run, *slots).await,
         Schedule::Open { times, slots } => open(run, times, *slots).await,
     }
 }
 
-async fn closed(run: Arc<Run>, slots: usize) -> Vec<Sample> {
+async fn closed(run: &Arc<Run>, slots: usize) -> Vec<Sample> {
     let total = run.workload.specs.len();
     let next = Arc::new(AtomicUsize::new(0));
     let origin = Instant::now();
@@ -108,7 +108,7 @@ async fn closed(run: Arc<Run>, slots: usize) -> Vec<Sample> {
     workers.join_all().await.into_iter().flatten().collect()
 }
 
-async fn open(run: Arc<Run>, times: &[Duration], slots: usize) -> Vec<Sample> {
+async fn open(run: &Arc<Run>, times: &[Duration], slots: usize) -> Vec<Sample> {
     let free = Arc::new(Semaphore::new(slots));
     let mut tasks = JoinSet::new();
     let mut samples = Vec::with_capacity(times.len());

@@ -112,10 +112,10 @@ fn latencies(sample: &Sample, completion_tokens: u64) -> Latencies {
 }
 
 impl Report {
-    pub(crate) fn new(options: &BenchOptions, facts: Facts, mut samples: Vec<Sample>) -> Self {
+    pub(crate) fn new(options: &BenchOptions, facts: Facts, samples: &mut [Sample]) -> Self {
         samples.sort_by_key(|sample| sample.start);
         let mut tally = Tally::default();
-        for sample in &samples {
+        for sample in samples.iter() {
             tally.add(options, sample);
         }
         let percentiles = &options.percentiles;
@@ -152,7 +152,7 @@ impl Report {
                 BTreeMap::new()
             },
             failures: tally.failures,
-            details: options.save_detailed.then(|| details(&samples)),
+            details: options.save_detailed.then(|| details(samples)),
             options: options.clone(),
             facts,
         }

@@ -15,10 +15,8 @@ fn ms(value: u64) -> Duration {
 
 /// First token after `ttft`, then `gaps` chunks every 10 ms; usage with the last.
 fn good(intended: u64, start: u64, ttft: u64, gaps: usize, tokens: u64) -> Sample {
-    let mut timeline = Timeline::default();
-    timeline.ttft = Some(ms(ttft));
-    timeline.itl_us = vec![10_000; gaps];
-    timeline.last = ms(ttft + 10 * gaps as u64);
+    let last = ms(ttft + 10 * gaps as u64);
+    let timeline = Timeline { ttft: Some(ms(ttft)), last, last_token: last, itl_us: vec![10_000; gaps] };
     let outcome = Ok(Usage { prompt_tokens: 100, completion_tokens: tokens, cached_tokens: 16 });
     Sample {
         intended: ms(intended),
@@ -36,7 +34,7 @@ fn bad(start: u64, kind: FailureKind) -> Sample {
     Sample { intended: ms(start), start: ms(start), end: ms(start + 1), requested: 5, timeline, outcome }
 }
 
-fn report(args: &[&str], is_open_loop: bool, samples: Vec<Sample>) -> Report {
+fn report(args: &[&str], is_open_loop: bool, mut samples: Vec<Sample>) -> Report {
     let facts = Facts {
         model: "org/model".into(),
         is_open_loop,
@@ -46,7 +44,7 @@ fn report(args: &[&str], is_open_loop: bool, samples: Vec<Sample>) -> Report {
         connections: 3,
         started: SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_158_546),
     };
-    Report::new(&parse(args), facts, samples)
+    Report::new(&parse(args), facts, &mut samples)
 }
 
 fn near(value: &Value, expected: f64) -> bool {

@@ -40,7 +40,7 @@ pub(crate) struct Timeline {
     /// Last chunk with text or usage.
     pub(crate) last: Duration,
     /// Last chunk with text.
-    last_token: Duration,
+    pub(crate) last_token: Duration,
     /// Gaps between chunks with text, in microseconds.
     pub(crate) itl_us: Vec<u32>,
 }

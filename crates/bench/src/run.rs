@@ -54,7 +54,7 @@ pub async fn run(options: BenchOptions, progress: Progress) -> Result<Report, Be
     };
 
     if options.warmup > 0 {
-        warm_up(&options, load(Workload::warmup(&options)), &progress).await?;
+        warm_up(&options, &load(Workload::warmup(&options)), &progress).await?;
     }
     let schedule = Schedule::of(&options, &workload);
     let opened_before = plan.client.opened();
@@ -68,10 +68,10 @@ pub async fn run(options: BenchOptions, progress: Progress) -> Result<Report, Be
         started: SystemTime::now(),
     };
     progress.begin("measuring", workload.specs.len());
-    let samples = drive(load(workload), &schedule).await;
+    let mut samples = drive(&load(workload), &schedule).await;
     progress.end();
     facts.connections = plan.client.opened() - opened_before;
-    let report = Report::new(&options, facts, samples);
+    let report = Report::new(&options, facts, &mut samples);
     if let Some(path) = &options.json {
         let mut text = report.to_json().to_string();
         text.push('\n');
@@ -84,7 +84,7 @@ pub async fn run(options: BenchOptions, progress: Progress) -> Result<Report, Be
     Ok(report)
 }
 
-async fn warm_up(options: &BenchOptions, run: Arc<Run>, progress: &Progress) -> Result<(), BenchError> {
+async fn warm_up(options: &BenchOptions, run: &Arc<Run>, progress: &Progress) -> Result<(), BenchError> {
     progress.begin("warming up", options.warmup);
     let slots = options.concurrency.unwrap_or(options.warmup).min(options.warmup);
     let samples = drive(run, &Schedule::Closed { slots }).await;

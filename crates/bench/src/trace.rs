@@ -204,7 +204,7 @@ fn mooncake_row(line: &str) -> Result<Row, String> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::print_stderr)]
 mod tests {
     use super::*;
     use std::path::PathBuf;

@@ -330,7 +330,7 @@ fn parse_line(line: &str) -> Result<Entry, String> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::print_stderr)]
 mod tests {
     use super::*;
 

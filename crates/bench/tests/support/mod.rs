@@ -12,32 +12,32 @@ use tokio::net::TcpListener;
 
 /// What the server has seen.
 #[derive(Default)]
-pub struct Seen {
+pub(crate) struct Seen {
     /// Bodies of the generation requests, with their paths.
-    pub requests: Mutex<Vec<(String, Value)>>,
+    pub(crate) requests: Mutex<Vec<(String, Value)>>,
     /// Values of the `authorization` header.
-    pub keys: Mutex<Vec<String>>,
-    pub connections: AtomicUsize,
+    pub(crate) keys: Mutex<Vec<String>>,
+    pub(crate) connections: AtomicUsize,
 }
 
 impl Seen {
-    pub fn prompts(&self) -> Vec<Value> {
+    pub(crate) fn prompts(&self) -> Vec<Value> {
         self.requests.lock().unwrap().iter().map(|(_, body)| body["prompt"].clone()).collect()
     }
 }
 
-pub struct Server {
-    pub url: String,
-    pub seen: Arc<Seen>,
+pub(crate) struct Server {
+    pub(crate) url: String,
+    pub(crate) seen: Arc<Seen>,
 }
 
 impl Server {
-    pub fn fault(&self, name: &str) -> String {
+    pub(crate) fn fault(&self, name: &str) -> String {
         format!("{}/{name}", self.url)
     }
 }
 
-pub async fn start() -> Server {
+pub(crate) async fn start() -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let seen = Arc::new(Seen::default());
@@ -56,7 +56,10 @@ pub async fn start() -> Server {
 }
 
 /// Serves one connection until it closes.
-pub async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, seen: Arc<Seen>) -> std::io::Result<()> {
+pub(crate) async fn serve(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    seen: Arc<Seen>,
+) -> std::io::Result<()> {
     let mut stream = BufReader::new(stream);
     loop {
         let mut head = Vec::new();
@@ -85,7 +88,7 @@ pub async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, seen: Arc<Seen>)
         let path = head[0].split(' ').nth(1).unwrap().to_owned();
         let fault = path.trim_start_matches('/').split('/').next().unwrap().to_owned();
         let body: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
-        if !answer(&mut stream, &path, &fault, body, &seen).await? {
+        if !answer(&mut stream, &path, &fault, &body, &seen).await? {
             return Ok(());
         }
     }
@@ -96,7 +99,7 @@ async fn answer(
     out: &mut (impl AsyncWrite + AsyncRead + Unpin),
     path: &str,
     fault: &str,
-    body: Value,
+    body: &Value,
     seen: &Seen,
 ) -> std::io::Result<bool> {
     if path.ends_with("/v1/models") {
@@ -126,7 +129,7 @@ async fn answer(
         "garbage" => out.write_all(b"\x00\x01\x02 this is not HTTP\r\n\r\n").await.map(|()| false)?,
         "headers" => return endless_headers(out).await.map(|()| false),
         "json" => return plain(out, "200 OK", "{\"choices\":[]}").await.map(|()| true),
-        _ => return stream_answer(out, path, fault, &body).await,
+        _ => return stream_answer(out, path, fault, body).await,
     };
     Ok(false)
 }
