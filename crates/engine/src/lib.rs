@@ -15,6 +15,8 @@ mod prefix;
 mod request;
 mod scheduler;
 mod sequence;
+#[cfg(feature = "test-hooks")]
+pub mod sim;
 mod slab;
 mod stats;
 mod step;

@@ -63,6 +63,7 @@ impl Scheduler {
         for (&row, result) in flight.rows.iter().zip(rows) {
             step_tokens += self.commit_row(row, result, tokens);
         }
+        self.tidy();
         self.counters.steps += 1;
         self.counters.step_tokens += u64::from(step_tokens);
         self.counters.step_rows += flight.rows.len() as u64;

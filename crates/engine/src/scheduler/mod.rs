@@ -105,8 +105,9 @@ pub struct Scheduler {
     requests: Slab<Request>,
     by_id: HashMap<RequestId, u32>,
     fair: FairShare,
-    /// In order of admission. May name sequences that no longer run until the next plan tidies it.
+    /// In order of admission. While `untidy`, it may also name sequences that ended or were preempted.
     running: Vec<u32>,
+    untidy: bool,
     /// Sequences that were left out of the last plan so that they can be preempted.
     marked: Vec<u32>,
     deadlines: BTreeSet<(Time, u32)>,
@@ -181,6 +182,7 @@ impl Scheduler {
             by_id: HashMap::new(),
             fair: FairShare::default(),
             running: Vec::new(),
+            untidy: false,
             marked: Vec::new(),
             deadlines: BTreeSet::new(),
             queued: BTreeMap::new(),
@@ -299,7 +301,11 @@ impl Scheduler {
     /// The counters now.
     #[must_use]
     pub fn counters(&self) -> Counters {
-        let running = self.running.iter().filter(|&&s| self.seqs[s].stage == Stage::Running).count();
+        let running = if self.untidy {
+            self.running.iter().filter(|&&s| self.runs(s)).count()
+        } else {
+            self.running.len()
+        };
         let oldest = self.queued.first_key_value().map_or(Time::ZERO, |(_, (since, _))| *since);
         Counters {
             running: running as u64,
@@ -310,6 +316,20 @@ impl Scheduler {
             blocks_cached: u64::from(self.pool.cached()),
             snapshots_cached: u64::from(self.snapshots.cached()),
             ..self.counters
+        }
+    }
+
+    fn runs(&self, s: u32) -> bool {
+        self.seqs.get(s).is_some_and(|seq| seq.stage == Stage::Running)
+    }
+
+    /// Drops from `running` what no longer runs. An index that another sequence has taken over meanwhile is
+    /// not running either: only [`Scheduler::plan`] admits, and it tidies first.
+    fn tidy(&mut self) {
+        if std::mem::take(&mut self.untidy) {
+            let mut running = std::mem::take(&mut self.running);
+            running.retain(|&s| self.runs(s));
+            self.running = running;
         }
     }
 

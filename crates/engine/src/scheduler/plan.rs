@@ -1,9 +1,8 @@
 //! Making a step: decoding rows first, then prefill chunks, then admissions, within one token budget.
 
 use super::{Flight, FlightRow, Scheduler};
-use crate::ids::{BLOCK_TOKENS, SnapshotId};
+use crate::ids::BLOCK_TOKENS;
 use crate::request::Time;
-use crate::sequence::Stage;
 use crate::step::{Row, RowInput, RowOutput, StepPlan};
 
 impl Scheduler {
@@ -25,15 +24,20 @@ impl Scheduler {
         flight.saves.clear();
 
         self.expire(now);
+        self.tidy();
         let preempted = self.make_room();
-        let seqs = &self.seqs;
-        self.running.retain(|&s| seqs[s].stage == Stage::Running);
+        self.tidy();
 
         self.plan_decodes(plan, &mut flight);
         let left = self.budget - plan.rows.len() as u32;
         self.plan_prefills(now, plan, &mut flight, left, preempted);
 
         if plan.rows.is_empty() {
+            plan.saves.clear();
+            for (s, snapshot) in flight.saves.drain(..) {
+                self.seqs[s].saved_at = 0;
+                self.snapshots.release(snapshot.0);
+            }
             self.spare.push(flight);
             return;
         }
@@ -98,6 +102,11 @@ impl Scheduler {
             (self.fair.tenant(seq.tenant).served(), self.requests[seq.request].arrival, seq.choice)
         };
         prefilling.sort_by_cached_key(turn);
+        // A step saves before it restores, so a save must not take a snapshot that an admission of the same
+        // plan has found: all saves are decided first.
+        for &s in &prefilling {
+            self.save_snapshot(s, plan, &mut flight.saves);
+        }
         let head = prefilling.first().copied();
         let mut kept = 0;
         if let Some(head) = head {
@@ -138,9 +147,6 @@ impl Scheduler {
         if end <= start {
             return 0;
         }
-        let mut saves: Vec<(u32, SnapshotId)> = std::mem::take(&mut flight.saves);
-        self.save_snapshot(s, plan, &mut saves);
-        flight.saves = saves;
         self.grow(s, end, plan);
         let offset = plan.tokens.len() as u32;
         let seq = &mut self.seqs[s];

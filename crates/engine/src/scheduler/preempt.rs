@@ -24,8 +24,7 @@ impl Scheduler {
         if self.spare_pages() as usize >= self.running.len() * self.paged.len() {
             return false;
         }
-        let still_running = self.running.iter().filter(|&&s| self.seqs[s].stage == Stage::Running);
-        let mut demand: u32 = still_running.map(|&s| self.shortfall(&self.seqs[s])).sum();
+        let mut demand: u32 = self.running.iter().map(|&s| self.shortfall(&self.seqs[s])).sum();
         let mut expected = 0;
         let mut any = false;
         while self.spare_pages() + expected < demand {
@@ -92,6 +91,7 @@ impl Scheduler {
     pub(super) fn stop_running(&mut self, s: u32) {
         let seq = &mut self.seqs[s];
         seq.marked = false;
+        self.untidy = true;
         if !seq.secured {
             self.requests[seq.request].preemptible -= 1;
             self.fair.tenant_mut(seq.tenant).preemptible -= 1;
