@@ -354,3 +354,93 @@ fn scaling(c: &Config<'_>, outer: &Config<'_>, context: usize) -> Result<RopeSca
         )),
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn spec(fields: &Value) -> ModelSpec {
+        let mut config = json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 100, "max_position_embeddings": 512,
+        });
+        for (key, value) in fields.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        spec_from_config("config.json", config.as_object().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn absent_fields_have_the_values_of_transformers() {
+        let s = spec(&json!({}));
+        let a = &s.layers[2].attention;
+        assert_eq!((a.q_heads, a.kv_heads, a.head_dim, a.scale), (4, 4, 16, 0.25));
+        assert!(!a.qkv_bias && !a.output_bias && a.qk_norm.is_none() && a.window.is_none());
+        assert_eq!((s.tied, s.final_norm.eps, s.dtype, &s.eos[..]), (false, 1e-6, None, &[][..]));
+        assert_eq!(s.ropes, [RopeSpec { theta: 1e4, rotary_dim: 16, scaling: RopeScaling::None }]);
+        assert_eq!(s.parameters(), 3 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 2 * 6_400 + 64);
+    }
+
+    #[test]
+    fn families_differ_where_they_should() {
+        let window = |fields: Value| -> Vec<Option<u32>> {
+            spec(&fields).layers.iter().map(|l| l.attention.window).collect()
+        };
+        let mistral = json!({"architectures": ["MistralForCausalLM"]});
+        assert_eq!(window(mistral), [Some(4_096); 3], "transformers' default");
+        assert_eq!(
+            window(json!({"architectures": ["MistralForCausalLM"], "sliding_window": null})),
+            [None; 3]
+        );
+        let qwen = |extra: Value| {
+            let mut fields = json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 9});
+            fields.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+            fields
+        };
+        assert_eq!(window(qwen(json!({"max_window_layers": 0}))), [None; 3], "not in use");
+        let used = json!({"use_sliding_window": true, "max_window_layers": 1});
+        assert_eq!(window(qwen(used)), [None, Some(9), Some(9)]);
+        let types = json!({"use_sliding_window": true,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]});
+        assert_eq!(window(qwen(types)), [Some(9), None, Some(9)]);
+        let s = spec(&qwen(json!({})));
+        assert!(s.layers[0].attention.qkv_bias && !s.layers[0].attention.output_bias);
+        let s = spec(&json!({"architectures": ["Qwen3ForCausalLM"]}));
+        assert_eq!(s.layers[0].attention.head_dim, 128, "Qwen3's default, not hidden / heads");
+        assert!(s.layers[0].attention.qk_norm.is_some());
+        let s = spec(&json!({"attention_bias": true, "mlp_bias": true, "tie_word_embeddings": true}));
+        assert!(s.layers[0].attention.output_bias && s.layers[0].mlp.bias);
+        let more = (4 * 64) + (2 * 96 + 64);
+        let plain = spec(&json!({"tie_word_embeddings": true}));
+        assert_eq!(s.parameters() - plain.parameters(), 3 * more);
+    }
+
+    #[test]
+    fn both_spellings_of_rope_are_read() {
+        let new = json!({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}});
+        let old = json!({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}});
+        assert_eq!(spec(&new).ropes, spec(&old).ropes);
+        let default = json!({"rope_scaling": {"rope_type": "default"}});
+        assert_eq!(spec(&default).ropes[0].scaling, RopeScaling::None);
+        let yarn = json!({"rope_scaling": {"rope_type": "yarn", "factor": null,
+            "original_max_position_embeddings": 128, "mscale": 1.0, "mscale_all_dim": 0.5}});
+        let RopeScaling::Yarn(yarn) = &spec(&yarn).ropes[0].scaling else { panic!("not yarn") };
+        assert_eq!((yarn.factor, yarn.original_context, yarn.truncate), (4.0, 128.0, true));
+        let expected = (0.1 * 4f64.ln() + 1.0) / (0.05 * 4f64.ln() + 1.0);
+        assert!((yarn.attention_factor - expected).abs() < 1e-12);
+        let outer = json!({"original_max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn",
+            "factor": 8.0, "original_max_position_embeddings": 128}});
+        let RopeScaling::Yarn(yarn) = &spec(&outer).ropes[0].scaling else { panic!("not yarn") };
+        assert_eq!(yarn.original_context, 64.0, "the outer field wins");
+    }
+
+    #[test]
+    fn fields_without_meaning_are_listed() {
+        let s = spec(&json!({"use_cache": true, "initializer_range": 0.02, "auto_map": {"x": "y"}}));
+        assert_eq!(s.ignored_fields, ["use_cache", "initializer_range", "auto_map"]);
+        assert_eq!(REGISTRY.len(), 4);
+    }
+}

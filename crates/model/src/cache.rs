@@ -234,3 +234,83 @@ pub fn plan_cache(spec: &ModelSpec, request: &CacheRequest) -> Result<(Grouping,
     };
     Ok((grouping, layout, report))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::arch::spec_from_config;
+    use crate::config::parse_object;
+
+    fn spec(fields: &str) -> ModelSpec {
+        let json = format!(
+            r#"{{"architectures": ["Qwen2ForCausalLM"], "hidden_size": 64, "intermediate_size": 64,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
+            "max_position_embeddings": 4096, {fields}}}"#
+        );
+        spec_from_config("config.json", &parse_object("config.json", json.as_bytes(), 9_999).unwrap()).unwrap()
+    }
+
+    fn mixed() -> ModelSpec {
+        spec(
+            r#""num_hidden_layers": 12, "use_sliding_window": true, "sliding_window": 64, "max_window_layers": 8"#,
+        )
+    }
+
+    fn request(budget: CacheBudget) -> CacheRequest {
+        CacheRequest { budget, dtype: CacheDtype::Bf16, max_model_len: None, slots: 4, max_step_tokens: 128 }
+    }
+
+    #[test]
+    fn layers_of_one_kind_make_one_group() {
+        let g = Grouping::new(&spec(r#""num_hidden_layers": 12"#), CacheDtype::Bf16, 4_096);
+        assert_eq!(g.kinds, [GroupKind::Full]);
+        assert_eq!(g.places[11], (0, 11));
+        // 12 layers, keys and values, 2 heads, 16 tokens, 16 elements, 2 bytes.
+        assert_eq!(g.page_bytes(), 12 * 2 * 2 * 16 * 16 * 2);
+    }
+
+    #[test]
+    fn mixed_layers_waste_nothing() {
+        let g = Grouping::new(&mixed(), CacheDtype::F32, 4_096);
+        assert_eq!(g.kinds, [GroupKind::Full, GroupKind::Full, GroupKind::Window(64)]);
+        assert!(g.layouts.iter().all(|l| l.layers == 4));
+        assert_eq!((g.places[0], g.places[7], g.places[8]), ((0, 0), (1, 3), (2, 0)));
+        let short = Grouping::new(&mixed(), CacheDtype::F32, 64);
+        assert_eq!(short.kinds, [GroupKind::Full], "a window as long as the context is none");
+    }
+
+    #[test]
+    fn many_groups_are_traded_for_some_waste() {
+        // 61 full and 2 windowed layers: pages of one layer would waste nothing and need 63 groups.
+        let s = spec(
+            r#""num_hidden_layers": 63, "use_sliding_window": true, "sliding_window": 64, "max_window_layers": 61"#,
+        );
+        let g = Grouping::new(&s, CacheDtype::F32, 4_096);
+        assert!(g.kinds.len() <= MAX_GROUPS, "{}", g.kinds.len());
+        assert_eq!(g.layouts.iter().map(|l| l.layers).sum::<usize>(), 63);
+    }
+
+    #[test]
+    fn budgets_become_pages() {
+        let (_, layout, report) = plan_cache(&mixed(), &request(CacheBudget::Tokens(4_096))).unwrap();
+        assert_eq!((layout.blocks, layout.table_len), (3 * 256 + 1, 256));
+        assert_eq!((report.tokens, report.max_context), (4_096, 4_096));
+        let bytes = report.page_bytes * 101;
+        let (_, layout, report) = plan_cache(&mixed(), &request(CacheBudget::Bytes(bytes))).unwrap();
+        assert_eq!((layout.blocks, report.bytes), (101, bytes));
+        // Two full groups, and a window of 64 with a step of 128: 13 pages.
+        assert_eq!(report.max_context, (100 - 13) / 2 * 16, "the context shrinks to what fits");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let ask = |budget, len| plan_cache(&mixed(), &CacheRequest { max_model_len: len, ..request(budget) });
+        let e = ask(CacheBudget::Bytes(1_000), None).unwrap_err();
+        assert!(e.to_string().contains("1000") && e.exit_code() == 2, "{e}");
+        let e = ask(CacheBudget::Tokens(512), Some(2_048)).unwrap_err();
+        assert!(e.to_string().contains("2048 were asked for"), "{e}");
+        let e = ask(CacheBudget::Tokens(9_999), Some(4_097)).unwrap_err();
+        assert!(e.to_string().contains("`max-model-len`") && e.to_string().contains("4096"), "{e}");
+    }
+}

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 
 use mirai_engine::{
-    BLOCK_TOKENS, DeviceFault, Executor, Geometry, RowFault, RowInput, RowOutput, StepOutcome, StepPlan,
+    DeviceFault, Executor, Geometry, RowFault, RowInput, RowOutput, StepOutcome, StepPlan,
 };
 
 use crate::backend::{Backend, Batch, BatchRow, StepShape};
@@ -48,7 +48,7 @@ impl<B: Backend> ModelExecutor<B> {
     fn flatten(&mut self, plan: &StepPlan) -> Result<Vec<(usize, RowFault)>, String> {
         for open in &plan.opens {
             let slot = open.slot.0 as usize;
-            let wanted = self.prompt_logprobs.get_mut(slot).ok_or_else(|| self.geometry.no_slot(open.slot.0))?;
+            let wanted = self.prompt_logprobs.get_mut(slot).ok_or_else(|| no_slot(&self.geometry, open.slot.0))?;
             *wanted = open.sampling.prompt_logprobs.is_some();
         }
         let batch = &mut self.batch;
@@ -59,7 +59,7 @@ impl<B: Backend> ModelExecutor<B> {
         let mut faults = Vec::new();
         for (index, row) in plan.rows.iter().enumerate() {
             let (first, len, start) = (batch.ids.len(), row.len as usize, row.start as usize);
-            self.geometry.check_row(row.slot.0, first, start, len)?;
+            check_row(&self.geometry, row.slot.0, first, start, len)?;
             match row.input {
                 RowInput::LastDrawn if len == 1 => batch.ids.push(0),
                 RowInput::LastDrawn => return Err(format!("row {index}: {len} tokens, but one was drawn")),
@@ -120,29 +120,23 @@ impl<B: Backend> ModelExecutor<B> {
     }
 }
 
-/// Checks of a plan against what there is room for.
-trait Check {
-    fn no_slot(&self, slot: u32) -> String;
-    fn check_row(&self, slot: u32, first: usize, start: usize, len: usize) -> Result<(), String>;
+fn no_slot(geometry: &Geometry, slot: u32) -> String {
+    format!("slot {slot} of {}", geometry.slots)
 }
 
-impl Check for Geometry {
-    fn no_slot(&self, slot: u32) -> String {
-        format!("slot {slot} of {}", self.slots)
+/// Holds one row against what there is room for. `first` is the number of tokens before it in the step.
+fn check_row(geometry: &Geometry, slot: u32, first: usize, start: usize, len: usize) -> Result<(), String> {
+    if slot >= geometry.slots {
+        return Err(no_slot(geometry, slot));
     }
-
-    fn check_row(&self, slot: u32, first: usize, start: usize, len: usize) -> Result<(), String> {
-        if slot >= self.slots {
-            return Err(self.no_slot(slot));
-        }
-        if len == 0 || start + len > self.max_context as usize {
-            return Err(format!("slot {slot}: positions {start} + {len}, the context is {}", self.max_context));
-        }
-        if first + len > self.max_step_tokens as usize {
-            return Err(format!("a step of {} tokens or more, at most {}", first + len, self.max_step_tokens));
-        }
-        Ok(())
+    if len == 0 || start + len > geometry.max_context as usize {
+        return Err(format!("slot {slot}: positions {start} + {len}, the context is {}", geometry.max_context));
     }
+    if first + len > geometry.max_step_tokens as usize {
+        let most = geometry.max_step_tokens;
+        return Err(format!("a step of {} tokens or more, at most {most}", first + len));
+    }
+    Ok(())
 }
 
 /// Takes the tokens of failed rows out of an outcome.
@@ -189,8 +183,132 @@ impl<B: Backend> Executor for ModelExecutor<B> {
     }
 }
 
-/// Entries of a slot's block table for a context.
-#[must_use]
-pub const fn table_len(context: usize) -> usize {
-    context.div_ceil(BLOCK_TOKENS)
+#[cfg(all(test, feature = "test-support"))]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::sync::Arc;
+
+    use mirai_engine::{BlockId, Row, RowOutcome, SamplingParams, SeqId, SlotId, SlotOpen};
+
+    use super::*;
+    use crate::cache::CacheBudget;
+    use crate::loader::{LoadOptions, ModelSource, load};
+    use crate::reference::Reference;
+
+    const CONFIG: &[u8] = br#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 16, "intermediate_size": 24,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20, "max_position_embeddings": 64}"#;
+
+    fn executor() -> ModelExecutor<Reference> {
+        let source = ModelSource::memory("dummy", &[("config.json", CONFIG)]);
+        let options = LoadOptions {
+            dummy: Some(1),
+            cache: CacheBudget::Tokens(256),
+            max_slots: 3,
+            max_step_tokens: 20,
+            ..LoadOptions::default()
+        };
+        load(&source, &options, Reference::default(), &mut |_, _| {}).unwrap().executor
+    }
+
+    fn open(slot: u32) -> SlotOpen {
+        SlotOpen {
+            slot: SlotId(slot),
+            seq: SeqId(slot.into()),
+            choice: 0,
+            sampling: Arc::new(SamplingParams::default()),
+            prompt: Arc::from([1, 2, 3]),
+            output: vec![],
+            computed: 0,
+            blocks: vec![(0..4).map(|b| BlockId(1 + slot * 4 + b)).collect()],
+            restore: None,
+        }
+    }
+
+    fn row(slot: u32, start: u32, len: u32, input: RowInput) -> Row {
+        let seq = SeqId(slot.into());
+        Row { seq, slot: SlotId(slot), start, len, input, output: RowOutput::Sample }
+    }
+
+    #[test]
+    fn a_bad_row_fails_alone() {
+        let mut e = executor();
+        let plan = |opens, tokens: Vec<u32>| StepPlan {
+            step: 5,
+            opens,
+            rows: (0..3).map(|s| row(s, 0, 3, RowInput::Tokens(3 * s))).collect(),
+            tokens,
+            ..StepPlan::default()
+        };
+        let mut good = StepOutcome::default();
+        e.submit(&plan((0..3).map(open).collect(), vec![1, 2, 3, 4, 5, 6, 7, 8, 9])).unwrap();
+        e.collect(&mut good).unwrap();
+        let mut out = StepOutcome::default();
+        e.submit(&plan((0..3).map(open).collect(), vec![1, 2, 3, 4, 20, 6, 7, 8, 9])).unwrap();
+        e.collect(&mut out).unwrap();
+        assert_eq!(out.tokens, [good.tokens[0], good.tokens[2]]);
+        let ranges: Vec<_> = out.rows.iter().map(|r| r.tokens.clone()).collect();
+        assert_eq!(ranges, [0..1, 1..1, 1..2]);
+        assert!(matches!(&out.rows[1].fault, Some(RowFault::Panic(why)) if why.contains("20")));
+        assert!(out.rows[0].fault.is_none() && out.rows[2].fault.is_none());
+    }
+
+    #[test]
+    fn plans_beyond_the_geometry_are_device_faults() {
+        let table = [
+            (row(3, 0, 1, RowInput::Tokens(0)), "slot 3 of 3"),
+            (row(0, 64, 1, RowInput::Tokens(0)), "the context is 64"),
+            (row(0, 0, 0, RowInput::Tokens(0)), "positions 0 + 0"),
+            (row(0, 0, 21, RowInput::Tokens(0)), "at most 20"),
+            (row(0, 0, 2, RowInput::Tokens(20)), "tokens 20 + 2 of 21"),
+            (row(0, 0, 2, RowInput::LastDrawn), "one was drawn"),
+        ];
+        for (row, words) in table {
+            let plan = StepPlan {
+                step: 9,
+                opens: vec![open(0)],
+                rows: vec![row],
+                tokens: vec![1; 21],
+                ..StepPlan::default()
+            };
+            let fault = executor().submit(&plan).unwrap_err();
+            assert_eq!(fault.step, 9);
+            assert!(fault.message.contains(words), "{fault}");
+        }
+        let plan = StepPlan { opens: vec![open(7)], ..StepPlan::default() };
+        assert!(executor().submit(&plan).unwrap_err().message.contains("slot 7 of 3"));
+    }
+
+    #[test]
+    fn outputs_follow_what_slots_want() {
+        let mut e = executor();
+        let mut wants = open(1);
+        let sampling = SamplingParams { prompt_logprobs: Some(0), ..SamplingParams::default() };
+        wants.sampling = Arc::new(sampling);
+        let mut quiet = row(0, 0, 3, RowInput::Tokens(0));
+        quiet.output = RowOutput::Nothing;
+        let plan = StepPlan {
+            opens: vec![open(0), wants, open(2)],
+            rows: vec![quiet, row(1, 0, 2, RowInput::Tokens(3)), row(2, 0, 2, RowInput::Tokens(5))],
+            tokens: vec![1; 7],
+            ..StepPlan::default()
+        };
+        assert!(e.flatten(&plan).unwrap().is_empty());
+        assert_eq!(e.batch.outputs, [3, 4, 6]);
+        let outputs: Vec<_> = e.batch.rows.iter().map(|r| r.outputs).collect();
+        assert_eq!(outputs, [(0, 0), (0, 2), (2, 3)]);
+        assert_eq!(e.batch.positions, [0, 1, 2, 0, 1, 0, 1]);
+    }
+
+    #[test]
+    fn an_empty_step_has_an_empty_outcome() {
+        let mut e = executor();
+        e.submit(&StepPlan { step: 2, ..StepPlan::default() }).unwrap();
+        let mut out = StepOutcome { rows: vec![RowOutcome::default()], ..StepOutcome::default() };
+        e.collect(&mut out).unwrap();
+        assert_eq!((out.step, out.rows.len()), (2, 0));
+        assert!(e.collect(&mut out).is_err(), "nothing was submitted");
+        assert!(!e.is_asynchronous());
+        assert!(format!("{:?}", e.backend()).contains("Reference"));
+        assert!(e.backend_mut().collect(&mut out).is_err());
+    }
 }

@@ -13,8 +13,8 @@ pub mod dummy;
 pub mod error;
 pub mod executor;
 pub mod forward;
-pub mod loader;
 pub mod gguf;
+pub mod loader;
 pub mod mmap;
 #[cfg(feature = "test-support")]
 pub mod reference;
@@ -22,6 +22,8 @@ pub mod rope;
 pub mod safetensors;
 pub mod spec;
 mod storage;
+#[cfg(feature = "test-support")]
+pub mod testing;
 pub mod weights;
 
 pub use cache::{CacheBudget, CacheReport};
