@@ -45,9 +45,7 @@ impl ByteTable {
             }
             table.flags.push(flags);
             // The loaders cap their input far below 4 GiB.
-            table
-                .ends
-                .push(u32::try_from(table.data.len()).unwrap_or(u32::MAX));
+            table.ends.push(u32::try_from(table.data.len()).unwrap_or(u32::MAX));
         }
         table
     }
@@ -72,11 +70,7 @@ impl ByteTable {
         Some(TokenBytes {
             bytes,
             special: flags & SPECIAL != 0,
-            text: if flags & WHOLE_UTF8 != 0 {
-                std::str::from_utf8(bytes).ok()
-            } else {
-                None
-            },
+            text: if flags & WHOLE_UTF8 != 0 { std::str::from_utf8(bytes).ok() } else { None },
         })
     }
 }

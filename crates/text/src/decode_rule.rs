@@ -35,10 +35,7 @@ impl Leading {
                 *self = if cut == count || cut < bytes.len() {
                     Self::Done
                 } else {
-                    Self::Strip {
-                        byte,
-                        count: count - cut,
-                    }
+                    Self::Strip { byte, count: count - cut }
                 };
                 Cow::Borrowed(&bytes[cut..])
             }
@@ -88,19 +85,9 @@ impl DecodeRule {
         Self {
             byte_level: false,
             byte_fallback: true,
-            steps: vec![Step::Replace {
-                from: "▁".to_owned(),
-                to: " ".to_owned(),
-            }],
+            steps: vec![Step::Replace { from: "▁".to_owned(), to: " ".to_owned() }],
             joined: false,
-            leading: if strip_space {
-                Leading::Strip {
-                    byte: b' ',
-                    count: 1,
-                }
-            } else {
-                Leading::Done
-            },
+            leading: if strip_space { Leading::Strip { byte: b' ', count: 1 } } else { Leading::Done },
         }
     }
 
@@ -114,10 +101,7 @@ impl DecodeRule {
             leading: Leading::Done,
         };
         if rule.joined {
-            rule.leading = Leading::Strip {
-                byte: b' ',
-                count: 1,
-            };
+            rule.leading = Leading::Strip { byte: b' ', count: 1 };
             return Ok(rule);
         }
         let mut parts = Vec::new();
@@ -143,25 +127,18 @@ impl DecodeRule {
             Some("ByteFallback") if untouched => self.byte_fallback = true,
             Some("Fuse") => *fused = true,
             Some("Replace") if untouched => {
-                let (Some(from), Some(to)) =
-                    (part["pattern"]["String"].as_str(), part["content"].as_str())
+                let (Some(from), Some(to)) = (part["pattern"]["String"].as_str(), part["content"].as_str())
                 else {
                     return Err(unsupported("only string patterns can be replaced"));
                 };
-                self.steps.push(Step::Replace {
-                    from: from.to_owned(),
-                    to: to.to_owned(),
-                });
+                self.steps.push(Step::Replace { from: from.to_owned(), to: to.to_owned() });
             }
             Some("Strip") => self.add_strip(part, *fused).ok_or_else(|| {
                 unsupported("only one strip of an ASCII character at the start of the text")
             })?,
             Some("Metaspace") if untouched => {
                 let replacement = part["replacement"].as_str().unwrap_or("▁");
-                self.steps.push(Step::Replace {
-                    from: replacement.to_owned(),
-                    to: " ".to_owned(),
-                });
+                self.steps.push(Step::Replace { from: replacement.to_owned(), to: " ".to_owned() });
                 let never = part["prepend_scheme"].as_str() == Some("never")
                     || part["add_prefix_space"].as_bool() == Some(false);
                 if !never {
@@ -182,21 +159,14 @@ impl DecodeRule {
             if self.byte_fallback {
                 return None;
             }
-            self.steps.push(Step::Strip {
-                content,
-                start,
-                stop,
-            });
+            self.steps.push(Step::Strip { content, start, stop });
             return Some(());
         }
         if stop != 0 || !content.is_ascii() || !self.leading.is_done() {
             return None;
         }
         if start > 0 {
-            self.leading = Leading::Strip {
-                byte: u8::try_from(content).ok()?,
-                count: start,
-            };
+            self.leading = Leading::Strip { byte: u8::try_from(content).ok()?, count: start };
         }
         Some(())
     }
@@ -210,11 +180,7 @@ impl DecodeRule {
         for step in &self.steps {
             text = Cow::Owned(match step {
                 Step::Replace { from, to } => text.replace(from.as_str(), to),
-                Step::Strip {
-                    content,
-                    start,
-                    stop,
-                } => strip(&text, *content, *start, *stop),
+                Step::Strip { content, start, stop } => strip(&text, *content, *start, *stop),
             });
         }
         if self.byte_fallback
@@ -321,11 +287,13 @@ mod tests {
     #[test]
     fn metaspace_drops_the_spaces_of_the_first_token() {
         let mut rule = DecodeRule::from_json(
-            &json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}))
+            &json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}),
+        )
         .unwrap();
         assert_eq!(&*rule.leading.apply(&rule.bytes_of("▁a▁b")), b"ab");
         let never = DecodeRule::from_json(
-            &json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never"}))
+            &json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never"}),
+        )
         .unwrap();
         assert!(never.leading.is_done());
     }
@@ -340,9 +308,8 @@ mod tests {
 
     #[test]
     fn a_strip_of_single_tokens_is_static() {
-        let rule = DecodeRule::from_json(
-            &json!({"type": "Strip", "content": "_", "start": 1, "stop": 2}))
-        .unwrap();
+        let rule =
+            DecodeRule::from_json(&json!({"type": "Strip", "content": "_", "start": 1, "stop": 2})).unwrap();
         assert_eq!(rule.bytes_of("__a___"), b"_a_");
         assert_eq!(rule.bytes_of("_"), b"");
     }

@@ -42,19 +42,13 @@ pub(crate) struct HfEncoder {
 /// Refuses a file that is larger than any vocabulary.
 pub(crate) fn check_size(bytes: u64) -> Result<(), TokenizerError> {
     if bytes > MAX_FILE_BYTES {
-        return Err(TokenizerError::FileTooLarge {
-            bytes,
-            limit: MAX_FILE_BYTES,
-        });
+        return Err(TokenizerError::FileTooLarge { bytes, limit: MAX_FILE_BYTES });
     }
     Ok(())
 }
 
 fn invalid(reason: impl ToString) -> TokenizerError {
-    TokenizerError::Invalid {
-        file: FILE,
-        reason: reason.to_string(),
-    }
+    TokenizerError::Invalid { file: FILE, reason: reason.to_string() }
 }
 
 pub(crate) fn load(bytes: &[u8]) -> Result<Parts, TokenizerError> {
@@ -94,9 +88,7 @@ pub(crate) fn finish(
     let vocab = tokenizer.get_vocab(true);
     let size = vocab.values().max().map_or(0, |id| *id as usize + 1);
     if size == 0 || size > MAX_VOCAB {
-        return Err(invalid(format!(
-            "the vocabulary ends at id {size}, accepted are 1 to {MAX_VOCAB}"
-        )));
+        return Err(invalid(format!("the vocabulary ends at id {size}, accepted are 1 to {MAX_VOCAB}")));
     }
     let mut entries: Vec<Option<(Vec<u8>, bool)>> = vec![None; size];
     let added = tokenizer.get_added_vocabulary();
@@ -108,10 +100,7 @@ pub(crate) fn finish(
     let mut plain_added = added.clone();
     plain_added.set_encode_special_tokens(true);
     Ok(Parts {
-        encoder: Encoder::Hf(Box::new(HfEncoder {
-            tokenizer,
-            plain_added,
-        })),
+        encoder: Encoder::Hf(Box::new(HfEncoder { tokenizer, plain_added })),
         table: ByteTable::from_entries(entries.into_iter()),
         leading: rule.leading,
         prefix,
@@ -149,19 +138,13 @@ impl HfEncoder {
         ids: &mut Vec<TokenId>,
     ) -> Result<(), TokenizerError> {
         let failed = |e: tokenizers::Error| TokenizerError::Encode(e.to_string());
-        let added = if parse_special {
-            self.tokenizer.get_added_vocabulary()
-        } else {
-            &self.plain_added
-        };
+        let added = if parse_special { self.tokenizer.get_added_vocabulary() } else { &self.plain_added };
         let mut pieces = added.extract_and_normalize(self.tokenizer.get_normalizer(), text);
         if let Some(pre_tokenizer) = self.tokenizer.get_pre_tokenizer() {
             pre_tokenizer.pre_tokenize(&mut pieces).map_err(failed)?;
         }
         let model = self.tokenizer.get_model();
-        pieces
-            .tokenize(|piece| model.tokenize(piece.get()))
-            .map_err(failed)?;
+        pieces.tokenize(|piece| model.tokenize(piece.get())).map_err(failed)?;
         for (_, _, tokens) in pieces.get_splits(OffsetReferential::Normalized, OffsetType::None) {
             ids.extend(tokens.iter().flatten().map(|token| token.id));
         }

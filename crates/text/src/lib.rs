@@ -23,8 +23,7 @@ pub use gguf::{GgufVocab, KNOWN_PRE_TOKENIZERS};
 pub use special::{SpecialTokens, TokenizerConfig};
 pub use stop::{StopMatcher, StopOutput};
 pub use template::{
-    ALLOWED_KWARGS, ArgumentStyle, ChatTemplate, ContentStyle, RenderInput, TemplateCaps,
-    TemplateLimits,
+    ALLOWED_KWARGS, ArgumentStyle, ChatTemplate, ContentStyle, RenderInput, TemplateCaps, TemplateLimits,
 };
 pub use tokenizer::{DEFAULT_MAX_INPUT_BYTES, Tokenizer};
 

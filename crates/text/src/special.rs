@@ -44,10 +44,7 @@ impl TokenizerConfig {
     pub fn from_json_bytes(bytes: &[u8]) -> Result<Self, TokenizerError> {
         let invalid = |reason: String| TokenizerError::Invalid { file: FILE, reason };
         if bytes.len() > MAX_BYTES {
-            return Err(invalid(format!(
-                "{} bytes, the limit is {MAX_BYTES}",
-                bytes.len()
-            )));
+            return Err(invalid(format!("{} bytes, the limit is {MAX_BYTES}", bytes.len())));
         }
         let json: Value = serde_json::from_slice(bytes).map_err(|e| invalid(e.to_string()))?;
         if !json.is_object() {
@@ -93,11 +90,7 @@ impl TokenizerConfig {
     ///
     /// # Errors
     /// [`TemplateError::NoSuchTemplate`] for an unknown name, or for a list without a default.
-    pub fn template(
-        &self,
-        name: Option<&str>,
-        with_tools: bool,
-    ) -> Result<Option<&str>, TemplateError> {
+    pub fn template(&self, name: Option<&str>, with_tools: bool) -> Result<Option<&str>, TemplateError> {
         let find = |wanted: &str| {
             let found = self.templates.iter().find(|(name, _)| name == wanted);
             found.map(|(_, source)| source.as_str())
@@ -132,11 +125,9 @@ fn templates(value: &Value) -> Result<Vec<(String, String)>, String> {
         Value::Array(list) => list
             .iter()
             .enumerate()
-            .map(|(index, entry)| {
-                match (entry["name"].as_str(), entry["template"].as_str()) {
-                    (Some(name), Some(source)) => Ok((name.to_owned(), source.to_owned())),
-                    _ => Err(format!("chat_template[{index}]: needs `name` and `template`")),
-                }
+            .map(|(index, entry)| match (entry["name"].as_str(), entry["template"].as_str()) {
+                (Some(name), Some(source)) => Ok((name.to_owned(), source.to_owned())),
+                _ => Err(format!("chat_template[{index}]: needs `name` and `template`")),
             })
             .collect(),
         _ => Err("chat_template: neither a string nor a list".to_owned()),

@@ -78,14 +78,9 @@ impl StopMatcher {
                 Some(next) => next,
                 None => {
                     let next = self.nodes.len();
-                    self.nodes.push(Node {
-                        depth: offset + 1,
-                        ..Node::default()
-                    });
+                    self.nodes.push(Node { depth: offset + 1, ..Node::default() });
                     // The caller's body limit keeps the node count far below 2^32.
-                    self.nodes[node]
-                        .children
-                        .push((*byte, u32::try_from(next).unwrap_or(u32::MAX)));
+                    self.nodes[node].children.push((*byte, u32::try_from(next).unwrap_or(u32::MAX)));
                     next
                 }
             };
@@ -114,10 +109,7 @@ impl StopMatcher {
 
     fn child(&self, node: usize, byte: u8) -> Option<usize> {
         let children = &self.nodes[node].children;
-        children
-            .iter()
-            .find(|(b, _)| *b == byte)
-            .map(|(_, next)| *next as usize)
+        children.iter().find(|(b, _)| *b == byte).map(|(_, next)| *next as usize)
     }
 
     fn next_state(&self, mut node: usize, byte: u8) -> usize {
@@ -141,10 +133,7 @@ impl StopMatcher {
     /// Adds text and returns what of the answer is now certain.
     pub fn push(&mut self, text: &str) -> StopOutput {
         if self.stopped.is_some() {
-            return StopOutput {
-                emit: String::new(),
-                stopped: self.stopped,
-            };
+            return StopOutput { emit: String::new(), stopped: self.stopped };
         }
         let base = self.buffer.len();
         self.buffer.push_str(text);
@@ -160,17 +149,11 @@ impl StopMatcher {
                 let emit = self.take(until);
                 self.buffer = String::new();
                 self.emitted = 0;
-                return StopOutput {
-                    emit,
-                    stopped: self.stopped,
-                };
+                return StopOutput { emit, stopped: self.stopped };
             }
         }
         let until = self.buffer.len() - self.nodes[self.state].depth;
-        StopOutput {
-            emit: self.take(until),
-            stopped: None,
-        }
+        StopOutput { emit: self.take(until), stopped: None }
     }
 
     /// Ends the text: what was held back is part of the answer after all, unless a stop string

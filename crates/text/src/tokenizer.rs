@@ -75,10 +75,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Self::from_json_bytes`], and [`TokenizerError::Io`].
     pub fn from_file(path: &Path) -> Result<Self, TokenizerError> {
-        let io = |source| TokenizerError::Io {
-            path: path.display().to_string(),
-            source,
-        };
+        let io = |source| TokenizerError::Io { path: path.display().to_string(), source };
         let bytes = std::fs::metadata(path).map_err(io)?.len();
         crate::hf::check_size(bytes)?;
         Self::from_json_bytes(&std::fs::read(path).map_err(io)?)
@@ -94,11 +91,7 @@ impl Tokenizer {
 
     fn from_parts(parts: Parts) -> Self {
         Self {
-            inner: Arc::new(Inner {
-                encoder: parts.encoder,
-                table: parts.table,
-                leading: parts.leading,
-            }),
+            inner: Arc::new(Inner { encoder: parts.encoder, table: parts.table, leading: parts.leading }),
             prefix: parts.prefix.into(),
             suffix: parts.suffix.into(),
             max_input_bytes: DEFAULT_MAX_INPUT_BYTES,
@@ -125,10 +118,10 @@ impl Tokenizer {
     ) -> Result<Self, TokenizerError> {
         for (ids, id) in [(&mut self.prefix, bos), (&mut self.suffix, eos)] {
             if let Some(id) = id.filter(|_| ids.is_empty()) {
-                self.inner.table.get(id).ok_or(TokenizerError::UnknownId {
-                    id,
-                    vocab_size: self.inner.table.len(),
-                })?;
+                self.inner
+                    .table
+                    .get(id)
+                    .ok_or(TokenizerError::UnknownId { id, vocab_size: self.inner.table.len() })?;
                 *ids = Arc::new([id]);
             }
         }
@@ -151,10 +144,7 @@ impl Tokenizer {
         parse_special: bool,
     ) -> Result<Vec<TokenId>, TokenizerError> {
         if text.len() > self.max_input_bytes {
-            return Err(TokenizerError::InputTooLong {
-                bytes: text.len(),
-                limit: self.max_input_bytes,
-            });
+            return Err(TokenizerError::InputTooLong { bytes: text.len(), limit: self.max_input_bytes });
         }
         let mut ids = Vec::new();
         if add_special {
@@ -183,8 +173,7 @@ impl Tokenizer {
                 bytes.extend_from_slice(&leading.apply(token.bytes));
             }
         }
-        Ok(String::from_utf8(bytes)
-            .unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned()))
+        Ok(String::from_utf8(bytes).unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned()))
     }
 
     /// The exact bytes of one token inside a text; they need not be whole characters. `None` for
@@ -232,10 +221,7 @@ impl Tokenizer {
     }
 
     pub(crate) fn entry(&self, id: TokenId) -> Result<TokenBytes<'_>, TokenizerError> {
-        self.inner.table.get(id).ok_or(TokenizerError::UnknownId {
-            id,
-            vocab_size: self.inner.table.len(),
-        })
+        self.inner.table.get(id).ok_or(TokenizerError::UnknownId { id, vocab_size: self.inner.table.len() })
     }
 
     pub(crate) fn leading(&self) -> Leading {

@@ -15,28 +15,21 @@ use crate::tokenizer::Parts;
 pub(super) fn load(mut vocab: GgufVocab) -> Result<Parts, TokenizerError> {
     let pre = pre::find(vocab.pre.as_deref())?;
     let (prefix, suffix) = vocab.surrounding(pre.add_bos)?;
-    let merges = vocab
-        .merges
-        .take()
-        .ok_or_else(|| bad("merges", "missing; a gpt2 vocabulary needs them"))?;
+    let merges = vocab.merges.take().ok_or_else(|| bad("merges", "missing; a gpt2 vocabulary needs them"))?;
     let merges = merges
         .iter()
         .enumerate()
         .map(|(index, merge)| split_merge(index, merge))
         .collect::<Result<Vec<_>, _>>()?;
     let ids: Vocab = vocab.tokens.iter().cloned().zip(0u32..).collect();
-    let mut builder = BPE::builder()
-        .vocab_and_merges(ids, merges)
-        .ignore_merges(pre.ignore_merges);
+    let mut builder = BPE::builder().vocab_and_merges(ids, merges).ignore_merges(pre.ignore_merges);
     if let Some(unk) = vocab.unk_id {
         builder = builder.unk_token(vocab.tokens[unk as usize].clone());
     }
     let model = builder.build().map_err(|e| bad("merges", e.to_string()))?;
     let mut tokenizer = tokenizers::Tokenizer::new(model);
     if pre.nfc {
-        tokenizer
-            .with_normalizer(Some(NFC))
-            .map_err(|e| bad("pre", e.to_string()))?;
+        tokenizer.with_normalizer(Some(NFC)).map_err(|e| bad("pre", e.to_string()))?;
     }
     tokenizer.with_pre_tokenizer(Some(pre_tokenizer(pre.patterns)?));
     for (index, token) in vocab.tokens.iter().enumerate() {
@@ -45,25 +38,16 @@ pub(super) fn load(mut vocab: GgufVocab) -> Result<Parts, TokenizerError> {
         if added && !token.is_empty() {
             let special = kind != kind::USER_DEFINED;
             let entry = AddedToken::from(token.clone(), special).normalized(false);
-            let result = if special {
-                tokenizer.add_special_tokens([entry])
-            } else {
-                tokenizer.add_tokens([entry])
-            };
+            let result =
+                if special { tokenizer.add_special_tokens([entry]) } else { tokenizer.add_tokens([entry]) };
             result.map_err(|e| bad("tokens", e.to_string()))?;
         }
     }
     // Added tokens are plain text here, where `tokenizer.json` runs them through its decoder.
-    crate::hf::finish(
-        tokenizer,
-        &DecodeRule::byte_level(),
-        prefix,
-        suffix,
-        |id, token| {
-            let plain = !matches!(vocab.kind_of(id as usize), kind::NORMAL | kind::UNUSED);
-            plain.then(|| token.as_bytes().to_vec())
-        },
-    )
+    crate::hf::finish(tokenizer, &DecodeRule::byte_level(), prefix, suffix, |id, token| {
+        let plain = !matches!(vocab.kind_of(id as usize), kind::NORMAL | kind::UNUSED);
+        plain.then(|| token.as_bytes().to_vec())
+    })
 }
 
 fn split_merge(index: usize, merge: &str) -> Result<(String, String), TokenizerError> {
@@ -78,12 +62,9 @@ fn split_merge(index: usize, merge: &str) -> Result<(String, String), TokenizerE
 fn pre_tokenizer(patterns: &[&str]) -> Result<PreTokenizerWrapper, TokenizerError> {
     let mut steps = Vec::with_capacity(patterns.len() + 1);
     for pattern in patterns {
-        let split = Split::new(
-            SplitPattern::Regex((*pattern).to_owned()),
-            SplitDelimiterBehavior::Isolated,
-            false,
-        )
-        .map_err(|e| bad("pre", e.to_string()))?;
+        let split =
+            Split::new(SplitPattern::Regex((*pattern).to_owned()), SplitDelimiterBehavior::Isolated, false)
+                .map_err(|e| bad("pre", e.to_string()))?;
         steps.push(PreTokenizerWrapper::Split(split));
     }
     let bytes = ByteLevel::new(false, false, false);

@@ -53,10 +53,7 @@ mod kind {
 }
 
 fn bad(field: &'static str, reason: impl Into<String>) -> TokenizerError {
-    TokenizerError::Gguf {
-        field,
-        reason: reason.into(),
-    }
+    TokenizerError::Gguf { field, reason: reason.into() }
 }
 
 pub(crate) fn load(vocab: GgufVocab) -> Result<Parts, TokenizerError> {
@@ -64,20 +61,14 @@ pub(crate) fn load(vocab: GgufVocab) -> Result<Parts, TokenizerError> {
     match vocab.model.as_str() {
         "llama" => spm::load(vocab),
         "gpt2" => bpe::load(vocab),
-        other => Err(bad(
-            "model",
-            format!("`{other}` is not supported; known: llama, gpt2"),
-        )),
+        other => Err(bad("model", format!("`{other}` is not supported; known: llama, gpt2"))),
     }
 }
 
 fn check(vocab: &GgufVocab) -> Result<(), TokenizerError> {
     let size = vocab.tokens.len();
     if size == 0 || size > MAX_VOCAB {
-        return Err(bad(
-            "tokens",
-            format!("{size} entries, accepted are 1 to {MAX_VOCAB}"),
-        ));
+        return Err(bad("tokens", format!("{size} entries, accepted are 1 to {MAX_VOCAB}")));
     }
     let lengths = [
         ("scores", vocab.scores.as_ref().map(Vec::len)),
@@ -88,22 +79,16 @@ fn check(vocab: &GgufVocab) -> Result<(), TokenizerError> {
             return Err(bad(field, format!("{len} entries for {size} tokens")));
         }
     }
-    if let Some(index) = vocab
-        .token_types
-        .iter()
-        .flatten()
-        .position(|t| !(kind::NORMAL..=kind::BYTE).contains(t))
+    if let Some(index) =
+        vocab.token_types.iter().flatten().position(|t| !(kind::NORMAL..=kind::BYTE).contains(t))
     {
         return Err(bad("token_type", format!("entry {index} is not in 1..=6")));
     }
     if let Some(index) = vocab.scores.iter().flatten().position(|s| s.is_nan()) {
         return Err(bad("scores", format!("entry {index} is not a number")));
     }
-    let ids = [
-        ("bos_token_id", vocab.bos_id),
-        ("eos_token_id", vocab.eos_id),
-        ("unknown_token_id", vocab.unk_id),
-    ];
+    let ids =
+        [("bos_token_id", vocab.bos_id), ("eos_token_id", vocab.eos_id), ("unknown_token_id", vocab.unk_id)];
     for (field, id) in ids {
         if let Some(id) = id.filter(|id| *id as usize >= size) {
             return Err(bad(field, format!("id {id} of {size} tokens")));
@@ -128,30 +113,17 @@ impl GgufVocab {
     }
 
     /// BOS and EOS around a text, with the format's default where the file is silent.
-    fn surrounding(
-        &self,
-        default_bos: bool,
-    ) -> Result<(Vec<TokenId>, Vec<TokenId>), TokenizerError> {
-        let pick = |wanted: bool, explicit: bool, id: Option<TokenId>, field: &'static str| {
-            match id.filter(|_| wanted) {
-                Some(id) => Ok(vec![id]),
-                None if wanted && explicit => Err(bad(field, "the file says to add it, but has none")),
-                None => Ok(Vec::new()),
-            }
+    fn surrounding(&self, default_bos: bool) -> Result<(Vec<TokenId>, Vec<TokenId>), TokenizerError> {
+        let pick = |wanted: bool, explicit: bool, id: Option<TokenId>, field: &'static str| match id
+            .filter(|_| wanted)
+        {
+            Some(id) => Ok(vec![id]),
+            None if wanted && explicit => Err(bad(field, "the file says to add it, but has none")),
+            None => Ok(Vec::new()),
         };
         Ok((
-            pick(
-                self.add_bos.unwrap_or(default_bos),
-                self.add_bos.is_some(),
-                self.bos_id,
-                "bos_token_id",
-            )?,
-            pick(
-                self.add_eos.unwrap_or(false),
-                self.add_eos.is_some(),
-                self.eos_id,
-                "eos_token_id",
-            )?,
+            pick(self.add_bos.unwrap_or(default_bos), self.add_bos.is_some(), self.bos_id, "bos_token_id")?,
+            pick(self.add_eos.unwrap_or(false), self.add_eos.is_some(), self.eos_id, "eos_token_id")?,
         ))
     }
 }

@@ -12,8 +12,7 @@ const QWEN35: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const O200K: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const DEEPSEEK3: &str = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##;
-const GPT2_NO_TAIL: &str =
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
+const GPT2_NO_TAIL: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
 
 /// How a byte-level BPE cuts text before merging.
 #[derive(Debug, Clone, Copy)]
@@ -28,126 +27,84 @@ pub(super) struct PreTokenizer {
     pub(super) nfc: bool,
 }
 
-const PLAIN: PreTokenizer = PreTokenizer {
-    patterns: &[GPT2],
-    ignore_merges: false,
-    add_bos: false,
-    nfc: false,
-};
+const PLAIN: PreTokenizer =
+    PreTokenizer { patterns: &[GPT2], ignore_merges: false, add_bos: false, nfc: false };
 
 /// All names accepted in `tokenizer.ggml.pre`, one family a line.
 const FAMILIES: &[(&[&str], PreTokenizer)] = &[
     (
         &["default"],
         PreTokenizer {
-            patterns: &[
-                r"[\p{P}\$\+<=>\^~\|]+",
-                GPT2_NO_TAIL,
-                r"\p{N}+",
-                r"[0-9][0-9][0-9]",
-            ],
+            patterns: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2_NO_TAIL, r"\p{N}+", r"[0-9][0-9][0-9]"],
             ..PLAIN
         },
     ),
     (
         &[
-            "gpt-2", "phi-2", "jina-es", "jina-de", "gigachat", "jina-v2-es", "jina-v2-de", "mpt",
-            "olmo", "jais", "trillion", "granite-docling", "exaone4",
+            "gpt-2",
+            "phi-2",
+            "jina-es",
+            "jina-de",
+            "gigachat",
+            "jina-v2-es",
+            "jina-v2-de",
+            "mpt",
+            "olmo",
+            "jais",
+            "trillion",
+            "granite-docling",
+            "exaone4",
         ],
         PLAIN,
     ),
     (
         &["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2"],
-        PreTokenizer {
-            patterns: &[LLAMA3],
-            ignore_merges: true,
-            add_bos: true,
-            ..PLAIN
-        },
+        PreTokenizer { patterns: &[LLAMA3], ignore_merges: true, add_bos: true, ..PLAIN },
     ),
-    (
-        &["dbrx", "smaug-bpe", "chatglm-bpe", "glm4"],
-        PreTokenizer {
-            patterns: &[LLAMA3],
-            ..PLAIN
-        },
-    ),
-    (
-        &["qwen2", "deepseek-r1-qwen"],
-        PreTokenizer {
-            patterns: &[QWEN2],
-            nfc: true,
-            ..PLAIN
-        },
-    ),
-    (
-        &["stablelm2", "megrez", "hunyuan"],
-        PreTokenizer {
-            patterns: &[QWEN2],
-            ..PLAIN
-        },
-    ),
-    (
-        &["qwen35"],
-        PreTokenizer {
-            patterns: &[QWEN35],
-            nfc: true,
-            ..PLAIN
-        },
-    ),
+    (&["dbrx", "smaug-bpe", "chatglm-bpe", "glm4"], PreTokenizer { patterns: &[LLAMA3], ..PLAIN }),
+    (&["qwen2", "deepseek-r1-qwen"], PreTokenizer { patterns: &[QWEN2], nfc: true, ..PLAIN }),
+    (&["stablelm2", "megrez", "hunyuan"], PreTokenizer { patterns: &[QWEN2], ..PLAIN }),
+    (&["qwen35"], PreTokenizer { patterns: &[QWEN35], nfc: true, ..PLAIN }),
     (
         &["smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"],
-        PreTokenizer {
-            patterns: &[r"\p{N}", GPT2],
-            ..PLAIN
-        },
+        PreTokenizer { patterns: &[r"\p{N}", GPT2], ..PLAIN },
     ),
-    (
-        &["tekken"],
-        PreTokenizer {
-            patterns: &[TEKKEN],
-            ignore_merges: true,
-            add_bos: true,
-            ..PLAIN
-        },
-    ),
-    (
-        &["gpt-4o", "llama4", "minimax-m2"],
-        PreTokenizer {
-            patterns: &[O200K],
-            ..PLAIN
-        },
-    ),
+    (&["tekken"], PreTokenizer { patterns: &[TEKKEN], ignore_merges: true, add_bos: true, ..PLAIN }),
+    (&["gpt-4o", "llama4", "minimax-m2"], PreTokenizer { patterns: &[O200K], ..PLAIN }),
     (
         &["deepseek-v3", "hunyuan-dense"],
-        PreTokenizer {
-            patterns: &[r"\p{N}{1,3}", "[一-龥\u{3040}-ゟ゠-ヿ]+", DEEPSEEK3],
-            ..PLAIN
-        },
+        PreTokenizer { patterns: &[r"\p{N}{1,3}", "[一-龥\u{3040}-ゟ゠-ヿ]+", DEEPSEEK3], ..PLAIN },
     ),
 ];
 
 /// Names accepted in `tokenizer.ggml.pre`, one representative a family (aliases are accepted too).
 pub const KNOWN_PRE_TOKENIZERS: &[&str] = &[
-    "default", "gpt-2", "llama-bpe", "smaug-bpe", "qwen2", "stablelm2", "qwen35", "smollm",
-    "tekken", "gpt-4o", "deepseek-v3",
+    "default",
+    "gpt-2",
+    "llama-bpe",
+    "smaug-bpe",
+    "qwen2",
+    "stablelm2",
+    "qwen35",
+    "smollm",
+    "tekken",
+    "gpt-4o",
+    "deepseek-v3",
 ];
 
 /// Looks a name up; a missing name is `default`, as in llama.cpp.
 pub(super) fn find(name: Option<&str>) -> Result<PreTokenizer, TokenizerError> {
     let name = name.unwrap_or("default");
-    FAMILIES
-        .iter()
-        .find(|(names, _)| names.contains(&name))
-        .map(|(_, pre)| *pre)
-        .ok_or_else(|| TokenizerError::UnknownPreTokenizer {
+    FAMILIES.iter().find(|(names, _)| names.contains(&name)).map(|(_, pre)| *pre).ok_or_else(|| {
+        TokenizerError::UnknownPreTokenizer {
             name: name.to_owned(),
             known: FAMILIES
                 .iter()
                 .flat_map(|(names, _)| names.iter().copied())
                 .collect::<Vec<_>>()
                 .join(", "),
-        })
+        }
+    })
 }
 
 #[cfg(test)]

@@ -43,31 +43,19 @@ struct Cutter {
 
 impl Cutter {
     fn new(tokens: &[String], wanted: impl Fn(usize) -> bool) -> Result<Self, TokenizerError> {
-        let chosen: Vec<usize> = (0..tokens.len())
-            .filter(|i| wanted(*i) && !tokens[*i].is_empty())
-            .collect();
+        let chosen: Vec<usize> = (0..tokens.len()).filter(|i| wanted(*i) && !tokens[*i].is_empty()).collect();
         if chosen.is_empty() {
-            return Ok(Self {
-                automaton: None,
-                ids: Vec::new(),
-            });
+            return Ok(Self { automaton: None, ids: Vec::new() });
         }
         let automaton = AhoCorasick::builder()
             .match_kind(MatchKind::LeftmostLongest)
             .build(chosen.iter().map(|i| &tokens[*i]))
             .map_err(|e| bad("tokens", e.to_string()))?;
-        Ok(Self {
-            automaton: Some(automaton),
-            ids: chosen.into_iter().map(as_id).collect(),
-        })
+        Ok(Self { automaton: Some(automaton), ids: chosen.into_iter().map(as_id).collect() })
     }
 
     /// Calls `f` with each stretch of plain text (possibly empty) and the token that follows it.
-    fn cut<E>(
-        &self,
-        text: &str,
-        mut f: impl FnMut(&str, Option<TokenId>) -> Result<(), E>,
-    ) -> Result<(), E> {
+    fn cut<E>(&self, text: &str, mut f: impl FnMut(&str, Option<TokenId>) -> Result<(), E>) -> Result<(), E> {
         let mut begin = 0;
         for found in self.automaton.iter().flat_map(|a| a.find_iter(text)) {
             f(&text[begin..found.start()], Some(self.ids[found.pattern().as_usize()]))?;
@@ -93,11 +81,7 @@ pub(super) fn load(vocab: GgufVocab) -> Result<Parts, TokenizerError> {
     let rule = DecodeRule::sentence_piece(space_prefix);
     let table = ByteTable::from_entries(vocab.tokens.iter().zip(&kinds).map(|(token, kind)| {
         let special = matches!(*kind, kind::CONTROL | kind::UNKNOWN);
-        let bytes = if special {
-            token.as_bytes().to_vec()
-        } else {
-            rule.bytes_of(token)
-        };
+        let bytes = if special { token.as_bytes().to_vec() } else { rule.bytes_of(token) };
         Some((bytes, special))
     }));
     let mut bytes = vec![None; 256];
@@ -131,13 +115,7 @@ pub(super) fn load(vocab: GgufVocab) -> Result<Parts, TokenizerError> {
         bytes,
         space_prefix,
     };
-    Ok(Parts {
-        encoder: Encoder::Spm(encoder),
-        table,
-        leading: rule.leading,
-        prefix,
-        suffix,
-    })
+    Ok(Parts { encoder: Encoder::Spm(encoder), table, leading: rule.leading, prefix, suffix })
 }
 
 /// A stretch of the text during merging. `len` 0 means that it was merged into its left neighbour.
@@ -160,9 +138,7 @@ struct Candidate {
 
 impl Ord for Candidate {
     fn cmp(&self, other: &Self) -> Ordering {
-        self.score
-            .total_cmp(&other.score)
-            .then_with(|| other.left.cmp(&self.left))
+        self.score.total_cmp(&other.score).then_with(|| other.left.cmp(&self.left))
     }
 }
 
@@ -187,11 +163,7 @@ impl SpmEncoder {
         parse_special: bool,
         out: &mut Vec<TokenId>,
     ) -> Result<(), TokenizerError> {
-        let cutter = if parse_special {
-            &self.all_special
-        } else {
-            &self.user_defined
-        };
+        let cutter = if parse_special { &self.all_special } else { &self.user_defined };
         cutter.cut(text, |plain, token| {
             if !plain.is_empty() {
                 let mut escaped = String::with_capacity(plain.len() + plain.len() / 2);
@@ -277,12 +249,7 @@ impl SpmEncoder {
         if self.unused[id] {
             parts.insert(piece, symbols[left].len);
         }
-        heap.push(Candidate {
-            score: self.scores[id],
-            left,
-            right,
-            len,
-        });
+        heap.push(Candidate { score: self.scores[id], left, right, len });
     }
 
     /// Emits one merged piece. Each recursion takes a strictly shorter piece, and pieces are at
@@ -307,8 +274,7 @@ impl SpmEncoder {
             *previous_unknown = false;
             return Ok(());
         }
-        let as_bytes: Option<Vec<TokenId>> =
-            piece.bytes().map(|b| self.bytes[usize::from(b)]).collect();
+        let as_bytes: Option<Vec<TokenId>> = piece.bytes().map(|b| self.bytes[usize::from(b)]).collect();
         if let Some(ids) = as_bytes {
             out.extend(ids);
             *previous_unknown = false;

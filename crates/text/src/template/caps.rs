@@ -81,18 +81,11 @@ struct Prober<'a> {
 
 /// Renders the probes. Must run on the sandbox's thread.
 pub(super) fn probe(template: &ChatTemplate, source: &str) -> Result<TemplateCaps, TemplateError> {
-    let mut prober = Prober {
-        template,
-        content: ContentStyle::Text,
-        empty_tools: false,
-    };
+    let mut prober = Prober { template, content: ContentStyle::Text, empty_tools: false };
     prober.find_content_style()?;
     let system = prober.shows(&json!([msg("system", "zqsys"), msg("user", "zquser")]), &["zqsys"]);
-    let several_at_start = json!([
-        msg("system", "zqsysone"),
-        msg("system", "zqsystwo"),
-        msg("user", "zquser"),
-    ]);
+    let several_at_start =
+        json!([msg("system", "zqsysone"), msg("system", "zqsystwo"), msg("user", "zquser"),]);
     let one_later = json!([
         msg("system", "zqsysone"),
         msg("user", "zquser"),
@@ -107,13 +100,10 @@ pub(super) fn probe(template: &ChatTemplate, source: &str) -> Result<TemplateCap
         && prober.shows(&json!([msg("developer", "zqdev"), msg("user", "zquser")]), &["zqdev"]);
     let (arguments, tool_messages) = prober.find_argument_style();
     let null_call = tool_conversation(&Json::Null, arguments);
-    let null_content = prober
-        .render(&null_call, None)
-        .is_ok_and(|text| text.contains("zqtool") && !text.contains("None"));
+    let null_content =
+        prober.render(&null_call, None).is_ok_and(|text| text.contains("zqtool") && !text.contains("None"));
     let user = json!([msg("user", "zquser")]);
-    let tools = prober
-        .render(&user, Some(&probe_tools()))
-        .is_ok_and(|text| text.contains("zqtool"));
+    let tools = prober.render(&user, Some(&probe_tools())).is_ok_and(|text| text.contains("zqtool"));
     Ok(TemplateCaps {
         system,
         multiple_system: prober.shows(&several_at_start, &both) && prober.shows(&one_later, &both),
@@ -182,8 +172,7 @@ impl Prober<'_> {
     }
 
     fn shows(&self, messages: &Json, markers: &[&str]) -> bool {
-        self.render(messages, None)
-            .is_ok_and(|text| markers.iter().all(|marker| text.contains(marker)))
+        self.render(messages, None).is_ok_and(|text| markers.iter().all(|marker| text.contains(marker)))
     }
 
     /// Sets the content style and what stands for no tools, or says why no conversation at all
@@ -213,9 +202,7 @@ impl Prober<'_> {
             }
         }
         plain.and_then(|_| {
-            Err(TemplateError::Render(
-                "the text of a user message does not appear in the prompt".to_owned(),
-            ))
+            Err(TemplateError::Render("the text of a user message does not appear in the prompt".to_owned()))
         })
     }
 
@@ -223,9 +210,7 @@ impl Prober<'_> {
         for style in [ArgumentStyle::Object, ArgumentStyle::Text] {
             // Python's repr of the object means that text was expected.
             let accepted = |text: String| {
-                ["zqtool", "zqkey", "zqvalue", "zqresult"]
-                    .iter()
-                    .all(|marker| text.contains(marker))
+                ["zqtool", "zqkey", "zqvalue", "zqresult"].iter().all(|marker| text.contains(marker))
                     && !text.contains("'zqkey'")
             };
             for content in [json!(""), Json::Null] {
@@ -242,8 +227,5 @@ impl Prober<'_> {
 }
 
 fn is_limit(error: &TemplateError) -> bool {
-    matches!(
-        error,
-        TemplateError::OutOfFuel { .. } | TemplateError::OutputTooLarge { .. }
-    )
+    matches!(error, TemplateError::OutOfFuel { .. } | TemplateError::OutputTooLarge { .. })
 }

@@ -31,10 +31,7 @@ pub(super) fn build(
     max_depth: usize,
 ) -> Result<Environment<'static>, Error> {
     let mut environment = Environment::new();
-    let syntax = SyntaxConfig::builder()
-        .trim_blocks(true)
-        .lstrip_blocks(true)
-        .build()?;
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
     environment.set_syntax(syntax);
     environment.set_recursion_limit(max_depth);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
@@ -80,10 +77,7 @@ fn tolerate_generation(source: &str) -> String {
 }
 
 /// Splits a white-space control character off one end, by `strip`.
-fn split_control<'a>(
-    text: &'a str,
-    strip: impl Fn(&'a str) -> Option<&'a str>,
-) -> (&'a str, &'a str) {
+fn split_control<'a>(text: &'a str, strip: impl Fn(&'a str) -> Option<&'a str>) -> (&'a str, &'a str) {
     match strip(text) {
         Some(rest) if text.starts_with(rest) => (&text[rest.len()..], rest),
         Some(rest) => (&text[..text.len() - rest.len()], rest),

@@ -47,11 +47,7 @@ pub(super) fn tojson(
         None if indent.is_some() => (",".to_owned(), ": ".to_owned()),
         None => (", ".to_owned(), ": ".to_owned()),
     };
-    let mut out = Metered {
-        state,
-        bytes: Vec::new(),
-        exhausted: None,
-    };
+    let mut out = Metered { state, bytes: Vec::new(), exhausted: None };
     let mut serializer = Serializer::with_formatter(
         &mut out,
         PythonFormatter {
@@ -190,11 +186,7 @@ impl Formatter for PythonFormatter {
         Ok(())
     }
 
-    fn write_string_fragment<W: ?Sized + Write>(
-        &mut self,
-        writer: &mut W,
-        fragment: &str,
-    ) -> io::Result<()> {
+    fn write_string_fragment<W: ?Sized + Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {
         if !self.ensure_ascii || fragment.is_ascii() {
             return CompactFormatter.write_string_fragment(writer, fragment);
         }

@@ -140,12 +140,7 @@ impl ChatTemplate {
         sandbox::run(|| {
             let environment = environment::build(NAME, source, limits.max_depth)
                 .map_err(|e| TemplateError::Syntax(message_of(&e)))?;
-            let mut template = Self {
-                environment,
-                special,
-                limits,
-                caps: TemplateCaps::default(),
-            };
+            let mut template = Self { environment, special, limits, caps: TemplateCaps::default() };
             template.caps = caps::probe(&template, source)?;
             Ok(template)
         })
@@ -165,10 +160,7 @@ impl ChatTemplate {
     /// Every variant of [`TemplateError`] except those of compiling.
     pub fn render(&self, input: &RenderInput<'_>) -> Result<String, TemplateError> {
         let messages = prepare::prepare(input.messages, &self.caps)?;
-        self.render_verbatim(&RenderInput {
-            messages: &messages,
-            ..*input
-        })
+        self.render_verbatim(&RenderInput { messages: &messages, ..*input })
     }
 
     /// Renders a conversation exactly as given.
@@ -176,20 +168,14 @@ impl ChatTemplate {
     /// # Errors
     /// As [`Self::render`].
     pub fn render_verbatim(&self, input: &RenderInput<'_>) -> Result<String, TemplateError> {
-        if let Some(name) = input
-            .kwargs
-            .keys()
-            .find(|key| !ALLOWED_KWARGS.contains(&key.as_str()))
-        {
+        if let Some(name) = input.kwargs.keys().find(|key| !ALLOWED_KWARGS.contains(&key.as_str())) {
             return Err(TemplateError::KwargNotAllowed {
                 name: name.clone(),
                 allowed: ALLOWED_KWARGS.join(", "),
             });
         }
         if input.continue_final_message && input.add_generation_prompt {
-            return Err(TemplateError::CannotContinue(
-                "cannot be combined with add_generation_prompt",
-            ));
+            return Err(TemplateError::CannotContinue("cannot be combined with add_generation_prompt"));
         }
         let fuel = self.fuel_for(input);
         let rendered = sandbox::run(|| self.render_here(input, fuel))?;
@@ -203,9 +189,7 @@ impl ChatTemplate {
         let bytes = json::size(input.messages)
             + input.tools.map_or(0, json::size)
             + input.kwargs.values().map(json::size).sum::<u64>();
-        self.limits
-            .base_fuel
-            .saturating_add(self.limits.fuel_per_input_byte.saturating_mul(bytes))
+        self.limits.base_fuel.saturating_add(self.limits.fuel_per_input_byte.saturating_mul(bytes))
     }
 
     /// Renders on the current thread, which must be the sandbox's.
@@ -213,22 +197,12 @@ impl ChatTemplate {
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(fuel));
         let now = input.now;
-        environment.add_function("strftime_now", move |format: &str| {
-            strftime::format(now, format)
-        });
-        let template = environment
-            .get_template(NAME)
-            .map_err(|e| TemplateError::Syntax(message_of(&e)))?;
-        let mut output = Limited {
-            bytes: Vec::new(),
-            limit: self.limits.max_output_bytes,
-            exceeded: false,
-        };
+        environment.add_function("strftime_now", move |format: &str| strftime::format(now, format));
+        let template = environment.get_template(NAME).map_err(|e| TemplateError::Syntax(message_of(&e)))?;
+        let mut output = Limited { bytes: Vec::new(), limit: self.limits.max_output_bytes, exceeded: false };
         let result = template.render_captured_to(self.context(input), &mut output);
         if output.exceeded {
-            return Err(TemplateError::OutputTooLarge {
-                limit: self.limits.max_output_bytes,
-            });
+            return Err(TemplateError::OutputTooLarge { limit: self.limits.max_output_bytes });
         }
         if let Err(error) = result {
             return Err(typed(&error, fuel));
@@ -260,14 +234,9 @@ impl ChatTemplate {
             None => Value::from(()),
         };
         context.insert("tools", tools);
-        context
-            .entry("documents")
-            .or_insert_with(|| Value::from(()));
+        context.entry("documents").or_insert_with(|| Value::from(()));
         context.insert("add_generation_prompt", input.add_generation_prompt.into());
-        context
-            .into_iter()
-            .map(|(key, value)| (Value::from(key), value))
-            .collect()
+        Value::from_pairs(context)
     }
 }
 
@@ -326,18 +295,13 @@ fn message_of(error: &minijinja::Error) -> String {
 }
 
 /// Ends the text right after the last message's content, as HF transformers does.
-fn cut_after_final_message(
-    mut rendered: String,
-    messages: &Json,
-) -> Result<String, TemplateError> {
+fn cut_after_final_message(mut rendered: String, messages: &Json) -> Result<String, TemplateError> {
     let last = messages.as_array().and_then(|list| list.last());
     let content = match last.map(|message| &message["content"]) {
         Some(Json::String(text)) => text.as_str(),
-        Some(Json::Array(parts)) => parts
-            .iter()
-            .rev()
-            .find_map(|part| part["text"].as_str())
-            .unwrap_or_default(),
+        Some(Json::Array(parts)) => {
+            parts.iter().rev().find_map(|part| part["text"].as_str()).unwrap_or_default()
+        }
         _ => "",
     };
     let trimmed = content.trim();

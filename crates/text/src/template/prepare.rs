@@ -14,15 +14,10 @@ const SYSTEM_SEPARATOR: &str = "\n\n";
 /// The adapted list of messages.
 pub(super) fn prepare(messages: &Json, caps: &TemplateCaps) -> Result<Json, TemplateError> {
     let bad = |index, reason| TemplateError::BadMessage { index, reason };
-    let list = messages
-        .as_array()
-        .ok_or_else(|| bad(0, "the messages are not a list"))?;
+    let list = messages.as_array().ok_or_else(|| bad(0, "the messages are not a list"))?;
     let mut out: Vec<Map<String, Json>> = Vec::with_capacity(list.len());
     for (index, message) in list.iter().enumerate() {
-        let mut message = message
-            .as_object()
-            .cloned()
-            .ok_or_else(|| bad(index, "not an object"))?;
+        let mut message = message.as_object().cloned().ok_or_else(|| bad(index, "not an object"))?;
         let role = message
             .get("role")
             .and_then(Json::as_str)
@@ -52,10 +47,7 @@ pub(super) fn prepare(messages: &Json, caps: &TemplateCaps) -> Result<Json, Temp
 }
 
 /// Makes the content one string. Parts of text are put on lines of their own.
-fn flatten_content(
-    message: &mut Map<String, Json>,
-    caps: &TemplateCaps,
-) -> Result<(), &'static str> {
+fn flatten_content(message: &mut Map<String, Json>, caps: &TemplateCaps) -> Result<(), &'static str> {
     match message.get("content") {
         Some(Json::String(_)) => Ok(()),
         Some(Json::Array(parts)) => {
@@ -128,11 +120,7 @@ fn merge_system(messages: &mut Vec<Map<String, Json>>) {
         return;
     }
     let (system, mut others): (Vec<_>, Vec<_>) = messages.drain(..).partition(is_system);
-    let text = system
-        .iter()
-        .map(text_of)
-        .collect::<Vec<_>>()
-        .join(SYSTEM_SEPARATOR);
+    let text = system.iter().map(text_of).collect::<Vec<_>>().join(SYSTEM_SEPARATOR);
     if let Some(mut first) = system.into_iter().next() {
         first.insert("content".to_owned(), text.into());
         messages.push(first);

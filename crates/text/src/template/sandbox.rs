@@ -10,18 +10,14 @@ use crate::TemplateError;
 const STACK_BYTES: usize = 512 << 20;
 
 /// Runs `f` on a fresh thread and waits for it. A panic becomes an error.
-pub(super) fn run<T: Send>(
-    f: impl FnOnce() -> Result<T, TemplateError> + Send,
-) -> Result<T, TemplateError> {
+pub(super) fn run<T: Send>(f: impl FnOnce() -> Result<T, TemplateError> + Send) -> Result<T, TemplateError> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new()
             .name("template".to_owned())
             .stack_size(STACK_BYTES)
             .spawn_scoped(scope, f)
             .map_err(|e| TemplateError::Thread(e.to_string()))?;
-        thread
-            .join()
-            .unwrap_or_else(|_| Err(TemplateError::Thread("panicked".to_owned())))
+        thread.join().unwrap_or_else(|_| Err(TemplateError::Thread("panicked".to_owned())))
     })
 }
 

@@ -7,12 +7,20 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::{Error, ErrorKind};
 
-const DAYS: [&str; 7] = [
-    "Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday",
-];
+const DAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September",
-    "October", "November", "December",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
 ];
 
 struct Clock {
@@ -58,16 +66,11 @@ fn civil_from_days(days: i64) -> (i64, usize, i64) {
     let shifted = days + 719_468;
     let era = shifted.div_euclid(146_097);
     let day_of_era = shifted.rem_euclid(146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let march_month = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * march_month + 2) / 5 + 1;
-    let month = if march_month < 10 {
-        march_month + 3
-    } else {
-        march_month - 9
-    };
+    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
     let year = year_of_era + era * 400 + i64::from(month <= 2);
     (year, usize::try_from(month).unwrap_or(1), day)
 }
@@ -98,10 +101,7 @@ pub(super) fn format(now: SystemTime, format: &str) -> Result<String, Error> {
         }
         let text = directive.and_then(|d| expand(&clock, d, padded));
         out.push_str(&text.ok_or_else(|| {
-            Error::new(
-                ErrorKind::InvalidOperation,
-                "strftime_now: unknown directive in the format",
-            )
+            Error::new(ErrorKind::InvalidOperation, "strftime_now: unknown directive in the format")
         })?);
     }
     Ok(out)
@@ -109,11 +109,7 @@ pub(super) fn format(now: SystemTime, format: &str) -> Result<String, Error> {
 
 fn expand(clock: &Clock, directive: char, padded: bool) -> Option<String> {
     let number = |value: i64, width: usize| {
-        if padded {
-            format!("{value:0width$}")
-        } else {
-            value.to_string()
-        }
+        if padded { format!("{value:0width$}") } else { value.to_string() }
     };
     let hour12 = (clock.hour + 11) % 12 + 1;
     let month = i64::try_from(clock.month).unwrap_or(1);
@@ -163,7 +159,8 @@ mod tests {
     fn all_directives() {
         // 2024-02-29 13:05:09 UTC, a Thursday.
         let now = at(1_709_211_909);
-        let text = format(now, "%Y-%m-%d %H:%M:%S %B %b %A %a %j %y %I %p %-d %-m %e %F %T %D %R %w %f %Z%z %%");
+        let text =
+            format(now, "%Y-%m-%d %H:%M:%S %B %b %A %a %j %y %I %p %-d %-m %e %F %T %D %R %w %f %Z%z %%");
         assert_eq!(
             text.unwrap(),
             "2024-02-29 13:05:09 February Feb Thursday Thu 060 24 01 PM 29 2 29 2024-02-29 \
