@@ -24,12 +24,23 @@ impl std::error::Error for Raised {}
 /// Longest message of `raise_exception` that is passed on, in characters.
 const MAX_RAISED_CHARS: usize = 500;
 
+/// minijinja joins constants at compile time, so a chain of n `~` copies O(n^2) bytes before any
+/// fuel is counted. Real templates have at most a few hundred.
+const MAX_CONCATENATIONS: usize = 2_000;
+
 /// An environment with one compiled template.
 pub(super) fn build(
     name: &'static str,
     source: &str,
     max_depth: usize,
 ) -> Result<Environment<'static>, Error> {
+    let concatenations = source.bytes().filter(|b| *b == b'~').count();
+    if concatenations > MAX_CONCATENATIONS {
+        return Err(Error::new(
+            ErrorKind::SyntaxError,
+            format!("{concatenations} `~` operators, the limit is {MAX_CONCATENATIONS}"),
+        ));
+    }
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
     environment.set_syntax(syntax);

@@ -1,4 +1,4 @@
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 use super::*;
 use serde_json::json;
 use std::sync::LazyLock;
@@ -16,8 +16,7 @@ fn render_with<'a>(
     change: impl FnOnce(&mut RenderInput<'a>),
 ) -> Result<String, TemplateError> {
     let template = ChatTemplate::compile(source, special())?;
-    static NO_KWARGS: LazyLock<serde_json::Map<String, Json>> =
-        LazyLock::new(serde_json::Map::new);
+    static NO_KWARGS: LazyLock<serde_json::Map<String, Json>> = LazyLock::new(serde_json::Map::new);
     let mut input = RenderInput {
         messages,
         tools: None,

@@ -1,5 +1,5 @@
 //! Tests of the crate's public surface on real inputs.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
 
 mod bpe_gguf;
 mod corrupt;
