@@ -55,7 +55,8 @@ impl Tenant {
 
     /// Whether this tenant holds more blocks for its weight than the other.
     fn over(&self, other: &Self) -> bool {
-        u128::from(self.blocks) * u128::from(other.weight) > u128::from(other.blocks) * u128::from(self.weight)
+        u128::from(self.blocks) * u128::from(other.weight)
+            > u128::from(other.blocks) * u128::from(self.weight)
     }
 }
 

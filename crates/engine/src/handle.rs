@@ -208,21 +208,21 @@ impl EngineHandle {
             shared.queued_tokens.fetch_sub(tokens, Ordering::AcqRel);
             return Err(error);
         }
-        let mut refused = None;
+        let mut accepted = false;
         shared.mailbox.post(|letters| {
             // Decided under the mailbox's lock: the thread closes the box under the same lock when it ends,
             // so no accepted request is left unread.
-            if letters.closed {
-                refused = Some(());
-            } else {
+            accepted = !letters.closed;
+            if accepted {
                 letters.submits.push(request);
             }
         });
-        match (refused, shared.dead.get()) {
-            (None, _) => Ok(()),
-            (Some(()), Some(reason)) => Err(AdmissionError::Dead(reason.clone())),
-            (Some(()), None) => Err(AdmissionError::Stopping),
+        if accepted {
+            return Ok(());
         }
+        shared.queued_requests.fetch_sub(1, Ordering::AcqRel);
+        shared.queued_tokens.fetch_sub(tokens, Ordering::AcqRel);
+        Err(shared.dead.get().map_or(AdmissionError::Stopping, |reason| AdmissionError::Dead(reason.clone())))
     }
 
     /// Ends all choices of a request with [`crate::FinishReason::Cancelled`]. Unknown or ended ones are ignored.

@@ -40,7 +40,8 @@ struct Armed {
 /// One engine's switches. Each injection happens once to each sequence that it meets.
 #[derive(Debug, Default)]
 pub struct TestHooks {
-    frozen: Mutex<bool>,
+    /// Whether the thread shall stand still, and whether it does.
+    frozen: Mutex<(bool, bool)>,
     thawed: Condvar,
     device_fault: AtomicBool,
     /// Whether `injections` is worth a lock.
@@ -53,14 +54,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl TestHooks {
-    /// Stops the engine's thread where it is, before its next step or its next idle beat.
+    /// Stops the engine's thread before its next step or its next idle beat (within about a second).
     pub fn freeze(&self) {
-        *lock(&self.frozen) = true;
+        lock(&self.frozen).0 = true;
+    }
+
+    /// Whether the thread has come to its standstill.
+    pub fn is_frozen(&self) -> bool {
+        lock(&self.frozen).1
     }
 
     /// Lets it go on.
     pub fn thaw(&self) {
-        *lock(&self.frozen) = false;
+        lock(&self.frozen).0 = false;
         self.thawed.notify_all();
     }
 
@@ -77,16 +83,24 @@ impl TestHooks {
 
     pub(crate) fn pause_point(&self) {
         let mut frozen = lock(&self.frozen);
-        while *frozen {
+        while frozen.0 {
+            frozen.1 = true;
             frozen = self.thawed.wait(frozen).unwrap_or_else(PoisonError::into_inner);
         }
+        frozen.1 = false;
     }
 
     pub(crate) fn takes_device_fault(&self) -> bool {
         self.device_fault.swap(false, Ordering::AcqRel)
     }
 
-    pub(crate) fn injection(&self, request: RequestId, choice: u32, seed: u64, index: u32) -> Option<Injection> {
+    pub(crate) fn injection(
+        &self,
+        request: RequestId,
+        choice: u32,
+        seed: u64,
+        index: u32,
+    ) -> Option<Injection> {
         if !self.any.load(Ordering::Acquire) {
             return None;
         }

@@ -192,9 +192,9 @@ impl PagePool {
         if length != self.cached || self.tail != prev {
             return Err(format!("{length} cached pages are listed, {} are counted", self.cached));
         }
-        let lost = (0..).zip(listed.iter().zip(&self.pages)).find(|(_, (times, page))| {
-            **times != u8::from(page.refs == 0)
-        });
+        let lost = (0..)
+            .zip(listed.iter().zip(&self.pages))
+            .find(|(_, (times, page))| **times != u8::from(page.refs == 0));
         match lost {
             Some((index, _)) => Err(format!("page {} is lost or listed twice", index + self.first)),
             None => Ok(()),

@@ -327,7 +327,8 @@ impl PrefixIndex {
         let mut children = vec![0u32; self.nodes.len()];
         for (id, node) in (0..).zip(&self.nodes) {
             let Some(node) = node else { continue };
-            let blocks = (0..self.groups.len()).filter(|&group| self.block(id, group) != BlockId::NULL).count();
+            let blocks =
+                (0..self.groups.len()).filter(|&group| self.block(id, group) != BlockId::NULL).count();
             if node.holds as usize != blocks + usize::from(node.snapshot.is_some()) {
                 return Err(format!("node {id} counts {} things and finds others", node.holds));
             }

@@ -29,7 +29,8 @@ struct Naive {
 impl Naive {
     /// By definition: tries every length from the longest.
     fn longest(&self, groups: &[GroupKind], room: Room, tags: &[u32]) -> usize {
-        let has = |group: usize, block: usize| self.blocks.contains_key(&(room, tags[..=block].to_vec(), group));
+        let has =
+            |group: usize, block: usize| self.blocks.contains_key(&(room, tags[..=block].to_vec(), group));
         let serves = |length: usize| {
             groups.iter().enumerate().all(|(group, kind)| match *kind {
                 GroupKind::Full => (0..length).all(|block| has(group, block)),

@@ -90,7 +90,14 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    pub(crate) fn new(id: SeqId, request: u32, tenant: u32, choice: u32, body: &EngineRequest, groups: usize) -> Self {
+    pub(crate) fn new(
+        id: SeqId,
+        request: u32,
+        tenant: u32,
+        choice: u32,
+        body: &EngineRequest,
+        groups: usize,
+    ) -> Self {
         Self {
             id,
             request,
@@ -157,7 +164,11 @@ impl Sequence {
     /// A known token by position.
     pub(crate) fn token(&self, position: u32) -> TokenId {
         let position = position as usize;
-        if position < self.prompt.len() { self.prompt[position] } else { self.output[position - self.prompt.len()] }
+        if position < self.prompt.len() {
+            self.prompt[position]
+        } else {
+            self.output[position - self.prompt.len()]
+        }
     }
 
     /// Tokens of a block that is wholly known.

@@ -116,7 +116,8 @@ mod tests {
     fn an_empty_queue_has_no_age() {
         let now = Duration::from_secs(9);
         assert_eq!(Counters::default().oldest_queued_age(now), Duration::ZERO);
-        let queued = Counters { queued_requests: 1, oldest_queued_nanos: 4_000_000_000, ..Counters::default() };
+        let queued =
+            Counters { queued_requests: 1, oldest_queued_nanos: 4_000_000_000, ..Counters::default() };
         assert_eq!(queued.oldest_queued_age(now), Duration::from_secs(5));
     }
 }

@@ -24,7 +24,8 @@ const IDLE_BEAT: Duration = Duration::from_secs(1);
 
 /// What a panic said.
 pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    let text =
+        panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     String::from(text.unwrap_or("of unknown type"))
 }
 
@@ -111,9 +112,12 @@ impl Engine {
 
     /// Runs until the end, whatever ends it, and leaves nobody waiting.
     fn live(mut self) {
-        let end = catch_unwind(AssertUnwindSafe(|| {
-            if self.look_ahead { self.run_ahead() } else { self.run_plain() }
-        }));
+        let end =
+            catch_unwind(AssertUnwindSafe(
+                || {
+                    if self.look_ahead { self.run_ahead() } else { self.run_plain() }
+                },
+            ));
         let reason = match end {
             Ok(End::Told) => None,
             Ok(end) => Some(end.to_string()),
@@ -126,6 +130,8 @@ impl Engine {
         }
         let unread = self.shared.mailbox.close();
         for request in unread.submits {
+            self.shared.queued_requests.fetch_sub(1, Ordering::AcqRel);
+            self.shared.queued_tokens.fetch_sub(request.prompt.len(), Ordering::AcqRel);
             for choice in 0..request.choices {
                 let usage = SeqUsage { prompt_tokens: request.prompt.len() as u32, ..SeqUsage::default() };
                 let (request, reason) = (request.id, FinishReason::EngineStopped);
@@ -138,9 +144,7 @@ impl Engine {
             self.scheduler.take_events()
         }));
         self.farewell(last.unwrap_or_default());
-        self.shared.queued_requests.store(0, Ordering::Release);
-        self.shared.queued_tokens.store(0, Ordering::Release);
-        self.shared.stats.publish(&self.scheduler.counters());
+        self.publish();
         self.shared.busy.store(false, Ordering::Relaxed);
         self.shared.stopped.store(true, Ordering::Release);
     }
@@ -272,7 +276,10 @@ impl Engine {
         if !self.scheduler.is_idle() {
             // Every sequence runs, waits for a step in flight, or can be admitted into the empty pool.
             tracing::error!("work waits but nothing can be planned");
-            return Err(End::Device(DeviceFault { step: 0, message: String::from("the scheduler is stuck") }));
+            return Err(End::Device(DeviceFault {
+                step: 0,
+                message: String::from("the scheduler is stuck"),
+            }));
         }
         if self.last_call.is_some() {
             return Err(End::Told);

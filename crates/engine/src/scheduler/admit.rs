@@ -25,7 +25,13 @@ impl Scheduler {
     }
 
     /// Admits what goes next while there are tokens, slots and memory. Returns the tokens that are left.
-    pub(super) fn admit(&mut self, now: Time, plan: &mut StepPlan, flight: &mut Flight, mut left: u32) -> u32 {
+    pub(super) fn admit(
+        &mut self,
+        now: Time,
+        plan: &mut StepPlan,
+        flight: &mut Flight,
+        mut left: u32,
+    ) -> u32 {
         let mut blocked: Vec<u32> = Vec::new();
         self.fair.begin_round();
         while left > 0 && !self.slots.is_empty() && self.running.len() < self.max_running {
@@ -132,8 +138,8 @@ impl Scheduler {
         seq.slot = slot;
         (seq.planned, seq.committed) = (computed, computed);
         (seq.held, seq.quota, seq.secured) = (held, quota, secured);
-        seq.indexed =
-            self.prefix_caching || (request.body.choices > 1 && request.body.sampling.prompt_logprobs.is_none());
+        seq.indexed = self.prefix_caching
+            || (request.body.choices > 1 && request.body.sampling.prompt_logprobs.is_none());
         (seq.cursor, seq.cursor_blocks) = (cursor, path.len() as u32);
         // A state that came from a snapshot need not be saved again.
         seq.saved_at = computed;

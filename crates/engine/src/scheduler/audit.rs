@@ -14,7 +14,11 @@ use crate::sequence::Stage;
 pub struct IntegrityError(String);
 
 fn equal<T: PartialEq + std::fmt::Debug>(what: &str, counted: T, found: T) -> Result<(), IntegrityError> {
-    if counted == found { Ok(()) } else { Err(IntegrityError(format!("{what}: {counted:?} counted, {found:?} found"))) }
+    if counted == found {
+        Ok(())
+    } else {
+        Err(IntegrityError(format!("{what}: {counted:?} counted, {found:?} found")))
+    }
 }
 
 impl Scheduler {
@@ -99,7 +103,8 @@ impl Scheduler {
         for (s, seq) in self.seqs.iter() {
             let tenant = tenants.entry(seq.tenant).or_default();
             tenant.0 += u64::from(seq.held);
-            let named = self.inflight.iter().flat_map(|flight| &flight.rows).filter(|row| row.seq == s).count();
+            let named =
+                self.inflight.iter().flat_map(|flight| &flight.rows).filter(|row| row.seq == s).count();
             equal(&format!("steps that name sequence {s}"), usize::from(seq.inflight), named)?;
             match seq.stage {
                 Stage::Held => equal("blocks of a held choice", seq.held, 0)?,

@@ -132,7 +132,8 @@ impl Scheduler {
             return Err(RowFault::Panic(format!("token {token} is outside the vocabulary of {vocab}")));
         }
         let index = seq.output.len() as u32;
-        let ends = if index >= seq.sampling.min_tokens && seq.sampling.stop_token_ids.binary_search(&token).is_ok()
+        let ends = if index >= seq.sampling.min_tokens
+            && seq.sampling.stop_token_ids.binary_search(&token).is_ok()
         {
             Some(FinishReason::StopToken(token))
         } else {

@@ -26,7 +26,8 @@ impl Scheduler {
 
     /// Ends everything: the device failed, or the time to go on is over.
     pub fn end_all(&mut self, reason: &FinishReason) {
-        let mut requests: Vec<(u64, u32)> = self.requests.iter().map(|(r, entry)| (entry.arrival, r)).collect();
+        let mut requests: Vec<(u64, u32)> =
+            self.requests.iter().map(|(r, entry)| (entry.arrival, r)).collect();
         requests.sort_unstable();
         for (_, request) in requests {
             self.end_request(request, reason);

@@ -20,11 +20,8 @@ mod finish;
 mod memory;
 mod plan;
 mod preempt;
-#[cfg(test)]
-mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::sync::Arc;
 
 use crate::door::{AdmissionError, Door, chunk_limit};
 use crate::fair::{FairShare, Place};
@@ -130,7 +127,7 @@ pub struct Scheduler {
     path: Vec<NodeId>,
     prefilling: Vec<u32>,
     #[cfg(feature = "test-hooks")]
-    hooks: Option<Arc<crate::hooks::TestHooks>>,
+    hooks: Option<std::sync::Arc<crate::hooks::TestHooks>>,
 }
 
 impl Scheduler {
@@ -148,7 +145,11 @@ impl Scheduler {
             return Err(format!("{budget} tokens a step, {} slots", geometry.slots));
         }
         if geometry.blocks <= u32::try_from(paged.len()).unwrap_or(u32::MAX) {
-            return Err(format!("{} blocks for {} groups and the reserved block", geometry.blocks, paged.len()));
+            return Err(format!(
+                "{} blocks for {} groups and the reserved block",
+                geometry.blocks,
+                paged.len()
+            ));
         }
         if geometry.groups.contains(&GroupKind::Window(0)) {
             return Err(String::from("a window of 0 tokens sees nothing"));
@@ -206,7 +207,7 @@ impl Scheduler {
 
     /// Lets tests inject faults.
     #[cfg(feature = "test-hooks")]
-    pub fn set_hooks(&mut self, hooks: Arc<crate::hooks::TestHooks>) {
+    pub fn set_hooks(&mut self, hooks: std::sync::Arc<crate::hooks::TestHooks>) {
         self.hooks = Some(hooks);
     }
 

@@ -114,7 +114,11 @@ impl SimExecutor {
                 }
                 RowInput::LastDrawn => {
                     assert!(decoding, "decoding rows come first");
-                    assert!(slot.drew && row.len == 1 && end == slot.tokens.len(), "{} drew nothing", row.seq);
+                    assert!(
+                        slot.drew && row.len == 1 && end == slot.tokens.len(),
+                        "{} drew nothing",
+                        row.seq
+                    );
                 }
             }
             self.memory.write(geometry, slot, row.start, row.start + row.len);
@@ -138,7 +142,12 @@ impl SimExecutor {
             }
             let from = outcome.tokens.len() as u32;
             if row.output == RowOutput::Sample {
-                assert_eq!(end as usize, slot.tokens.len(), "{} draws before all its tokens are computed", row.seq);
+                assert_eq!(
+                    end as usize,
+                    slot.tokens.len(),
+                    "{} draws before all its tokens are computed",
+                    row.seq
+                );
                 let draw = Draw {
                     prompt: &slot.tokens[..slot.prompt_len],
                     output: &slot.tokens[slot.prompt_len..],

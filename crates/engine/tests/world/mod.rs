@@ -10,8 +10,9 @@ use std::time::Duration;
 use mirai_engine::hooks::{Injection, TestHooks, Victim};
 use mirai_engine::sim::{Check, SimConfig, SimExecutor, default_draw, reference};
 use mirai_engine::{
-    EngineConfig, EngineRequest, Event, Executor, FinishReason, Geometry, GroupKind, HashKey, MAX_PREEMPTIONS,
-    RequestId, RowFault, RowInput, SamplingParams, Scheduler, StepOutcome, StepPlan, TenantId, TokenId,
+    EngineConfig, EngineRequest, Event, Executor, FinishReason, Geometry, GroupKind, HashKey,
+    MAX_PREEMPTIONS, RequestId, RowFault, RowInput, SamplingParams, Scheduler, StepOutcome, StepPlan,
+    TenantId, TokenId,
 };
 use rng::Rng;
 
@@ -65,8 +66,19 @@ impl Seen {
 
     pub fn assert_everything_happened(&self) {
         let all = [
-            self.finished, self.preemptions, self.hits, self.evictions, self.choices, self.cancelled, self.stopped,
-            self.deadlines, self.faults, self.panics, self.restores, self.refused, self.wasted,
+            self.finished,
+            self.preemptions,
+            self.hits,
+            self.evictions,
+            self.choices,
+            self.cancelled,
+            self.stopped,
+            self.deadlines,
+            self.faults,
+            self.panics,
+            self.restores,
+            self.refused,
+            self.wasted,
         ];
         assert!(all.iter().all(|&count| count > 0), "something never happened: {self:?}");
     }
@@ -286,7 +298,8 @@ impl World {
         };
         let may_fault = rng.one_in(15) && !calm;
         if may_fault {
-            let injection = if rng.one_in(2) { Injection::Panic } else { Injection::Fault(RowFault::NonFinite) };
+            let injection =
+                if rng.one_in(2) { Injection::Panic } else { Injection::Fault(RowFault::NonFinite) };
             self.hooks.inject(Victim::Request(id), rng.below(20) as u32, injection);
         }
         if self.scheduler.add(request.clone(), self.now).is_err() {
@@ -350,7 +363,11 @@ impl World {
                     let tape = &mut client.tapes[choice as usize];
                     assert!(!tape.prefilled && tape.got.is_empty() && tape.finished.is_none());
                     tape.prefilled = true;
-                    let wanted = client.request.sampling.prompt_logprobs.map_or(0, |_| client.request.prompt.len() - 1);
+                    let wanted = client
+                        .request
+                        .sampling
+                        .prompt_logprobs
+                        .map_or(0, |_| client.request.prompt.len() - 1);
                     let tokens: Vec<TokenId> = prompt_logprobs.iter().map(|entry| entry.token).collect();
                     assert_eq!(tokens, client.request.prompt[1..=wanted]);
                 }
@@ -360,10 +377,15 @@ impl World {
                     assert!(tape.prefilled && tape.finished.is_none());
                     assert_eq!(index as usize, tape.got.len());
                     assert_eq!(Some(&token), tape.expected.get(index as usize), "{request} choice {choice}");
-                    assert_eq!(logprobs.map(|entry| entry.token), client.request.sampling.logprobs.map(|_| token));
+                    assert_eq!(
+                        logprobs.map(|entry| entry.token),
+                        client.request.sampling.logprobs.map(|_| token)
+                    );
                     tape.got.push(token);
                 }
-                Event::Finished { request, choice, reason, usage } => self.finish(request, choice, reason, usage),
+                Event::Finished { request, choice, reason, usage } => {
+                    self.finish(request, choice, reason, usage)
+                }
             }
         }
         let waited = self.steps - self.last_finish;

@@ -1,1 +1,0 @@
-//! Decisions of the scheduler, one at a time.
