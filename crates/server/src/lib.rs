@@ -1,1 +1,35 @@
-//! placeholder
+//! The OpenAI-compatible HTTP surface: routes, validation, streaming, authentication, limits, health, metrics
+//! and the OpenAPI document.
+//!
+//! Knows requests, text and clients; never a tensor, never a model's architecture. A request's way:
+//! `http` (connection, body) -> `handlers` (route, key) -> `validate` (one [`GenerationRequest`] for every
+//! endpoint, on a `worker`) -> the engine -> `demux` (one thread: events to text to bytes) -> `http`.
+//!
+//! [`GenerationRequest`]: validate::GenerationRequest
+
+pub mod api;
+mod auth;
+pub mod config;
+mod demux;
+pub mod error;
+mod format;
+mod handlers;
+mod health;
+mod http;
+mod ids;
+mod metrics;
+mod model;
+pub mod openapi;
+mod parse;
+mod prompt;
+mod routes;
+mod server;
+mod state;
+mod unsupported;
+mod validate;
+mod worker;
+
+pub use config::{ConfigError, Limits, ServerConfig, Timeouts, TlsConfig};
+pub use http::tls::TlsError;
+pub use model::{FimTokens, GenerationDefaults, ServedModel};
+pub use server::{BindError, ExitReason, ReadyError, Server, ServerHandle};

@@ -1,0 +1,287 @@
+//! The demultiplexer: one thread that turns the engine's events into answers.
+//!
+//! Owns the open requests, their text and their buffers. It never blocks on a client, takes one short lock for
+//! each stream and batch, and survives a panic in the code of one request.
+
+mod choice;
+mod group;
+pub(crate) mod sink;
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use mirai_engine::{EngineHandle, Event, RequestId};
+use tokio::sync::Notify;
+
+pub(crate) use group::Registration;
+
+use crate::error::ApiError;
+use crate::metrics::Metrics;
+use crate::model::ModelInfo;
+use group::Group;
+
+/// What the code of one request may use.
+pub(crate) struct Context {
+    pub(crate) model: Arc<ModelInfo>,
+    pub(crate) engine: EngineHandle,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) max_stream_buffer: usize,
+    pub(crate) error_message_copy: bool,
+}
+
+/// What the connections' side leaves for the thread.
+#[derive(Debug, Default)]
+struct Inbox {
+    registrations: Vec<Registration>,
+    /// Ends every request with this error.
+    abort: Option<ApiError>,
+    /// The thread is gone.
+    closed: bool,
+}
+
+/// The connections' end of the demultiplexer.
+#[derive(Clone, Debug)]
+pub(crate) struct Demux {
+    inbox: Arc<Mutex<Inbox>>,
+    /// Told when the engine's events end.
+    ended: Arc<Notify>,
+}
+
+fn lock(inbox: &Mutex<Inbox>) -> MutexGuard<'_, Inbox> {
+    inbox.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Demux {
+    /// Starts the thread. It ends when the engine's events end, after failing what is open.
+    ///
+    /// # Errors
+    /// The operating system refused a thread.
+    pub(crate) fn start(
+        context: Context,
+        events: Receiver<Vec<Event>>,
+        ping_every: Option<Duration>,
+    ) -> std::io::Result<Self> {
+        let demux = Self { inbox: Arc::default(), ended: Arc::default() };
+        let thread = Thread {
+            inbox: demux.inbox.clone(),
+            ended: demux.ended.clone(),
+            context,
+            groups: Vec::new(),
+            free: Vec::new(),
+            requests: HashMap::new(),
+            dirty: Vec::new(),
+            ping_every,
+            next_tick: Instant::now(),
+        };
+        std::thread::Builder::new().name("demux".to_owned()).spawn(move || thread.run(&events))?;
+        Ok(demux)
+    }
+
+    /// Announces a request. Must come before its first prompt goes to the engine. Fails if the thread is gone.
+    pub(crate) fn register(&self, registration: Registration) -> Result<(), ApiError> {
+        let mut inbox = lock(&self.inbox);
+        if inbox.closed {
+            return Err(ApiError::engine_stopped("the engine stopped").retry_after(Duration::from_secs(10)));
+        }
+        inbox.registrations.push(registration);
+        Ok(())
+    }
+
+    /// Takes back a request of which the engine accepted nothing, if the thread has not seen it yet.
+    pub(crate) fn withdraw(&self, first: RequestId) {
+        lock(&self.inbox).registrations.retain(|registration| registration.first != first);
+    }
+
+    /// Ends all open requests with this error, at the thread's next tick.
+    pub(crate) fn abort_all(&self, error: ApiError) {
+        lock(&self.inbox).abort = Some(error);
+    }
+
+    /// Returns when the engine's events have ended.
+    pub(crate) async fn ended(&self) {
+        let notified = self.ended.notified();
+        if lock(&self.inbox).closed {
+            return;
+        }
+        notified.await;
+    }
+}
+
+/// How often open requests are looked at when nothing happens.
+const TICK: Duration = Duration::from_millis(100);
+/// Batches taken in one go: enough to catch up, few enough to flush often.
+const BATCHES: usize = 8;
+
+struct Thread {
+    inbox: Arc<Mutex<Inbox>>,
+    ended: Arc<Notify>,
+    context: Context,
+    groups: Vec<Option<Box<Group>>>,
+    free: Vec<usize>,
+    /// Engine request to (group, number of the prompt in it).
+    requests: HashMap<RequestId, (usize, u32)>,
+    /// Groups with bytes of this batch.
+    dirty: Vec<usize>,
+    ping_every: Option<Duration>,
+    next_tick: Instant,
+}
+
+impl Thread {
+    fn run(mut self, events: &Receiver<Vec<Event>>) {
+        loop {
+            let batch = if self.requests.is_empty() {
+                events.recv().map_err(|_| RecvTimeoutError::Disconnected)
+            } else {
+                events.recv_timeout(TICK)
+            };
+            let now = Instant::now();
+            self.read_inbox(now);
+            match batch {
+                Ok(batch) => {
+                    self.take(&batch, now);
+                    if !self.catch_up(events, now) {
+                        return self.end(now);
+                    }
+                    self.flush(now);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return self.end(now),
+            }
+            if now >= self.next_tick {
+                self.next_tick = now + TICK;
+                self.tick(now);
+            }
+        }
+    }
+
+    /// Takes batches that wait already. Returns false when the engine is gone.
+    fn catch_up(&mut self, events: &Receiver<Vec<Event>>, now: Instant) -> bool {
+        for _ in 1..BATCHES {
+            match events.try_recv() {
+                Ok(batch) => {
+                    self.read_inbox(now);
+                    self.take(&batch, now);
+                }
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+        true
+    }
+
+    fn read_inbox(&mut self, now: Instant) {
+        let (registrations, abort) = {
+            let mut inbox = lock(&self.inbox);
+            (std::mem::take(&mut inbox.registrations), inbox.abort.take())
+        };
+        for registration in registrations {
+            self.insert(registration, now);
+        }
+        if let Some(error) = abort {
+            for group in self.groups.iter_mut().flatten() {
+                group.fail(&error, &self.context);
+            }
+        }
+    }
+
+    fn insert(&mut self, registration: Registration, now: Instant) {
+        let group = Box::new(Group::new(registration, &self.context, now));
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.groups.push(None);
+            self.groups.len() - 1
+        });
+        for (prompt, request) in (0..).zip(group.requests()) {
+            self.requests.insert(request, (index, prompt));
+        }
+        self.groups[index] = Some(group);
+        self.context.metrics.streams.add(1);
+    }
+
+    fn take(&mut self, batch: &[Event], now: Instant) {
+        for event in batch {
+            let request = match event {
+                Event::Prefilled { request, .. }
+                | Event::Token { request, .. }
+                | Event::Finished { request, .. } => request,
+            };
+            let Some(&(index, prompt)) = self.requests.get(request) else { continue };
+            let Some(group) = &mut self.groups[index] else { continue };
+            let was_dirty = group.dirty;
+            guarded(group, &self.context, |group, cx| group.on_event(prompt, event, cx, now));
+            if group.dirty && !was_dirty {
+                self.dirty.push(index);
+            }
+            if group.is_over() {
+                self.remove(index);
+            }
+        }
+    }
+
+    fn flush(&mut self, now: Instant) {
+        let mut dirty = std::mem::take(&mut self.dirty);
+        for index in dirty.drain(..) {
+            if let Some(group) = self.groups[index].as_mut().filter(|group| group.dirty) {
+                guarded(group, &self.context, |group, cx| group.flush(cx, now));
+            }
+        }
+        self.dirty = dirty;
+    }
+
+    /// Pings, and forgets requests that were refused half way.
+    fn tick(&mut self, now: Instant) {
+        for index in 0..self.groups.len() {
+            let Some(group) = &mut self.groups[index] else { continue };
+            group.drop_refused();
+            if let Some(every) = self.ping_every {
+                group.ping(every, &self.context, now);
+            }
+            if group.is_over() {
+                self.remove(index);
+            }
+        }
+    }
+
+    fn remove(&mut self, index: usize) {
+        let Some(group) = self.groups[index].take() else { return };
+        for request in group.requests() {
+            self.requests.remove(&request);
+        }
+        if group.ticket.is_gone() {
+            self.context.metrics.disconnects.inc();
+        }
+        self.context.metrics.streams.add(-1);
+        self.free.push(index);
+    }
+
+    /// The engine is gone: every open request ends, and no other is taken.
+    fn end(mut self, now: Instant) {
+        let registrations = {
+            let mut inbox = lock(&self.inbox);
+            inbox.closed = true;
+            std::mem::take(&mut inbox.registrations)
+        };
+        for registration in registrations {
+            self.insert(registration, now);
+        }
+        self.flush(now);
+        let error = ApiError::engine_stopped("the engine stopped").retry_after(Duration::from_secs(10));
+        for index in 0..self.groups.len() {
+            if let Some(group) = &mut self.groups[index] {
+                group.fail(&error, &self.context);
+                self.remove(index);
+            }
+        }
+        self.ended.notify_waiters();
+    }
+}
+
+/// Runs code of one request; a panic ends that request and nothing else.
+fn guarded(group: &mut Group, cx: &Context, code: impl FnOnce(&mut Group, &Context)) {
+    if catch_unwind(AssertUnwindSafe(|| code(group, cx))).is_err() {
+        cx.metrics.panics.inc();
+        group.fail(&ApiError::internal("this request failed; others are not affected"), cx);
+    }
+}

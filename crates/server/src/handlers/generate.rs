@@ -1,0 +1,194 @@
+//! Chat and completion requests.
+//!
+//! Owns the way of a request into the engine: judged on a worker, announced to the demultiplexer, submitted;
+//! and what undoes each step when the next one fails or the client leaves.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use hyper::Request;
+use hyper::body::Incoming;
+use mirai_engine::{AdmissionError, EngineRequest, RequestId, TenantId};
+use tokio::sync::oneshot;
+
+use super::{on_worker, read_body};
+use crate::auth;
+use crate::config::seconds;
+use crate::demux::Registration;
+use crate::demux::sink::{LeaveGuard, Sink, StreamBuffer, Ticket};
+use crate::error::ApiError;
+use crate::http::reply::{JSON, Reply, Scope};
+use crate::metrics::Refused;
+use crate::parse::parse;
+use crate::state::{Live, State};
+use crate::validate::{self, Body, GenerationRequest, Kind};
+
+/// Answers a generation request.
+pub(crate) async fn generate(
+    state: &Arc<State>,
+    request: Request<Incoming>,
+    tenant: TenantId,
+    kind: Kind,
+    scope: &mut Scope,
+) -> Result<Reply, ApiError> {
+    let live = serving(state)?.clone();
+    let body = read_body(state, request).await?;
+    let judged = {
+        let (state, live) = (state.clone(), live.clone());
+        on_worker(&state.clone(), move || {
+            let depth = state.config.limits.max_json_depth;
+            let (body, unknown) = match kind {
+                Kind::Chat => {
+                    parse(&body.bytes, depth).map(|p| (Body::Chat(Box::new(p.body)), p.unknown_fields))
+                }
+                Kind::Completion => {
+                    parse(&body.bytes, depth).map(|p| (Body::Completion(Box::new(p.body)), p.unknown_fields))
+                }
+            }?;
+            state.metrics.unknown_fields.add(unknown);
+            validate::validate(body, state.rules(&live.model))
+        })
+        .await?
+    };
+    // The drain may have begun while the body came.
+    serving(state)?;
+    observe(state, &judged);
+    admit(state, &live, judged, tenant, scope).await
+}
+
+fn serving(state: &State) -> Result<&Arc<Live>, ApiError> {
+    state.serving().inspect_err(|error| {
+        let draining = error.code == "draining";
+        state.metrics.refused(if draining { Refused::Draining } else { Refused::Loading });
+    })
+}
+
+fn observe(state: &State, judged: &GenerationRequest) {
+    state.metrics.params_n.observe(f64::from(judged.n));
+    for prompt in &judged.prompts {
+        state.metrics.params_max_tokens.observe(f64::from(prompt.max_tokens));
+    }
+}
+
+/// Hands a judged request over, and answers.
+async fn admit(
+    state: &State,
+    live: &Live,
+    judged: GenerationRequest,
+    tenant: TenantId,
+    scope: &mut Scope,
+) -> Result<Reply, ApiError> {
+    let count = judged.prompts.len() as u32;
+    let first = state.ids.engine(count);
+    let lengths: Vec<u64> = judged.prompts.iter().map(|prompt| prompt.ids.len() as u64).collect();
+    let ticket = Arc::new(Ticket::new(lengths.iter().sum()));
+    let requests = engine_requests(state, live, &judged, tenant, first, scope);
+    let stream = judged.output.stream;
+    let (sink, answer) = if stream {
+        let buffer = Arc::new(StreamBuffer::default());
+        (Sink::Stream(buffer.clone()), Answer::Stream(buffer))
+    } else {
+        let (sender, receiver) = oneshot::channel();
+        (Sink::Whole(Some(sender)), Answer::Whole(receiver))
+    };
+    let prefix = if judged.kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
+    live.demux.register(Registration {
+        kind: judged.kind,
+        id: format!("{prefix}-{}", scope.id.trim_start_matches("req-")),
+        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        model: judged.model,
+        first,
+        prompts: judged.prompts,
+        n: judged.n,
+        sampling: judged.sampling,
+        output: judged.output,
+        sink,
+        ticket: ticket.clone(),
+        arrived: scope.arrived,
+        arrived_engine: live.engine.now().saturating_sub(scope.arrived.elapsed()),
+    })?;
+    let guard = LeaveGuard { ticket: ticket.clone(), engine: live.engine.clone(), first, prompts: count };
+    for (accepted, request) in (0..).zip(requests) {
+        if let Err(error) = live.engine.submit(request) {
+            ticket.set_submitted(accepted);
+            // Cancels what was accepted before, and tells the demultiplexer.
+            drop(guard);
+            if accepted == 0 {
+                live.demux.withdraw(first);
+            }
+            return Err(refusal(state, live, &error));
+        }
+    }
+    ticket.set_submitted(count);
+    scope.ticket = Some(ticket);
+    for length in lengths {
+        state.metrics.prompt_tokens.add(length);
+        state.metrics.request_prompt_tokens.observe(length as f64);
+    }
+    match answer {
+        Answer::Stream(buffer) => Ok(Reply::stream(buffer, guard)),
+        Answer::Whole(receiver) => {
+            let bytes = receiver.await.unwrap_or_else(|_| Err(ApiError::internal("the answer was lost")))?;
+            drop(guard);
+            Ok(Reply::new(hyper::StatusCode::OK, JSON, bytes))
+        }
+    }
+}
+
+enum Answer {
+    Stream(Arc<StreamBuffer>),
+    Whole(oneshot::Receiver<Result<bytes::Bytes, ApiError>>),
+}
+
+fn engine_requests(
+    state: &State,
+    live: &Live,
+    judged: &GenerationRequest,
+    tenant: TenantId,
+    first: RequestId,
+    scope: &Scope,
+) -> Vec<EngineRequest> {
+    let left = seconds(state.config.timeouts.request_seconds).saturating_sub(scope.arrived.elapsed());
+    let deadline = live.engine.now().saturating_add(left);
+    let cache_salt = auth::cache_salt(tenant, judged.cache_salt.as_deref());
+    (0..)
+        .zip(&judged.prompts)
+        .map(|(i, prompt)| EngineRequest {
+            id: RequestId(first.0 + i),
+            tenant,
+            weight: 1,
+            cache_salt,
+            priority: 0,
+            deadline: Some(deadline),
+            prompt: prompt.ids.clone(),
+            max_tokens: prompt.max_tokens,
+            choices: judged.n,
+            sampling: judged.sampling.clone(),
+        })
+        .collect()
+}
+
+/// What the engine's refusal means for a client.
+fn refusal(state: &State, live: &Live, error: &AdmissionError) -> ApiError {
+    let waiting = live.engine.counters().queued_requests;
+    let full = |reason| {
+        state.metrics.refused(reason);
+        ApiError::saturated("the queue is full").retry_after(state.metrics.drain_time(waiting))
+    };
+    match error {
+        AdmissionError::QueueFull { .. } => full(Refused::QueueRequests),
+        AdmissionError::QueueTokensFull { .. } => full(Refused::QueueTokens),
+        AdmissionError::TooLong { .. } | AdmissionError::NeverFits { .. } => {
+            ApiError::context_length(error.to_string()).param("max_tokens")
+        }
+        AdmissionError::EmptyPrompt | AdmissionError::UnknownToken { .. } => {
+            ApiError::invalid_value(error.to_string()).param("prompt")
+        }
+        AdmissionError::Choices { .. } => ApiError::invalid_value(error.to_string()).param("n"),
+        AdmissionError::DuplicateId(_) => ApiError::internal("this request failed; others are not affected"),
+        AdmissionError::Stopping | AdmissionError::Dead(_) => {
+            state.metrics.refused(Refused::EngineStopped);
+            ApiError::engine_stopped("the engine has stopped").retry_after(Duration::from_secs(10))
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! From a request's head to its answer.
+//!
+//! Owns the order: route, key, then everything else. Nothing that scales with a request's numbers happens
+//! before its body was judged.
+
+mod generate;
+mod info;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use hyper::body::Incoming;
+use hyper::header::{HOST, HeaderMap};
+use hyper::{Method, Request, Response, Version};
+use mirai_engine::TenantId;
+
+use crate::error::ApiError;
+use crate::health::{self, Probe};
+use crate::http::body::{self, HeldBody};
+use crate::http::io::ConnState;
+use crate::http::reply::{Body, Reply, Scope};
+use crate::ids;
+use crate::metrics::Refused;
+use crate::routes::{self, Access, Match, RouteId, Target};
+use crate::state::{Drain, State};
+use crate::validate::Kind;
+use crate::worker::JobError;
+
+/// Which listener a request came in on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Door {
+    /// Everything; without metrics if those have a door of their own.
+    Main,
+    /// Metrics and probes only.
+    Metrics,
+}
+
+/// Longest path that is looked up.
+const MAX_PATH: usize = 8 << 10;
+
+/// Answers one request.
+pub(crate) async fn handle(
+    state: Arc<State>,
+    door: Door,
+    conn: Arc<ConnState>,
+    request: Request<Incoming>,
+) -> Response<Body> {
+    state.metrics.active.add(1);
+    let caller_id = caller_id(request.headers());
+    let mut scope = Scope {
+        metrics: state.metrics.clone(),
+        conn,
+        arrived: Instant::now(),
+        route: None,
+        method: method_name(request.method()),
+        id: format!("req-{}", state.ids.public()),
+        caller_id: caller_id.clone(),
+        status: 0,
+        ticket: None,
+        error_code: None,
+        tenant: 0,
+    };
+    let id = caller_id.unwrap_or_else(|| scope.id.clone());
+    let mut reply = match dispatch(&state, door, request, &mut scope).await {
+        Ok(reply) => reply,
+        Err(error) => {
+            scope.error_code = Some(error.code);
+            Reply::error(&error, state.config.error_message_copy)
+        }
+    };
+    if reply.status == 405
+        && let Some(allow) = scope.error_code.and(scope_allow(&scope))
+    {
+        reply.allow = Some(allow);
+    }
+    reply.close |= state.drain() == Drain::Refusing;
+    reply.into_response(scope, &id)
+}
+
+fn scope_allow(scope: &Scope) -> Option<&'static str> {
+    scope.route.map(|route| if route.route().method == "GET" { "GET, HEAD" } else { route.route().method })
+}
+
+/// One of a fixed list: the method is a label and a log field.
+fn method_name(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::DELETE => "DELETE",
+        Method::OPTIONS => "OPTIONS",
+        Method::PATCH => "PATCH",
+        _ => "other",
+    }
+}
+
+fn caller_id(headers: &HeaderMap) -> Option<String> {
+    let value = headers.get("x-request-id")?.to_str().ok()?;
+    ids::is_sane(value).then(|| value.to_owned())
+}
+
+/// The rules of HTTP/1.1 that routing depends on.
+fn check_head(request: &Request<Incoming>) -> Result<(), ApiError> {
+    if request.uri().path().len() > MAX_PATH {
+        return Err(ApiError::uri_too_long("the path is too long").closing());
+    }
+    let hosts = request.headers().get_all(HOST).iter().count();
+    if hosts > 1 || (hosts == 0 && request.version() == Version::HTTP_11) {
+        return Err(ApiError::bad_request("exactly one `Host` header is needed").closing());
+    }
+    Ok(())
+}
+
+async fn dispatch(
+    state: &Arc<State>,
+    door: Door,
+    request: Request<Incoming>,
+    scope: &mut Scope,
+) -> Result<Reply, ApiError> {
+    check_head(&request)?;
+    let path = request.uri().path().to_owned();
+    let matched = match routes::find(request.method(), &path) {
+        Match::Found(route, _) if !is_behind(state, door, route) => Match::None,
+        other => other,
+    };
+    let open = matches!(matched, Match::Found(route, _) if route.route().access == Access::Open);
+    let tenant = match state.auth.check(request.headers()) {
+        Ok(tenant) => tenant,
+        Err(_) if open => TenantId(0),
+        Err(error) => return Err(error),
+    };
+    scope.tenant = tenant.0;
+    let (route, rest) = match matched {
+        Match::Found(route, rest) => (route, rest),
+        Match::OtherMethod(allow) => {
+            scope.route = routes::ROUTES
+                .iter()
+                .position(|route| allow.starts_with(route.method) && route_has(route.path, &path))
+                .map(RouteId);
+            return Err(ApiError::method_not_allowed(format!("this path answers {allow} only")));
+        }
+        Match::None => return Err(ApiError::not_found("no such path; GET /openapi.json lists them")),
+    };
+    scope.route = Some(route);
+    match route.route().target {
+        Target::Chat => generate::generate(state, request, tenant, Kind::Chat, scope).await,
+        Target::Completion => generate::generate(state, request, tenant, Kind::Completion, scope).await,
+        Target::Models => info::models(state),
+        Target::Model => info::model(state, rest.unwrap_or_default()),
+        Target::Tokenize => info::tokenize(state, request).await,
+        Target::Detokenize => info::detokenize(state, request).await,
+        Target::Version => Ok(info::version()),
+        Target::OpenApi => Ok(info::openapi()),
+        Target::Health | Target::HealthLive => Ok(health::answer(state, Probe::Live)),
+        Target::HealthReady => Ok(health::answer(state, Probe::Ready)),
+        Target::HealthStartup => Ok(health::answer(state, Probe::Startup)),
+        Target::Metrics => Ok(info::metrics(state)),
+    }
+}
+
+fn route_has(route: &str, path: &str) -> bool {
+    path.strip_prefix("/v1").unwrap_or(path) == route
+}
+
+/// Whether a route answers at this door.
+fn is_behind(state: &State, door: Door, route: RouteId) -> bool {
+    let target = route.route().target;
+    match door {
+        Door::Main => target != Target::Metrics || state.config.metrics_listen.is_none(),
+        Door::Metrics => route.route().access == Access::Open,
+    }
+}
+
+/// Reads a JSON body.
+async fn read_body(state: &State, request: Request<Incoming>) -> Result<HeldBody, ApiError> {
+    body::check_headers(request.headers())?;
+    let config = &state.config;
+    body::read(request.into_body(), &config.limits, &config.timeouts, &state.metrics).await
+}
+
+/// Runs what reads a body's text on a worker.
+async fn on_worker<T: Send + 'static>(
+    state: &State,
+    job: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    match state.workers.run(job).await {
+        Ok(result) => result,
+        Err(JobError::Full) => {
+            state.metrics.refused(Refused::Workers);
+            Err(ApiError::saturated("too many requests wait to be tokenized")
+                .retry_after(state.metrics.drain_time(state.config.limits.max_queued_jobs as u64)))
+        }
+        Err(JobError::Panicked) => {
+            state.metrics.panics.inc();
+            Err(ApiError::internal("this request failed; others are not affected"))
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! The one registry of metrics.
+//!
+//! Owns every counter of the HTTP surface and what it means. Updates are single relaxed atomic operations;
+//! a scrape reads them without a lock. No label takes a value that a client chose.
+
+mod histogram;
+mod render;
+
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+pub(crate) use histogram::Histogram;
+pub(crate) use render::{CONTENT_TYPE, EngineView, render};
+
+use crate::routes::{ROUTES, RouteId};
+
+/// Grows only.
+#[derive(Debug, Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub(crate) fn inc(&self) {
+        self.add(1);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Goes up and down.
+#[derive(Debug, Default)]
+pub(crate) struct Gauge(AtomicI64);
+
+impl Gauge {
+    pub(crate) fn add(&self, n: i64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> i64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// How a choice ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    Stop,
+    Length,
+    Abort,
+    Error,
+}
+
+impl Ended {
+    pub(crate) const ALL: [(Self, &'static str); 4] =
+        [(Self::Stop, "stop"), (Self::Length, "length"), (Self::Abort, "abort"), (Self::Error, "error")];
+}
+
+/// Why a request was not accepted although it was well formed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refused {
+    QueueRequests,
+    QueueTokens,
+    Workers,
+    BodyBudget,
+    Loading,
+    Draining,
+    EngineStopped,
+}
+
+impl Refused {
+    pub(crate) const ALL: [(Self, &'static str); 7] = [
+        (Self::QueueRequests, "max_num_queued_reqs"),
+        (Self::QueueTokens, "max_num_queued_tokens"),
+        (Self::Workers, "worker_queue"),
+        (Self::BodyBudget, "body_budget"),
+        (Self::Loading, "loading"),
+        (Self::Draining, "draining"),
+        (Self::EngineStopped, "engine_stopped"),
+    ];
+}
+
+/// Status classes; with the routes they are all there is to `mirai_http_requests_total`.
+pub(crate) const CLASSES: [&str; 4] = ["2xx", "3xx", "4xx", "5xx"];
+
+/// Buckets of times from a millisecond to minutes, seconds.
+pub(crate) const LATENCY: &[f64] = &[
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
+    40.0, 80.0, 160.0, 640.0, 2560.0,
+];
+/// Buckets of times between two tokens, seconds.
+pub(crate) const TOKEN_LATENCY: &[f64] = &[
+    0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4,
+    0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0,
+];
+/// Buckets of token counts.
+pub(crate) const TOKENS: &[f64] =
+    &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6];
+/// Buckets of `n`.
+pub(crate) const CHOICES: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0];
+/// Buckets of preemptions.
+pub(crate) const PREEMPTIONS: &[f64] = &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0];
+
+/// Every metric of the HTTP surface.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    started: Instant,
+    /// Answers by route (the last row: no route) and status class.
+    http: Vec<[Counter; 4]>,
+    finished: [Counter; 4],
+    refused: [Counter; 7],
+    /// Open connections.
+    pub(crate) connections: Gauge,
+    /// Connections accepted.
+    pub(crate) accepted: Counter,
+    /// `accept` failed (usually: no file descriptor left).
+    pub(crate) accept_errors: Counter,
+    /// Connections ended because a head or a body came too slowly.
+    pub(crate) read_timeouts: Counter,
+    /// Connections ended because the client took no byte.
+    pub(crate) write_stalls: Counter,
+    /// Requests from their head to the end of their answer.
+    pub(crate) active: Gauge,
+    /// Bytes of bodies that are held.
+    pub(crate) body_bytes: Gauge,
+    /// Groups of choices that the demultiplexer holds.
+    pub(crate) streams: Gauge,
+    /// Fields of bodies that nobody knows.
+    pub(crate) unknown_fields: Counter,
+    /// Requests cancelled because their client was too slow.
+    pub(crate) slow_readers: Counter,
+    /// Panics caught at a request's boundary.
+    pub(crate) panics: Counter,
+    /// Requests whose client was gone before their end.
+    pub(crate) disconnects: Counter,
+    /// Tokens of prompts of accepted requests.
+    pub(crate) prompt_tokens: Counter,
+    /// Of these, from the prefix cache.
+    pub(crate) cached_tokens: Counter,
+    /// Output tokens of answers.
+    pub(crate) generation_tokens: Counter,
+    /// Tokens computed and thrown away.
+    pub(crate) wasted_tokens: Counter,
+    /// Choices that ended by NaN or infinity.
+    pub(crate) corrupted: Counter,
+    pub(crate) time_to_first_token: Histogram,
+    pub(crate) inter_token: Histogram,
+    pub(crate) time_per_output_token: Histogram,
+    pub(crate) e2e: Histogram,
+    pub(crate) queue: Histogram,
+    pub(crate) prefill: Histogram,
+    pub(crate) decode: Histogram,
+    pub(crate) inference: Histogram,
+    pub(crate) request_prompt_tokens: Histogram,
+    pub(crate) request_generation_tokens: Histogram,
+    pub(crate) params_max_tokens: Histogram,
+    pub(crate) params_n: Histogram,
+    pub(crate) preemptions: Histogram,
+    rate: FinishRate,
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Self {
+        let seconds = |bounds| Histogram::new(bounds, 1e-9);
+        let counts = |bounds| Histogram::new(bounds, 1.0);
+        Self {
+            started: Instant::now(),
+            http: (0..=ROUTES.len()).map(|_| Default::default()).collect(),
+            finished: Default::default(),
+            refused: Default::default(),
+            connections: Gauge::default(),
+            accepted: Counter::default(),
+            accept_errors: Counter::default(),
+            read_timeouts: Counter::default(),
+            write_stalls: Counter::default(),
+            active: Gauge::default(),
+            body_bytes: Gauge::default(),
+            streams: Gauge::default(),
+            unknown_fields: Counter::default(),
+            slow_readers: Counter::default(),
+            panics: Counter::default(),
+            disconnects: Counter::default(),
+            prompt_tokens: Counter::default(),
+            cached_tokens: Counter::default(),
+            generation_tokens: Counter::default(),
+            wasted_tokens: Counter::default(),
+            corrupted: Counter::default(),
+            time_to_first_token: seconds(LATENCY),
+            inter_token: seconds(TOKEN_LATENCY),
+            time_per_output_token: seconds(TOKEN_LATENCY),
+            e2e: seconds(LATENCY),
+            queue: seconds(LATENCY),
+            prefill: seconds(LATENCY),
+            decode: seconds(LATENCY),
+            inference: seconds(LATENCY),
+            request_prompt_tokens: counts(TOKENS),
+            request_generation_tokens: counts(TOKENS),
+            params_max_tokens: counts(TOKENS),
+            params_n: counts(CHOICES),
+            preemptions: counts(PREEMPTIONS),
+            rate: FinishRate::default(),
+        }
+    }
+
+    /// Counts an answer.
+    pub(crate) fn answered(&self, route: Option<RouteId>, status: u16) {
+        let row = route.map_or(ROUTES.len(), |route| route.0);
+        let class = usize::from(status / 100).clamp(2, 5) - 2;
+        self.http[row][class].inc();
+    }
+
+    /// Counts the end of a choice.
+    pub(crate) fn finished(&self, ended: Ended) {
+        self.finished[ended as usize].inc();
+    }
+
+    /// Counts a refusal.
+    pub(crate) fn refused(&self, reason: Refused) {
+        self.refused[reason as usize].inc();
+    }
+
+    /// Counts the end of a request, for the estimate of how fast the queue drains.
+    pub(crate) fn request_ended(&self) {
+        self.rate.count(self.started.elapsed().as_secs());
+    }
+
+    /// When a place among `waiting` requests should be free, at the rate of the last seconds.
+    pub(crate) fn drain_time(&self, waiting: u64) -> Duration {
+        let per_second = self.rate.per_second(self.started.elapsed().as_secs());
+        if per_second <= 0.0 {
+            return Duration::from_secs(10);
+        }
+        // Not the whole queue has to drain, but at a tenth of it a newcomer stands a chance against others.
+        Duration::from_secs_f64((waiting as f64 * 0.1 / per_second).clamp(1.0, 60.0))
+    }
+}
+
+const WINDOW: u64 = 10;
+
+/// Ends of requests in each of the last seconds. Slots are reused; a slot of another second counts as 0.
+#[derive(Debug, Default)]
+struct FinishRate {
+    /// (second << 32) | count
+    slots: [AtomicU64; WINDOW as usize],
+}
+
+impl FinishRate {
+    fn count(&self, second: u64) {
+        let slot = &self.slots[(second % WINDOW) as usize];
+        let _ = slot.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| {
+            Some(if old >> 32 == second & 0xffff_ffff { old + 1 } else { (second << 32) | 1 })
+        });
+    }
+
+    fn per_second(&self, now: u64) -> f64 {
+        let recent = |value: u64| now.saturating_sub(value >> 32) < WINDOW;
+        let sum: u64 = self
+            .slots
+            .iter()
+            .map(|slot| slot.load(Ordering::Relaxed))
+            .filter(|value| recent(*value))
+            .map(|value| value & 0xffff_ffff)
+            .sum();
+        sum as f64 / now.clamp(1, WINDOW) as f64
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rate_is_that_of_the_last_seconds() {
+        let rate = FinishRate::default();
+        for second in 100..120 {
+            for _ in 0..4 {
+                rate.count(second);
+            }
+        }
+        assert!((rate.per_second(119) - 4.0).abs() < 1e-9);
+        assert!((rate.per_second(124) - 2.0).abs() < 1e-9);
+        assert_eq!(rate.per_second(1000), 0.0);
+    }
+
+    #[test]
+    fn drain_time_follows_the_rate() {
+        let metrics = Metrics::new();
+        assert_eq!(metrics.drain_time(100), Duration::from_secs(10));
+        for _ in 0..10 {
+            metrics.request_ended();
+        }
+        let time = metrics.drain_time(1000);
+        assert!(time >= Duration::from_secs(1) && time <= Duration::from_secs(60), "{time:?}");
+        assert!(metrics.drain_time(1) >= Duration::from_secs(1));
+    }
+
+    #[test]
+    fn indices_match_their_tables() {
+        for (i, (ended, _)) in Ended::ALL.iter().enumerate() {
+            assert_eq!(*ended as usize, i);
+        }
+        for (i, (refused, _)) in Refused::ALL.iter().enumerate() {
+            assert_eq!(*refused as usize, i);
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! The OpenAPI 3.1 document, from the types of `api`.
+//!
+//! Owns the description of paths; schemas and bounds come from the types. The committed file is what is
+//! served, and a test holds both together.
+
+use serde_json::{Value, json};
+use utoipa::OpenApi;
+
+use crate::api::chat::{ChatChunk, ChatRequest, ChatResponse};
+use crate::api::common::ErrorResponse;
+use crate::api::completions::{CompletionChunk, CompletionRequest, CompletionResponse};
+use crate::api::models::{Health, ModelCard, ModelList, Version};
+use crate::api::tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
+use crate::error::ERROR_TABLE;
+use crate::routes::{Access, ROUTES, Target};
+
+/// The committed document.
+pub const COMMITTED: &str = include_str!("../openapi.json");
+
+#[derive(OpenApi)]
+#[openapi(components(schemas(
+    ChatRequest,
+    ChatResponse,
+    ChatChunk,
+    CompletionRequest,
+    CompletionResponse,
+    CompletionChunk,
+    TokenizeRequest,
+    TokenizeResponse,
+    DetokenizeRequest,
+    DetokenizeResponse,
+    ModelList,
+    ModelCard,
+    Version,
+    Health,
+    ErrorResponse,
+)))]
+struct Schemas;
+
+/// What a route takes and gives, beside its row in the table.
+struct Operation {
+    summary: &'static str,
+    request: Option<&'static str>,
+    response: Option<&'static str>,
+    /// Of a stream's events.
+    chunk: Option<&'static str>,
+}
+
+fn operation(target: Target) -> Operation {
+    let op = |summary, request, response, chunk| Operation { summary, request, response, chunk };
+    match target {
+        Target::Chat => op(
+            "Continues a conversation.",
+            Some("ChatCompletionRequest"),
+            Some("ChatCompletion"),
+            Some("ChatCompletionChunk"),
+        ),
+        Target::Completion => {
+            op("Continues text.", Some("CompletionRequest"), Some("Completion"), Some("CompletionChunk"))
+        }
+        Target::Models => {
+            op("Lists the served names; 503 until the model is loaded.", None, Some("ModelList"), None)
+        }
+        Target::Model => op("Describes one served name.", None, Some("ModelCard"), None),
+        Target::Tokenize => {
+            op("Tokenizes text or a conversation.", Some("TokenizeRequest"), Some("TokenizeResponse"), None)
+        }
+        Target::Detokenize => {
+            op("Turns tokens into text.", Some("DetokenizeRequest"), Some("DetokenizeResponse"), None)
+        }
+        Target::Version => op("Version of the server.", None, Some("Version"), None),
+        Target::OpenApi => op("This document.", None, None, None),
+        Target::Health => op("Alive: the same as /health/live.", None, Some("Health"), None),
+        Target::HealthLive => op("Loaded, and the engine moves or is idle.", None, Some("Health"), None),
+        Target::HealthReady => op("Alive, and taking requests.", None, Some("Health"), None),
+        Target::HealthStartup => op("Loaded.", None, Some("Health"), None),
+        Target::Metrics => op("Metrics in Prometheus' text format 0.0.4.", None, None, None),
+    }
+}
+
+/// Generates the document.
+pub fn document() -> Value {
+    let schemas = serde_json::to_value(Schemas::openapi()).unwrap_or_default();
+    let mut paths = serde_json::Map::new();
+    for route in ROUTES {
+        let entry = paths.entry(route.name()).or_insert_with(|| json!({}));
+        entry[route.method.to_lowercase()] = describe(route.target, route.access);
+    }
+    let codes: Vec<Value> = ERROR_TABLE
+        .iter()
+        .map(|(status, kind, code)| json!({"status": status, "type": kind, "code": code}))
+        .collect();
+    json!({
+        "openapi": "3.1.0",
+        "info": {
+            "title": "mirai",
+            "description": "OpenAI-compatible inference. Paths under /v1 answer without /v1 too.",
+            "version": env!("CARGO_PKG_VERSION"),
+            "license": {"name": "MIT OR Apache-2.0", "identifier": "MIT OR Apache-2.0"},
+        },
+        "paths": paths,
+        "components": {
+            "schemas": schemas["components"]["schemas"],
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "x-errors": codes,
+    })
+}
+
+fn reference(name: &str) -> Value {
+    json!({"$ref": format!("#/components/schemas/{name}")})
+}
+
+fn describe(target: Target, access: Access) -> Value {
+    let operation = operation(target);
+    let mut ok = json!({"description": "Success."});
+    match (target, operation.response) {
+        (Target::Metrics, _) => ok["content"]["text/plain"]["schema"] = json!({"type": "string"}),
+        (_, Some(name)) => ok["content"]["application/json"]["schema"] = reference(name),
+        (_, None) => ok["content"]["application/json"]["schema"] = json!({"type": "object"}),
+    }
+    if let Some(name) = operation.chunk {
+        ok["content"]["text/event-stream"]["schema"] = reference(name);
+    }
+    let error = |description: &str| {
+        json!({"description": description,
+               "content": {"application/json": {"schema": reference("ErrorResponse")}}})
+    };
+    let mut responses = serde_json::Map::new();
+    responses.insert("200".to_owned(), ok);
+    if access == Access::Key {
+        responses.insert("401".to_owned(), error("No key, or a wrong one."));
+    }
+    if operation.request.is_some() {
+        responses
+            .insert("400".to_owned(), error("A field is wrong, missing or not served; `param` names it."));
+        responses.insert("404".to_owned(), error("This model is not served here."));
+        responses.insert("408".to_owned(), error("The body came too slowly."));
+        responses.insert("413".to_owned(), error("The body is too large."));
+        responses.insert("415".to_owned(), error("The body is compressed, or not JSON."));
+    }
+    match target {
+        Target::Health | Target::HealthLive | Target::HealthReady | Target::HealthStartup => {
+            let problem = json!({"description": "Not so; a problem document.",
+                "content": {"application/problem+json": {"schema": reference("Health")}}});
+            responses.insert("503".to_owned(), problem);
+        }
+        Target::Metrics | Target::Version | Target::OpenApi => {}
+        Target::Model => {
+            responses.insert("404".to_owned(), error("This model is not served here."));
+            responses.insert("503".to_owned(), error("Loading; `Retry-After` says when to come back."));
+        }
+        _ => {
+            let text = "Loading, saturated or draining; `Retry-After` says when to come back.";
+            responses.insert("503".to_owned(), error(text));
+        }
+    }
+    let mut value = json!({"summary": operation.summary, "responses": responses});
+    if let Some(name) = operation.request {
+        value["requestBody"] =
+            json!({"required": true, "content": {"application/json": {"schema": reference(name)}}});
+    }
+    if target == Target::Model {
+        value["parameters"] =
+            json!([{"name": "model", "in": "path", "required": true, "schema": {"type": "string"}}]);
+    }
+    if access == Access::Key {
+        value["security"] = json!([{"key": []}]);
+    }
+    value
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// `MIRAI_BLESS=1 cargo test -p mirai-server openapi` writes the file anew.
+    #[test]
+    fn committed_document_is_the_generated_one() {
+        let mut text = serde_json::to_string_pretty(&document()).unwrap();
+        text.push('\n');
+        if std::env::var_os("MIRAI_BLESS").is_some() {
+            std::fs::write(concat!(env!("CARGO_MANIFEST_DIR"), "/openapi.json"), &text).unwrap();
+            return;
+        }
+        assert!(text == COMMITTED, "openapi.json is not what the types say; see this test's comment");
+    }
+
+    #[test]
+    fn every_reference_leads_somewhere() {
+        fn walk(value: &Value, schemas: &Value) {
+            match value {
+                Value::Object(map) => {
+                    if let Some(target) = map.get("$ref").and_then(Value::as_str) {
+                        let name = target.strip_prefix("#/components/schemas/").unwrap();
+                        assert!(schemas.get(name).is_some(), "{name} is not defined");
+                    }
+                    map.values().for_each(|v| walk(v, schemas));
+                }
+                Value::Array(list) => list.iter().for_each(|v| walk(v, schemas)),
+                _ => {}
+            }
+        }
+        let document = document();
+        walk(&document, &document["components"]["schemas"]);
+        for route in ROUTES {
+            assert!(
+                document["paths"][route.name()][route.method.to_lowercase()].is_object(),
+                "{}",
+                route.name()
+            );
+        }
+    }
+
+    #[test]
+    fn published_bounds_are_the_ones_in_force() {
+        use crate::api::bounds;
+        let document = document();
+        let chat = &document["components"]["schemas"]["ChatCompletionRequest"]["properties"];
+        assert_eq!(chat["stop_token_ids"]["maxItems"], bounds::STOP_TOKEN_IDS);
+        assert_eq!(chat["allowed_token_ids"]["maxItems"], bounds::ALLOWED_TOKEN_IDS);
+        assert_eq!(chat["bad_words"]["maxItems"], bounds::BAD_WORDS);
+        assert_eq!(chat["top_logprobs"]["maximum"], bounds::LOGPROBS);
+        assert_eq!(chat["messages"]["maxItems"], bounds::MESSAGES);
+        assert_eq!(chat["n"]["maximum"], 128);
+        let stop = &document["components"]["schemas"]["Stop"]["oneOf"];
+        assert!(stop.to_string().contains(&format!("\"maxItems\":{}", bounds::STOP)), "{stop}");
+    }
+}

@@ -1,0 +1,17 @@
+//! Black-box tests: the real server in this process, on port 0, over a simulated executor.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod bad_input;
+mod chat;
+mod client;
+mod completions;
+mod doors;
+mod faults;
+mod hangups;
+mod life;
+mod load;
+mod metrics;
+mod slow;
+mod support;
+mod tls;
