@@ -60,6 +60,7 @@ pub struct Model<B: Backend> {
     logits_scale: f32,
     logits_soft_cap: Option<f32>,
     vocab: usize,
+    weight_bytes: u64,
     buffers: Buffers<B>,
 }
 
@@ -70,6 +71,8 @@ struct Uploader<'a, B: Backend> {
     conversion: Conversion,
     backend: &'a mut B,
     embedding: TensorId,
+    /// Bytes handed over so far.
+    bytes: u64,
 }
 
 impl<'a, B: Backend> Uploader<'a, B> {
@@ -79,8 +82,9 @@ impl<'a, B: Backend> Uploader<'a, B> {
         self.conversion.apply(id, is_head, tensor)
     }
 
-    fn parts(&self, ids: &[TensorId]) -> Result<(String, Vec<HostTensor<'a>>)> {
+    fn parts(&mut self, ids: &[TensorId]) -> Result<(String, Vec<HostTensor<'a>>)> {
         let parts: Vec<_> = ids.iter().map(|&id| self.tensor(id)).collect::<Result<_>>()?;
+        self.bytes += parts.iter().map(|p| p.bytes.len() as u64).sum::<u64>();
         let what = parts.iter().map(|p| p.name.as_str()).collect::<Vec<_>>().join(" + ");
         Ok((what, parts))
     }
@@ -161,7 +165,7 @@ impl<B: Backend> Model<B> {
         progress: &mut dyn FnMut(f32),
     ) -> Result<Self> {
         let embedding = embedding_id(spec, source)?;
-        let mut up = Uploader { spec, source, conversion, backend, embedding };
+        let mut up = Uploader { spec, source, conversion, backend, embedding, bytes: 0 };
         let steps = (spec.layers.len() + 2) as f32;
         let table = up.linear(&[embedding])?;
         progress(1.0 / steps);
@@ -178,6 +182,7 @@ impl<B: Backend> Model<B> {
         }
         let final_norm = up.norm(TensorId::FinalNorm, spec.final_norm)?;
         let head = if spec.tied { None } else { Some(up.linear(&[TensorId::Head])?) };
+        let weight_bytes = up.bytes;
         let device = |source| ModelError::Backend { what: "rotary tables and buffers".into(), source };
         let ropes = spec.ropes.iter().map(|r| backend.load_rope(&r.table(context)));
         let ropes = ropes.collect::<DeviceResult<_>>().map_err(device)?;
@@ -193,8 +198,15 @@ impl<B: Backend> Model<B> {
             logits_scale: spec.logits_scale,
             logits_soft_cap: spec.logits_soft_cap,
             vocab: spec.vocab,
+            weight_bytes,
             buffers,
         })
+    }
+
+    /// Bytes of the weights as they were handed to the device; it may have repacked them.
+    #[must_use]
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
     }
 
     /// From the step's ids to normed rows of its outputs. Sees the step's shape and the device's handles only.

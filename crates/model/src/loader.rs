@@ -160,6 +160,8 @@ pub struct LoadedModel<B: Backend> {
     pub executor: ModelExecutor<B>,
     /// What it is.
     pub spec: ModelSpec,
+    /// Bytes of the weights, conversions applied.
+    pub weight_bytes: u64,
     /// What the cache has room for.
     pub cache: CacheReport,
     /// For the `text` crate.
@@ -239,7 +241,21 @@ pub fn load<B: Backend>(
         max_context: cache.max_context as u32,
         vocab: spec.vocab as u32,
     };
+    let weight_bytes = model.weight_bytes();
+    tracing::info!(
+        architecture = spec.architecture,
+        parameters = spec.parameters(),
+        weight_bytes,
+        cache_bytes = cache.bytes,
+        cache_tokens = cache.tokens,
+        max_context = cache.max_context,
+        "model loaded"
+    );
+    if !opened.unused_tensors.is_empty() {
+        tracing::warn!(tensors = ?opened.unused_tensors, "tensors that the model has no place for");
+    }
     Ok(LoadedModel {
+        weight_bytes,
         executor: ModelExecutor::new(backend, model, geometry),
         spec,
         cache,

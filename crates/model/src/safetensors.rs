@@ -51,13 +51,14 @@ impl SafetensorsSource {
     /// # Errors
     /// Neither is there, a shard is missing, or a header is broken.
     pub fn open(place: &str, files: &BTreeMap<String, FileSource>) -> Result<Self> {
-        if let Some(index) = files.get(INDEX) {
-            return Self::open_sharded(index, files);
-        }
+        // The single file first, as transformers does.
         if let Some(single) = files.get(SINGLE) {
             let mut source = Self::empty(SINGLE);
             source.add(SINGLE, single)?;
             return Ok(source);
+        }
+        if let Some(index) = files.get(INDEX) {
+            return Self::open_sharded(index, files);
         }
         let pickled = files.keys().find(|f| {
             let ext = f.rsplit('.').next().unwrap_or_default();

@@ -16,8 +16,9 @@ const MAX_TENSORS: u64 = 1 << 17;
 const MAX_NAME: u64 = 1_024;
 /// Longest text value: chat templates are the longest.
 const MAX_TEXT: u64 = 8 << 20;
-/// Most elements of an array: the vocabulary is the largest.
-const MAX_ELEMENTS: u64 = 1 << 23;
+/// Most elements of all arrays together. Vocabularies and merges of published models have less than a million; an
+/// empty text of 8 bytes takes three times as many in memory, so this is what bounds the memory for metadata.
+const MAX_ELEMENTS: u64 = 1 << 22;
 /// Alignment of tensors where the file names none.
 const DEFAULT_ALIGNMENT: u64 = 32;
 
@@ -69,6 +70,8 @@ struct Reader<'a> {
     file: &'a str,
     bytes: &'a [u8],
     at: usize,
+    /// Array elements that may still be read.
+    elements: u64,
 }
 
 impl<'a> Reader<'a> {
@@ -153,13 +156,11 @@ impl<'a> Reader<'a> {
             other => return Err(self.error(item, format!("array of unknown type {other}"))),
         };
         let left = (self.bytes.len() - self.at) as u64;
-        if n > MAX_ELEMENTS || n.saturating_mul(width) > left {
-            return Err(self.error(
-                item,
-                format!("array of {n} elements, at most {MAX_ELEMENTS} are read and {left} bytes are left"),
-            ));
+        if n > self.elements || n.saturating_mul(width) > left {
+            let why = format!("array of {n} elements, at most {} are read and {left} bytes left", self.elements);
+            return Err(self.error(item, why));
         }
-        // `n` is at most 2^23 here, and the file holds that many elements.
+        self.elements -= n;
         let mut each = |f: &mut dyn FnMut(&mut Self) -> Result<()>| (0..n).try_for_each(|_| f(self));
         match code {
             8 => {
@@ -224,7 +225,7 @@ impl GgufHeader {
     /// # Errors
     /// Names the key or tensor and the byte where the file is broken.
     pub fn parse(file: &str, bytes: &[u8]) -> Result<Self> {
-        let mut r = Reader { file, bytes, at: 0 };
+        let mut r = Reader { file, bytes, at: 0, elements: MAX_ELEMENTS };
         let magic: [u8; 4] = r.array("magic")?;
         if &magic != b"GGUF" {
             let found = magic.escape_ascii();
