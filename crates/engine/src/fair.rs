@@ -217,6 +217,7 @@ impl FairShare {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -203,6 +203,7 @@ impl PagePool {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use std::collections::VecDeque;
 

@@ -406,5 +406,6 @@ impl SipHash {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 #[path = "prefix_tests.rs"]
 mod tests;

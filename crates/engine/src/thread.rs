@@ -165,7 +165,7 @@ impl Engine {
     }
 
     fn plain_step(&mut self) -> Result<(), End> {
-        self.intake()?;
+        self.intake();
         self.scheduler.plan(self.shared.now(), &mut self.plan);
         if self.plan.rows.is_empty() {
             return self.rest();
@@ -184,7 +184,7 @@ impl Engine {
     }
 
     fn ahead_step(&mut self) -> Result<(), End> {
-        self.intake()?;
+        self.intake();
         self.scheduler.plan(self.shared.now(), &mut self.plan);
         let planned = !self.plan.rows.is_empty();
         if planned {
@@ -232,7 +232,7 @@ impl Engine {
     }
 
     /// Takes in what callers said.
-    fn intake(&mut self) -> Result<(), End> {
+    fn intake(&mut self) {
         #[cfg(feature = "test-hooks")]
         self.shared.hooks.pause_point();
         let mut letters = std::mem::take(&mut self.letters);
@@ -256,7 +256,6 @@ impl Engine {
         if self.last_call.is_some_and(|until| now >= until) {
             self.scheduler.end_all(&FinishReason::EngineStopped);
         }
-        Ok(())
     }
 
     fn add(&mut self, request: crate::EngineRequest, now: Time) {

@@ -1,4 +1,5 @@
 //! The engine's thread from outside: what callers may rely on, with a simulated device.
+#![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -59,7 +60,7 @@ fn listen(events: &Receiver<Vec<Event>>, count: usize) -> Ends {
         for event in events.recv_timeout(HANG).expect("the engine answers") {
             match event {
                 Event::Token { request, choice, token, .. } => {
-                    tokens.entry((request, choice)).or_default().push(token)
+                    tokens.entry((request, choice)).or_default().push(token);
                 }
                 Event::Finished { request, choice, reason, usage } => {
                     let got = tokens.remove(&(request, choice)).unwrap_or_default();

@@ -3,6 +3,7 @@
 //! Run after every step of the simulator, and when the engine is idle in production.
 
 use std::collections::HashMap;
+use std::fmt::{Debug, Display};
 
 use super::Scheduler;
 use crate::ids::BlockId;
@@ -13,12 +14,15 @@ use crate::sequence::Stage;
 #[error("{0}")]
 pub struct IntegrityError(String);
 
-fn equal<T: PartialEq + std::fmt::Debug>(what: &str, counted: T, found: T) -> Result<(), IntegrityError> {
+fn equal<T: PartialEq + Debug + Copy>(
+    what: impl Display,
+    counted: T,
+    found: T,
+) -> Result<(), IntegrityError> {
     if counted == found {
-        Ok(())
-    } else {
-        Err(IntegrityError(format!("{what}: {counted:?} counted, {found:?} found")))
+        return Ok(());
     }
+    Err(IntegrityError(format!("{what}: {counted:?} counted, {found:?} found")))
 }
 
 impl Scheduler {
@@ -63,20 +67,20 @@ impl Scheduler {
             for &block in blocks {
                 held += 1;
                 *refs.entry(block).or_default() += 1;
-                equal(&format!("room of block {block}"), *rooms.entry(block).or_insert(room), room)?;
+                equal(format_args!("room of block {block}"), *rooms.entry(block).or_insert(room), room)?;
                 if let Some(owner) = self.pool.owner(block.0) {
-                    equal(&format!("room of cached block {block}"), self.index.room(owner.node), room)?;
+                    equal(format_args!("room of cached block {block}"), self.index.room(owner.node), room)?;
                 }
             }
-            equal(&format!("blocks of sequence {s}"), seq.held, held)?;
-            equal(&format!("promise to sequence {s}"), seq.outstanding, seq.quota.saturating_sub(held))?;
+            equal(format_args!("blocks of sequence {s}"), seq.held, held)?;
+            equal(format_args!("promise to sequence {s}"), seq.outstanding, seq.quota.saturating_sub(held))?;
         }
         for page in 1..self.geometry.blocks {
             let found = refs.get(&BlockId(page)).copied().unwrap_or(0);
-            equal(&format!("references of block {page}"), self.pool.refs(page), found)?;
+            equal(format_args!("references of block {page}"), self.pool.refs(page), found)?;
             if let Some(owner) = self.pool.owner(page) {
                 let found = self.index.block(owner.node, owner.group as usize);
-                equal(&format!("owner of block {page}"), BlockId(page), found)?;
+                equal(format_args!("owner of block {page}"), BlockId(page), found)?;
             }
         }
         let promised: u32 = self.seqs.iter().map(|(_, seq)| seq.outstanding).sum();
@@ -105,7 +109,7 @@ impl Scheduler {
             tenant.0 += u64::from(seq.held);
             let named =
                 self.inflight.iter().flat_map(|flight| &flight.rows).filter(|row| row.seq == s).count();
-            equal(&format!("steps that name sequence {s}"), usize::from(seq.inflight), named)?;
+            equal(format_args!("steps that name sequence {s}"), usize::from(seq.inflight), named)?;
             match seq.stage {
                 Stage::Held => equal("blocks of a held choice", seq.held, 0)?,
                 Stage::Waiting => {
@@ -129,12 +133,12 @@ impl Scheduler {
         equal("draining sequences", self.draining, draining)?;
         for (index, tenant) in self.fair.iter() {
             let (blocks, running) = tenants.get(&index).copied().unwrap_or_default();
-            equal(&format!("blocks of tenant {index}"), tenant.blocks, blocks)?;
-            equal(&format!("preemptible sequences of tenant {index}"), tenant.preemptible, running)?;
+            equal(format_args!("blocks of tenant {index}"), tenant.blocks, blocks)?;
+            equal(format_args!("preemptible sequences of tenant {index}"), tenant.preemptible, running)?;
         }
         for (r, request) in self.requests.iter() {
             let found = preemptible.get(&r).copied().unwrap_or(0);
-            equal(&format!("preemptible sequences of request {r}"), request.preemptible, found)?;
+            equal(format_args!("preemptible sequences of request {r}"), request.preemptible, found)?;
             if request.preemptions + request.preemptible > super::MAX_PREEMPTIONS {
                 return Err(IntegrityError(format!("request {r} may be preempted too often")));
             }
@@ -142,6 +146,6 @@ impl Scheduler {
         with_slot.extend(&self.slots);
         with_slot.sort_unstable();
         let all: Vec<_> = (0..self.geometry.slots).map(crate::ids::SlotId).collect();
-        equal("slots", all, with_slot)
+        equal("slots", &all[..], &with_slot[..])
     }
 }

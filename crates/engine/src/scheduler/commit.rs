@@ -55,8 +55,8 @@ impl Scheduler {
             let (step, expected, found) = (flight.step, flight.rows.len(), outcome.rows.len());
             return Err(CommitError::WrongRows { step, expected, found });
         }
-        for &(s, snapshot) in &flight.saves {
-            self.settle_snapshot(s, snapshot);
+        for &save in &flight.saves {
+            self.settle_snapshot(save);
         }
         let mut step_tokens = 0;
         let StepOutcome { rows, tokens, .. } = outcome;

@@ -3,7 +3,7 @@
 //! Owns every call to the pool and the upkeep of [`Scheduler::reserved`]; the invariant
 //! `reserved <= pool.obtainable()` holds between any two calls.
 
-use super::Scheduler;
+use super::{Save, Scheduler};
 use crate::ids::{BLOCK_TOKENS, BlockId, SnapshotId};
 use crate::pool::Owner;
 use crate::prefix::ROOT;
@@ -168,13 +168,13 @@ impl Scheduler {
     }
 
     /// Saves the slot's state if the previous row ended on a snapshot point.
-    pub(super) fn save_snapshot(&mut self, s: u32, plan: &mut StepPlan, saves: &mut Vec<(u32, SnapshotId)>) {
+    pub(super) fn save_snapshot(&mut self, s: u32, plan: &mut StepPlan, saves: &mut Vec<Save>) {
         let seq = &self.seqs[s];
         let here = seq.planned;
         if here == 0 || seq.saved_at == here || self.next_snapshot_point(seq, here - 1) != Some(here) {
             return;
         }
-        let slot = seq.slot;
+        let (slot, id) = (seq.slot, seq.id);
         self.seqs[s].saved_at = here;
         // None where every snapshot is being saved this very moment.
         let Some((page, evicted)) = self.snapshots.alloc() else { return };
@@ -182,21 +182,21 @@ impl Scheduler {
             self.index.detach_snapshot(owner.node);
         }
         plan.saves.push(SnapshotSave { slot, snapshot: SnapshotId(page) });
-        saves.push((s, SnapshotId(page)));
+        saves.push(Save { seq: s, id, position: here, snapshot: SnapshotId(page) });
     }
 
-    /// A step that saved a snapshot was collected: the index may find it, unless the sequence is gone or the
-    /// index has one already.
-    pub(super) fn settle_snapshot(&mut self, s: u32, snapshot: SnapshotId) {
-        let seq = &self.seqs[s];
-        // Rows are committed after saves, so the sequence stands where the snapshot was taken.
-        let here = seq.cursor_blocks * BLOCK_TOKENS as u32;
-        let attaches = seq.indexed
-            && seq.cursor != ROOT
-            && here == seq.committed
-            && self.index.attach_snapshot(seq.cursor, snapshot);
-        if attaches {
-            self.snapshots.set_owner(snapshot.0, Owner { node: seq.cursor, group: 0 });
+    /// A step that saved a snapshot was collected: the index may find it, unless the sequence has moved or the
+    /// index has one already. Rows are committed after saves, so the sequence still stands where it was saved.
+    pub(super) fn settle_snapshot(&mut self, save: Save) {
+        let Save { id, position, snapshot, .. } = save;
+        let here = self.seqs.get(save.seq).filter(|seq| {
+            let indexed = seq.cursor_blocks * BLOCK_TOKENS as u32;
+            seq.id == id && seq.indexed && seq.committed == position && indexed == position
+        });
+        if let Some(node) = here.map(|seq| seq.cursor)
+            && self.index.attach_snapshot(node, snapshot)
+        {
+            self.snapshots.set_owner(snapshot.0, Owner { node, group: 0 });
         }
         self.snapshots.release(snapshot.0);
     }

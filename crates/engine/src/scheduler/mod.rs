@@ -70,8 +70,18 @@ struct FlightRow {
 struct Flight {
     step: u64,
     rows: Vec<FlightRow>,
-    /// Snapshots that this step saves, of which sequence.
-    saves: Vec<(u32, SnapshotId)>,
+    /// Snapshots that this step saves.
+    saves: Vec<Save>,
+}
+
+/// A snapshot under way. Its sequence may have no row in the same step, and so may be gone, or computed again,
+/// when the step is collected: that is why it is named by what never changes.
+#[derive(Clone, Copy, Debug)]
+struct Save {
+    seq: u32,
+    id: SeqId,
+    position: u32,
+    snapshot: SnapshotId,
 }
 
 /// The scheduler. See the module's documentation.

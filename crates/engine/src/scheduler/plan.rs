@@ -34,9 +34,9 @@ impl Scheduler {
 
         if plan.rows.is_empty() {
             plan.saves.clear();
-            for (s, snapshot) in flight.saves.drain(..) {
-                self.seqs[s].saved_at = 0;
-                self.snapshots.release(snapshot.0);
+            for save in flight.saves.drain(..) {
+                self.seqs[save.seq].saved_at = 0;
+                self.snapshots.release(save.snapshot.0);
             }
             self.spare.push(flight);
             return;
