@@ -1,7 +1,7 @@
 //! What the engine itself costs a step: `plan` + `commit`, without a device.
 //!
-//! `steady`: every running sequence decodes one token. `arrivals`: at each step some sequences end and as many
-//! requests of 512 prompt tokens (a quarter of them with a shared beginning) arrive.
+//! `steady`: every running sequence decodes one token. `arrivals`: prompts of 512 tokens (a quarter of them the
+//! same) and answers of 256, so that at each step one sequence in 256 ends and another takes its place.
 
 use std::collections::VecDeque;
 use std::hint::black_box;
@@ -140,11 +140,8 @@ fn arrivals(c: &mut Criterion) {
     let mut group = c.benchmark_group("arrivals");
     for running in [256u32, 1024] {
         let mut engine = Loop::new(running, vec![GroupKind::Full]);
-        // One in 64 sequences ends at each step, and as many arrive.
-        for _ in 0..running {
-            engine.arrive(512, 64);
-        }
-        for _ in 0..200 {
+        // Until the pool is full of cached prefixes, and ends no longer come in waves.
+        for _ in 0..2000 {
             top_up(&mut engine, running);
             engine.step();
         }
@@ -163,10 +160,15 @@ fn arrivals(c: &mut Criterion) {
     group.finish();
 }
 
+/// Mean tokens of an answer.
+const ANSWER: u32 = 256;
+
+/// Lets as many requests arrive as have ended.
 fn top_up(engine: &mut Loop, running: u32) {
     let counters = engine.scheduler.counters();
     for _ in counters.running + counters.waiting..u64::from(running) {
-        engine.arrive(512, 64);
+        let length = ANSWER / 2 + (engine.next_id * 37 % u64::from(ANSWER)) as u32;
+        engine.arrive(512, length);
     }
 }
 
