@@ -72,6 +72,14 @@ fn the_same_seed_has_the_same_history() {
     assert_ne!(one.history(), other.history(), "the hash of a history depends on the history");
 }
 
+/// A snapshot was being saved of a sequence without a row in that step, which ended before the step did; its
+/// place was taken for the next sequence's.
+#[test]
+fn a_snapshot_of_a_sequence_that_is_gone_is_given_back() {
+    quiet();
+    World::new(1_000_000_115, Options::default()).run();
+}
+
 #[test]
 fn plain_and_look_ahead_give_the_same_tokens() {
     for seed in 0..40 {
