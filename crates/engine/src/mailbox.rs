@@ -63,12 +63,11 @@ impl Mailbox {
         std::mem::replace(&mut *guard, Letters { closed: true, ..Letters::default() })
     }
 
-    /// Sleeps until something has arrived, or for `limit`.
-    pub(crate) fn wait(&self, limit: Duration) {
-        let guard = self.lock();
-        if guard.is_empty() {
-            drop(self.arrived.wait_timeout_while(guard, limit, |letters| letters.is_empty()));
-        }
+    /// Sleeps until something has arrived, or for `limit`. Returns whether something has.
+    pub(crate) fn wait(&self, limit: Duration) -> bool {
+        let waited = self.arrived.wait_timeout_while(self.lock(), limit, |letters| letters.is_empty());
+        let (letters, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        !letters.is_empty()
     }
 
     fn lock(&self) -> MutexGuard<'_, Letters> {

@@ -283,14 +283,18 @@ impl Engine {
         if self.last_call.is_some() {
             return Err(End::Told);
         }
-        if !std::mem::replace(&mut self.checked, true)
-            && let Err(error) = self.scheduler.audit_idle()
-        {
+        // The check takes milliseconds in a large pool: only after a quiet second, where nobody waits for it.
+        if !self.shared.mailbox.wait(IDLE_BEAT) && !std::mem::replace(&mut self.checked, true) {
+            self.check_idle();
+        }
+        Ok(())
+    }
+
+    fn check_idle(&mut self) {
+        if let Err(error) = self.scheduler.audit_idle() {
             tracing::error!(%error, "integrity check failed");
             debug_assert!(false, "{error}");
             self.scheduler.count_integrity_failure();
         }
-        self.shared.mailbox.wait(IDLE_BEAT);
-        Ok(())
     }
 }
