@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use mirai_engine::{BLOCK_TOKENS, RowOutcome, StepOutcome, StepPlan};
 use mirai_model::backend::{
-    Activation, AttentionSpec, Backend, Batch, CacheLayout, HostTensor, LogitsHead, Norm, Result, RopeTable, Rows,
-    StepShape,
+    Activation, AttentionSpec, Backend, Batch, CacheLayout, HostTensor, LogitsHead, Norm, Result, RopeTable,
+    Rows, StepShape,
 };
 
 use crate::buffer::{CpuBuffer, CpuRope, CpuVector};
@@ -111,7 +111,8 @@ impl CpuBackend {
         for row in &batch.rows {
             let slot = self.slots.get(row.slot)?;
             let room = slot.tables.iter().map(Vec::len).min().unwrap_or(0) * BLOCK_TOKENS;
-            if row.first != next || row.len == 0 || row.start + row.len > room || row.first + row.len > tokens {
+            if row.first != next || row.len == 0 || row.start + row.len > room || row.first + row.len > tokens
+            {
                 let message = format!(
                     "row of slot {}: tokens {}..+{} of {tokens} after {next}, from position {} of {room}",
                     row.slot, row.first, row.len, row.start
@@ -149,7 +150,11 @@ impl CpuBackend {
     }
 }
 
-fn norm_weight<'a>(norm: &'a Norm<CpuVector>, width: usize, operation: &'static str) -> Result<NormWeight<'a>> {
+fn norm_weight<'a>(
+    norm: &'a Norm<CpuVector>,
+    width: usize,
+    operation: &'static str,
+) -> Result<NormWeight<'a>> {
     let weight = &norm.weight.0;
     if weight.len() != width {
         return Err(device(operation, format!("a norm of {} over rows of {width}", weight.len())));
@@ -158,7 +163,11 @@ fn norm_weight<'a>(norm: &'a Norm<CpuVector>, width: usize, operation: &'static 
 }
 
 fn expect_width(operation: &'static str, found: usize, expected: usize) -> Result<()> {
-    if found == expected { Ok(()) } else { Err(device(operation, format!("rows of {found}, expected {expected}"))) }
+    if found == expected {
+        Ok(())
+    } else {
+        Err(device(operation, format!("rows of {found}, expected {expected}")))
+    }
 }
 
 fn no_cache() -> mirai_model::backend::BackendError {
@@ -302,7 +311,15 @@ impl Backend for CpuBackend {
         let mut pages = self.cache.as_mut().ok_or_else(no_cache)?.view_mut(spec)?;
         for row in &self.batch.rows {
             let table = &self.slots.get(row.slot)?.tables[spec.group];
-            kv_append(&mut pages, (qkv, k), (qkv, v), row.first..row.first + row.len, row.start, table);
+            kv_append(
+                self.isa,
+                &mut pages,
+                (qkv, k),
+                (qkv, v),
+                row.first..row.first + row.len,
+                row.start,
+                table,
+            );
         }
         Ok(())
     }

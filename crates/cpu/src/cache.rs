@@ -35,7 +35,10 @@ impl Cache {
             return Err(device("allocate_cache", "no layer group".to_owned()));
         };
         if let Some((index, group)) = layout.groups.iter().enumerate().find(|(_, g)| g.dtype != first.dtype) {
-            let message = format!("group {index} is {:?}, group 0 is {:?}; all must be equal", group.dtype, first.dtype);
+            let message = format!(
+                "group {index} is {:?}, group 0 is {:?}; all must be equal",
+                group.dtype, first.dtype
+            );
             return Err(device("allocate_cache", message));
         }
         let elements = |g: &GroupLayout| g.layers * g.layer_elements();

@@ -98,7 +98,9 @@ impl Sampler {
         let jobs: Vec<_> = wants
             .iter()
             .zip(rows)
-            .map(|(want, row)| Mutex::new(Job { want: *want, logits: &mut row[..head.vocab], got: Ok(Got::Nothing) }))
+            .map(|(want, row)| {
+                Mutex::new(Job { want: *want, logits: &mut row[..head.vocab], got: Ok(Got::Nothing) })
+            })
             .collect();
         let scratch = &self.scratch;
         pool.chunks(jobs.len(), 1, &|worker, range| {
@@ -137,7 +139,9 @@ fn one(
     match want {
         Want::Nothing => Ok(Got::Nothing),
         Want::Score { token, top } => sampling::score(logits, token, top, scratch).map(Got::Scored),
-        Want::Draw { history, position } => sampling::sample(history, position, logits, scratch).map(Got::Drawn),
+        Want::Draw { history, position } => {
+            sampling::sample(history, position, logits, scratch).map(Got::Drawn)
+        }
     }
 }
 
@@ -175,7 +179,10 @@ fn wants<'a>(batch: &Batch, slots: &'a Slots) -> Result<Vec<Want<'a>>> {
 fn position_of(row: &BatchRow, token: u32) -> Result<u32> {
     let offset = (token as usize).checked_sub(row.first).filter(|offset| *offset < row.len);
     offset.map(|offset| (row.start + offset) as u32).ok_or_else(|| {
-        device("sample", format!("output token {token} outside its row {}..{}", row.first, row.first + row.len))
+        device(
+            "sample",
+            format!("output token {token} outside its row {}..{}", row.first, row.first + row.len),
+        )
     })
 }
 

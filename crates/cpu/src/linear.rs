@@ -60,10 +60,13 @@ impl Part {
         match self {
             Self::Packed(matrix) => matrix.row(index, out),
             Self::Blocks { data, rows } => {
-                let id = u32::try_from(index).map_err(|_| device("embed", format!("row {index} of {rows}")))?;
+                let id =
+                    u32::try_from(index).map_err(|_| device("embed", format!("row {index} of {rows}")))?;
                 match data.embedding(&[id], *rows, out.len()) {
                     Ok(CpuStorage::F32(values)) => out.copy_from_slice(&values),
-                    Ok(_) => return Err(device("embed", "dequantised to something other than f32".to_owned())),
+                    Ok(_) => {
+                        return Err(device("embed", "dequantised to something other than f32".to_owned()));
+                    }
                     Err(error) => return Err(device("embed", error.to_string())),
                 }
             }
@@ -267,7 +270,9 @@ fn checked_width(tensor: &HostTensor<'_>) -> Result<usize> {
 fn checked_bytes(tensor: &HostTensor<'_>) -> Result<()> {
     match tensor.storage.tensor_bytes(&tensor.shape) {
         Some(need) if need == tensor.bytes.len() => Ok(()),
-        Some(need) => Err(unsupported(tensor, format!("takes {need} bytes, {} are there", tensor.bytes.len()))),
+        Some(need) => {
+            Err(unsupported(tensor, format!("takes {need} bytes, {} are there", tensor.bytes.len())))
+        }
         None => Err(unsupported(
             tensor,
             format!("the last dimension is no multiple of {}", tensor.storage.block_elements()),
@@ -276,7 +281,12 @@ fn checked_bytes(tensor: &HostTensor<'_>) -> Result<()> {
 }
 
 fn unsupported(tensor: &HostTensor<'_>, why: String) -> BackendError {
-    BackendError::Unsupported { name: tensor.name.clone(), storage: tensor.storage, shape: tensor.shape.clone(), why }
+    BackendError::Unsupported {
+        name: tensor.name.clone(),
+        storage: tensor.storage,
+        shape: tensor.shape.clone(),
+        why,
+    }
 }
 
 /// An operation that cannot be done.

@@ -38,7 +38,8 @@ fn group_left(max: &str, current: &str) -> Option<u64> {
 
 /// Makes room for `len` elements in all.
 pub(crate) fn reserve<T>(what: &str, data: &mut Vec<T>, len: usize) -> Result<(), BackendError> {
-    data.try_reserve_exact(len.saturating_sub(data.len())).map_err(|_| out_of_memory(what, len, size_of::<T>()))
+    data.try_reserve_exact(len.saturating_sub(data.len()))
+        .map_err(|_| out_of_memory(what, len, size_of::<T>()))
 }
 
 /// The error for `len` elements of `size` bytes that do not fit.

@@ -10,7 +10,12 @@ use crate::pool::{Pool, balanced};
 const SERIAL: usize = 8 * 1024;
 
 /// Calls `f(index, row)` for each row of `out`, `[rows, width]`.
-pub(crate) fn for_each_row(pool: &Pool, out: &mut [f32], width: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+pub(crate) fn for_each_row(
+    pool: &Pool,
+    out: &mut [f32],
+    width: usize,
+    f: &(dyn Fn(usize, &mut [f32]) + Sync),
+) {
     if width == 0 {
         return;
     }
@@ -56,7 +61,10 @@ mod tests {
                     }
                 });
                 for (index, row) in data.chunks(width.max(1)).enumerate() {
-                    assert!(row.iter().all(|x| *x == index as f32 + 1.0), "{threads} threads, {rows} x {width}");
+                    assert!(
+                        row.iter().all(|x| *x == index as f32 + 1.0),
+                        "{threads} threads, {rows} x {width}"
+                    );
                 }
             }
         }

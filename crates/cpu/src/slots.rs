@@ -30,7 +30,8 @@ pub(crate) struct Slots {
 
 impl Slots {
     pub(crate) fn new(layout: &CacheLayout) -> Self {
-        let slot = || Slot { tables: vec![vec![0; layout.table_len]; layout.groups.len()], ..Slot::default() };
+        let slot =
+            || Slot { tables: vec![vec![0; layout.table_len]; layout.groups.len()], ..Slot::default() };
         Self { slots: (0..layout.slots).map(|_| slot()).collect(), blocks: layout.blocks }
     }
 
@@ -46,7 +47,8 @@ impl Slots {
     /// Applies saves, opens and appends, in this order.
     pub(crate) fn apply(&mut self, plan: &StepPlan) -> Result<()> {
         if let Some(save) = plan.saves.first() {
-            let message = format!("snapshot {} of slot {}: no layer group is recurrent", save.snapshot.0, save.slot);
+            let message =
+                format!("snapshot {} of slot {}: no layer group is recurrent", save.snapshot.0, save.slot);
             return Err(device("begin", message));
         }
         for open in &plan.opens {
@@ -60,18 +62,23 @@ impl Slots {
 
     fn open(&mut self, open: &SlotOpen) -> Result<()> {
         if let Some(snapshot) = open.restore {
-            let message = format!("restore of snapshot {} into slot {}: no layer group is recurrent", snapshot.0, open.slot);
+            let message = format!(
+                "restore of snapshot {} into slot {}: no layer group is recurrent",
+                snapshot.0, open.slot
+            );
             return Err(device("begin", message));
         }
         let blocks = self.blocks;
         let slot = self.get_mut(open.slot)?;
         if open.blocks.len() != slot.tables.len() {
-            let message = format!("{} block tables for {} layer groups", open.blocks.len(), slot.tables.len());
+            let message =
+                format!("{} block tables for {} layer groups", open.blocks.len(), slot.tables.len());
             return Err(device("begin", message));
         }
         for (table, given) in slot.tables.iter_mut().zip(&open.blocks) {
             if given.len() > table.len() {
-                let message = format!("a table of {} blocks in slot {} of {}", given.len(), open.slot, table.len());
+                let message =
+                    format!("a table of {} blocks in slot {} of {}", given.len(), open.slot, table.len());
                 return Err(device("begin", message));
             }
             // Entries of the sequence that was here before must not stay reachable.
@@ -81,7 +88,8 @@ impl Slots {
             }
         }
         slot.last_drawn = open.output.last().copied().unwrap_or(0);
-        slot.history = Some(History::new(open.sampling.clone(), open.prompt.clone(), open.choice, &open.output));
+        slot.history =
+            Some(History::new(open.sampling.clone(), open.prompt.clone(), open.choice, &open.output));
         Ok(())
     }
 
@@ -103,7 +111,11 @@ impl Slots {
 }
 
 fn checked(block: u32, blocks: usize) -> Result<u32> {
-    if (block as usize) < blocks { Ok(block) } else { Err(device("begin", format!("block {block} of {blocks}"))) }
+    if (block as usize) < blocks {
+        Ok(block)
+    } else {
+        Err(device("begin", format!("block {block} of {blocks}")))
+    }
 }
 
 fn no_slot(id: SlotId, count: usize) -> BackendError {

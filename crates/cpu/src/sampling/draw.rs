@@ -71,7 +71,8 @@ mod tests {
         for seed in 0..2000u64 {
             let mut rng = Lcg::new(seed);
             let len = 1 + rng.below(3000);
-            let row: Vec<f32> = (0..len).map(|_| if rng.below(3) == 0 { 0.0 } else { rng.unit() as f32 }).collect();
+            let row: Vec<f32> =
+                (0..len).map(|_| if rng.below(3) == 0 { 0.0 } else { rng.unit() as f32 }).collect();
             let u = rng.unit();
             let got = draw(&row, u, &mut Vec::new());
             if got != oracle(&row, u) {

@@ -42,8 +42,9 @@ impl History {
         choice: u32,
         output: &[TokenId],
     ) -> Self {
-        let penalised =
-            params.repetition_penalty != 1.0 || params.frequency_penalty != 0.0 || params.presence_penalty != 0.0;
+        let penalised = params.repetition_penalty != 1.0
+            || params.frequency_penalty != 0.0
+            || params.presence_penalty != 0.0;
         let mut counts = penalised.then(Counts::default);
         if let Some(counts) = &mut counts
             && params.repetition_penalty != 1.0
@@ -53,7 +54,8 @@ impl History {
             }
         }
         let tail_len = params.bad_words.iter().map(|word| word.len().saturating_sub(1)).max().unwrap_or(0);
-        let mut history = Self { params, prompt, choice, counts, tail: Vec::with_capacity(tail_len), tail_len };
+        let mut history =
+            Self { params, prompt, choice, counts, tail: Vec::with_capacity(tail_len), tail_len };
         for &token in output {
             history.push(token);
         }
@@ -184,7 +186,8 @@ mod tests {
             (vec![], vec![OUT; 4]),
             (vec![0, 1, 2, 3], vec![1.0, 2.0, 3.0, 4.0]),
         ] {
-            let h = history(SamplingParams { allowed_token_ids: Some(allowed), ..Default::default() }, &[0], &[]);
+            let h =
+                history(SamplingParams { allowed_token_ids: Some(allowed), ..Default::default() }, &[0], &[]);
             assert!(h.edits(1));
             assert_eq!(edited(&h, 1, &[1.0, 2.0, 3.0, 4.0]), want);
         }

@@ -20,7 +20,13 @@ pub(crate) struct Scratch {
 ///
 /// # Panics
 /// `token` is beyond the row.
-pub(crate) fn logprobs(row: &[f32], peak: f32, token: TokenId, top: u32, scratch: &mut Scratch) -> TokenLogprobs {
+pub(crate) fn logprobs(
+    row: &[f32],
+    peak: f32,
+    token: TokenId,
+    top: u32,
+    scratch: &mut Scratch,
+) -> TokenLogprobs {
     weights::fill(row, peak, 1.0, &mut scratch.weights);
     let log_sum = f64::from(peak) + weights::sum(&scratch.weights).ln();
     let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;

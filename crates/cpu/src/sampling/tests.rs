@@ -80,12 +80,7 @@ fn logprobs_are_those_of_the_raw_logits() {
     let raw = want.logprobs.clone().unwrap();
     assert_eq!((raw.rank, raw.top[0].0), (1, want.token));
     // Forbid the best token: another one is drawn, and its log-probability still counts the forbidden one.
-    let edited = SamplingParams {
-        bad_words: vec![vec![want.token]],
-        temperature: 0.7,
-        top_k: 1,
-        ..plain
-    };
+    let edited = SamplingParams { bad_words: vec![vec![want.token]], temperature: 0.7, top_k: 1, ..plain };
     let got = token(&edited, 0, 2, &logits).unwrap();
     let got_raw = got.logprobs.unwrap();
     assert_eq!((got.token, got_raw.rank), (raw.top[1].0, 2));
@@ -98,7 +93,14 @@ fn draws_follow_the_distribution() {
     const DRAWS: u32 = 40_000;
     let logits = normal_logits(6, 30);
     for seed in [1u64, 99, 123_456_789_012] {
-        let params = SamplingParams { temperature: 0.8, seed, min_p: 0.02, top_k: 20, top_p: 0.97, ..Default::default() };
+        let params = SamplingParams {
+            temperature: 0.8,
+            seed,
+            min_p: 0.02,
+            top_k: 20,
+            top_p: 0.97,
+            ..Default::default()
+        };
         let history = history(&params, 0);
         let mut counts = vec![0f64; logits.len()];
         let mut scratch = Scratch::default();

@@ -7,16 +7,18 @@
 use mirai_engine::SamplingParams;
 
 use super::scan::{Candidate, first_k};
-use super::weights;
 
 /// Ranges of this size are sorted rather than halved.
 const SMALL: usize = 64;
+/// Buckets of weights from 0 to 1.
+const BUCKETS: usize = (0x3f80_0000 >> 18) + 1;
 
 /// Buffers of one worker, reused from row to row.
 #[derive(Default)]
 pub(crate) struct Scratch {
     groups: Vec<f32>,
     candidates: Vec<Candidate>,
+    buckets: Vec<f64>,
 }
 
 /// Zeroes the weights of the tokens that may not be drawn. `weights` are those of `logits`, the largest being 1.
@@ -28,20 +30,20 @@ pub(crate) fn truncate(p: &SamplingParams, logits: &[f32], weights: &mut [f32], 
     }
     let top_k = (p.top_k > 0 && (p.top_k as usize) < logits.len()).then_some(p.top_k as usize);
     let top_p = (p.top_p < 1.0).then_some(f64::from(p.top_p));
-    if let Some(k) = top_k {
-        first_k(logits, k, &mut scratch.groups, &mut scratch.candidates);
-        // What min-p or a mask took away does not come back.
-        scratch.candidates.retain(|c| weights[c.id as usize] > 0.0);
-    } else if let Some(p) = top_p {
-        heavy(logits, weights, p, &mut scratch.candidates);
-    } else {
-        return;
-    }
+    // Tokens in which the cut lies, and the weight that top-p still needs of them.
+    let needed = match (top_k, top_p) {
+        (None, None) => return,
+        (None, Some(p)) => Some(border(logits, weights, p, scratch)),
+        (Some(k), top_p) => {
+            first_k(logits, k, &mut scratch.groups, &mut scratch.candidates);
+            // What min-p or a mask took away does not come back.
+            scratch.candidates.retain(|c| weights[c.id as usize] > 0.0);
+            top_p.map(|p| p * mass(&scratch.candidates, weights))
+        }
+    };
     let mut kept = scratch.candidates.as_mut_slice();
-    if let Some(p) = top_p {
-        // With top-k, the nucleus is one of the kept tokens; else of all, of which `heavy` found those that can be in.
-        let total = if top_k.is_some() { mass(kept, weights) } else { weights::sum(weights) };
-        let len = nucleus(kept, weights, p * total);
+    if let Some(needed) = needed {
+        let len = nucleus(kept, weights, needed);
         kept = &mut kept[..len];
     }
     if let Some(last) = kept.iter().copied().max_by(Candidate::order) {
@@ -60,16 +62,38 @@ fn cut_after(last: &Candidate, logits: &[f32], weights: &mut [f32]) {
     }
 }
 
-/// Collects the tokens that can belong to the nucleus: all tokens lighter than `(1 - p) / n` of the total together
-/// weigh less than what the nucleus leaves out, and come last.
-fn heavy(logits: &[f32], weights: &[f32], p: f64, out: &mut Vec<Candidate>) {
-    let bound = ((1.0 - p) * weights::sum(weights) / weights.len() as f64) as f32;
-    out.clear();
-    for (id, (&w, &logit)) in weights.iter().zip(logits).enumerate() {
-        if w >= bound && w > 0.0 {
-            out.push(Candidate { logit, id: id as u32 });
+/// A weight's place among [`BUCKETS`]: heavier tokens are in higher buckets, 32 to a power of two.
+fn bucket(w: f32) -> usize {
+    ((w.to_bits() >> 18) as usize).min(BUCKETS - 1)
+}
+
+/// Finds the bucket in which the running weight, heaviest bucket first, reaches `p` of the total, and collects its
+/// tokens. Returns what is missing when that bucket begins.
+fn border(logits: &[f32], weights: &[f32], p: f64, scratch: &mut Scratch) -> f64 {
+    let Scratch { buckets, candidates, .. } = scratch;
+    buckets.clear();
+    buckets.resize(BUCKETS, 0.0);
+    for &w in weights {
+        buckets[bucket(w)] += f64::from(w);
+    }
+    let target = p * buckets.iter().sum::<f64>();
+    let (mut before, mut at) = (0.0, 0);
+    for (index, mass) in buckets.iter().enumerate().rev() {
+        if *mass > 0.0 {
+            at = index;
+            if before + mass >= target {
+                break;
+            }
+            before += mass;
         }
     }
+    candidates.clear();
+    for (id, (&w, &logit)) in weights.iter().zip(logits).enumerate() {
+        if w > 0.0 && bucket(w) == at {
+            candidates.push(Candidate { logit, id: id as u32 });
+        }
+    }
+    target - before
 }
 
 /// Weight of some tokens.
@@ -107,15 +131,20 @@ fn nucleus(tokens: &mut [Candidate], weights: &[f32], target: f64) -> usize {
 mod tests {
     use super::*;
     use crate::sampling::scan::largest;
+    use crate::sampling::weights;
     use crate::test_support::Lcg;
 
     /// Sort-based and in double precision: which ids are kept, and how close the nearest decision was.
     fn oracle(p: &SamplingParams, logits: &[f32]) -> (Vec<usize>, f64) {
         let peak = f64::from(largest(logits));
         let weight = |id: usize| ((f64::from(logits[id]) - peak) / f64::from(p.temperature)).exp();
-        let mut ids: Vec<usize> = (0..logits.len()).filter(|&id| logits[id].is_finite()).collect();
-        ids.sort_by(|&a, &b| logits[b].partial_cmp(&logits[a]).unwrap_or(std::cmp::Ordering::Equal).then(a.cmp(&b)));
-        let mut margin = f64::INFINITY;
+        // Beyond that, weights are zero; see `weights`.
+        let mut ids: Vec<usize> = (0..logits.len()).filter(|&id| weight(id) > (-87f64).exp()).collect();
+        let near = |w: f64| (w.ln() + 87.0).abs();
+        ids.sort_by(|&a, &b| {
+            logits[b].partial_cmp(&logits[a]).unwrap_or(std::cmp::Ordering::Equal).then(a.cmp(&b))
+        });
+        let mut margin = (0..logits.len()).map(|id| near(weight(id))).fold(f64::INFINITY, f64::min);
         if p.min_p > 0.0 {
             for &id in &ids {
                 margin = margin.min((weight(id) / f64::from(p.min_p) - 1.0).abs());
@@ -161,7 +190,13 @@ mod tests {
             let logits: Vec<f32> = (0..len)
                 .map(|_| {
                     let x = rng.normal() * spread;
-                    if rng.below(20) == 0 { f32::NEG_INFINITY } else if coarse { (x * 4.0).round() / 4.0 } else { x }
+                    if rng.below(20) == 0 {
+                        f32::NEG_INFINITY
+                    } else if coarse {
+                        (x * 4.0).round() / 4.0
+                    } else {
+                        x
+                    }
                 })
                 .collect();
             if largest(&logits) == f32::NEG_INFINITY {
