@@ -311,15 +311,7 @@ impl Backend for CpuBackend {
         let mut pages = self.cache.as_mut().ok_or_else(no_cache)?.view_mut(spec)?;
         for row in &self.batch.rows {
             let table = &self.slots.get(row.slot)?.tables[spec.group];
-            kv_append(
-                self.isa,
-                &mut pages,
-                (qkv, k),
-                (qkv, v),
-                row.first..row.first + row.len,
-                row.start,
-                table,
-            );
+            kv_append(&mut pages, (qkv, k), (qkv, v), row.first..row.first + row.len, row.start, table);
         }
         Ok(())
     }
