@@ -14,8 +14,7 @@ use std::time::{Duration, Instant};
 pub use draw::{Draw, DrawFn, default_draw, reference};
 
 use crate::executor::{DeviceFault, Executor};
-use crate::ids::TokenId;
-use crate::sim::draw::{Context, logprobs_of};
+use crate::sim::draw::logprobs_of;
 use crate::sim::memory::{Memory, Slot};
 use crate::step::{Geometry, RowInput, RowLogprobs, RowOutcome, RowOutput, SlotOpen, StepOutcome, StepPlan};
 
@@ -225,10 +224,4 @@ impl Executor for SimExecutor {
         self.spare.push(std::mem::replace(outcome, done));
         Ok(())
     }
-}
-
-/// Value of the running hash after some tokens; a test's own reference can build on it.
-#[must_use]
-pub fn context_of(tokens: &[TokenId]) -> u64 {
-    Context::of(tokens).value()
 }
