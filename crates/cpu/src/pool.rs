@@ -182,10 +182,12 @@ impl Shared {
             let done = catch_unwind(AssertUnwindSafe(|| unsafe { self.task.call(slot + 1) }));
             BUSY.set(false);
             self.record(done);
-            if self.left.fetch_sub(1, Ordering::SeqCst) == 1 && self.caller_parked.load(Ordering::SeqCst) {
-                if let Some(caller) = &*lock(&self.caller) {
-                    caller.unpark();
-                }
+            let last = self.left.fetch_sub(1, Ordering::SeqCst) == 1;
+            if last
+                && self.caller_parked.load(Ordering::SeqCst)
+                && let Some(caller) = &*lock(&self.caller)
+            {
+                caller.unpark();
             }
         }
     }
@@ -262,4 +264,131 @@ fn spin<T>(ready: impl Fn() -> Option<T>) -> Option<T> {
 /// A panic inside a task is caught before it could poison these; what they guard is whole in any case.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Barrier;
+
+    #[test]
+    fn every_worker_runs_once() {
+        for threads in [1, 2, 3, 7] {
+            let pool = Pool::new(threads);
+            assert_eq!(pool.threads(), threads);
+            for _ in 0..200 {
+                let seen: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(&|worker| {
+                    seen[worker].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(seen.iter().all(|n| n.load(Ordering::Relaxed) == 1), "{threads} threads: {seen:?}");
+            }
+        }
+        assert_eq!(Pool::new(0).threads(), 1);
+        assert_eq!(format!("{:?}", Pool::new(2)), "Pool { threads: 2 }");
+    }
+
+    #[test]
+    fn workers_run_at_the_same_time() {
+        let pool = Pool::new(3);
+        let barrier = Barrier::new(3);
+        pool.run(&|_| {
+            barrier.wait();
+        });
+    }
+
+    #[test]
+    fn parked_workers_and_a_parked_caller_wake() {
+        let pool = Pool::new(2);
+        for _ in 0..20 {
+            // Both sides outlast the other's spinning.
+            let wait = || {
+                let start = Instant::now();
+                while start.elapsed() < SPIN * 3 {
+                    std::hint::spin_loop();
+                }
+            };
+            wait();
+            pool.run(&|worker| {
+                if worker == 1 {
+                    wait();
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn chunks_cover_the_range_once() {
+        for threads in [1, 2, 3] {
+            let pool = Pool::new(threads);
+            for (n, chunk) in [(0, 4), (1, 4), (4, 4), (5, 4), (100, 7), (9, 0)] {
+                let seen: Vec<AtomicUsize> = (0..n).map(|_| AtomicUsize::new(0)).collect();
+                pool.chunks(n, chunk, &|worker, range| {
+                    assert!(worker < threads);
+                    for i in range {
+                        seen[i].fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+                assert!(seen.iter().all(|n| n.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn balanced_parts_differ_by_one() {
+        for n in 0..20 {
+            for workers in 1..6 {
+                let parts: Vec<_> = (0..workers).map(|i| balanced(n, workers, i)).collect();
+                assert_eq!(parts.iter().map(ExactSizeIterator::len).sum::<usize>(), n);
+                assert!(parts.windows(2).all(|w| w[0].end == w[1].start && w[0].len() - w[1].len() <= 1));
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        let pool = Pool::new(3);
+        for guilty in 0..3 {
+            let caught = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(&|worker| assert!(worker != guilty, "worker {worker} fails"));
+            }));
+            let payload = caught.expect_err("the panic of a task");
+            assert_eq!(payload.downcast_ref::<String>(), Some(&format!("worker {guilty} fails")));
+            let calls = AtomicUsize::new(0);
+            pool.run(&|_| {
+                calls.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(calls.into_inner(), 3);
+        }
+    }
+
+    #[test]
+    fn a_dispatch_inside_a_task_runs_in_place() {
+        let pool = Pool::new(2);
+        let calls = AtomicUsize::new(0);
+        pool.run(&|_| {
+            pool.run(&|_| {
+                calls.fetch_add(1, Ordering::Relaxed);
+            });
+        });
+        assert_eq!(calls.into_inner(), 4);
+    }
+
+    #[test]
+    fn callers_on_several_threads_take_turns() {
+        let pool = Pool::new(2);
+        let calls = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..100 {
+                        pool.run(&|_| {
+                            calls.fetch_add(1, Ordering::Relaxed);
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(calls.into_inner(), 800);
+    }
 }

@@ -1,81 +1,27 @@
-//! Attention over the paged KV cache for a ragged batch, and writing new keys and values into the pages.
+//! Attention over the paged KV cache for a ragged batch.
 //!
-//! Owns: the pages' inner layout `[K|V][kv_head][16][head_dim]` and the softmax over it.
-//! Never: which page belongs to whom.
+//! Owns: the running softmax and how queries are cut into tiles. Never: the pages' layout (that is `kv`), nor which page
+//! belongs to whom.
 //!
 //! A work item is a tile of query rows (tokens times the query heads that share a kv head) of one sequence. It runs over
 //! the context in chunks that start at fixed positions, with a running maximum; a key that a query may not see adds
 //! exactly nothing. So the result of a query depends only on its own position and keys, not on its tile.
 
 use super::Isa;
+use super::kv::{Element, KvData, KvLayout, KvView, PAGE_TOKENS};
 use super::lanes::{Kernel, LANES, Simd};
 use super::ops::Heads;
 use super::shared::SharedMut;
 use crate::pool::Pool;
-use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use std::cell::RefCell;
 
-/// Tokens of a page.
-pub const PAGE_TOKENS: usize = LANES;
 /// Pages between two updates of the running maximum.
 const CHUNK_PAGES: usize = 8;
 /// Keys of a chunk.
 const CHUNK: usize = CHUNK_PAGES * PAGE_TOKENS;
 /// Query rows of a tile, unless one token alone has more heads to a kv head.
 const TILE_ROWS: usize = 24;
-
-/// One layer's pages, to read.
-#[derive(Debug, Clone, Copy)]
-pub enum KvData<'a> {
-    /// bfloat16 elements.
-    Bf16(&'a [bf16]),
-    /// f32 elements.
-    F32(&'a [f32]),
-}
-
-/// One layer's pages, to write.
-#[derive(Debug)]
-pub enum KvDataMut<'a> {
-    /// bfloat16 elements.
-    Bf16(&'a mut [bf16]),
-    /// f32 elements.
-    F32(&'a mut [f32]),
-}
-
-/// Where a layer's keys and values lie: block `b` starts at element `first + b * page_stride`; there are first
-/// `kv_heads` tiles `[16][head_dim]` of keys, then as many `[16][v_head_dim]` of values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct KvLayout {
-    /// Key (and value) heads.
-    pub kv_heads: usize,
-    /// Elements of a key.
-    pub head_dim: usize,
-    /// Elements of a value.
-    pub v_head_dim: usize,
-    /// Element of the slice where the layer's part of block 0 starts.
-    pub first: usize,
-    /// Elements from a block to the next.
-    pub page_stride: usize,
-}
-
-/// One layer's pages with their layout.
-#[derive(Debug, Clone, Copy)]
-pub struct KvView<'a> {
-    /// Elements.
-    pub data: KvData<'a>,
-    /// Where they lie.
-    pub layout: KvLayout,
-}
-
-/// One layer's pages with their layout, to write.
-#[derive(Debug)]
-pub struct KvViewMut<'a> {
-    /// Elements.
-    pub data: KvDataMut<'a>,
-    /// Where they lie.
-    pub layout: KvLayout,
-}
 
 /// The queries of one sequence in a ragged batch.
 #[derive(Debug, Clone, Copy)]
@@ -105,98 +51,6 @@ pub struct AttnParams<'a> {
     pub soft_cap: Option<f32>,
     /// One logit a query head that takes part in the softmax and has no value.
     pub sinks: Option<&'a [f32]>,
-}
-
-impl KvLayout {
-    /// Elements of a layer's part of a page.
-    #[must_use]
-    pub fn page_elements(&self) -> usize {
-        self.kv_heads * PAGE_TOKENS * (self.head_dim + self.v_head_dim)
-    }
-
-    /// First element of a head's keys in a block.
-    fn keys(&self, block: u32, head: usize) -> usize {
-        self.first + block as usize * self.page_stride + head * PAGE_TOKENS * self.head_dim
-    }
-
-    /// First element of a head's values in a block.
-    fn values(&self, block: u32, head: usize) -> usize {
-        let all_keys = self.kv_heads * PAGE_TOKENS * self.head_dim;
-        self.first + block as usize * self.page_stride + all_keys + head * PAGE_TOKENS * self.v_head_dim
-    }
-}
-
-/// An element type of the cache.
-trait Element: Copy + Sync + Default {
-    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F;
-    fn to_f32(self) -> f32;
-    fn from_f32(x: f32) -> Self;
-    /// Turns a tile `[16][dim]` into `out[dim][16]`.
-    fn transpose<S: Simd>(s: S, tile: &[Self], dim: usize, out: &mut [[f32; LANES]]);
-}
-
-/// The part of a transposition that does not fill a register.
-#[inline(always)]
-fn transpose_rest<E: Element>(tile: &[E], dim: usize, from: usize, out: &mut [[f32; LANES]]) {
-    for (d, line) in out.iter_mut().enumerate().take(dim).skip(from) {
-        for (key, to) in line.iter_mut().enumerate() {
-            *to = tile[key * dim + d].to_f32();
-        }
-    }
-}
-
-/// bfloat16 bits.
-impl Element for u16 {
-    #[inline(always)]
-    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F {
-        s.load_bf16(x)
-    }
-    #[inline(always)]
-    fn to_f32(self) -> f32 {
-        f32::from_bits(u32::from(self) << 16)
-    }
-    #[inline(always)]
-    fn from_f32(x: f32) -> Self {
-        bf16::from_f32(x).to_bits()
-    }
-    #[inline(always)]
-    fn transpose<S: Simd>(s: S, tile: &[Self], dim: usize, out: &mut [[f32; LANES]]) {
-        const STEP: usize = 2 * LANES;
-        let whole = dim / STEP * STEP;
-        for d in (0..whole).step_by(STEP) {
-            let mut rows = [s.splat_i(0); LANES];
-            for (key, row) in rows.iter_mut().enumerate() {
-                let at = key * dim + d;
-                *row = s.load_pairs(tile[at..at + STEP].first_chunk().expect("a slice of STEP elements"));
-            }
-            s.transpose(&mut rows);
-            for (pair, row) in out[d..d + STEP].as_chunks_mut::<2>().0.iter_mut().zip(rows) {
-                let (low, high) = s.split_bf16(row);
-                s.store(low, &mut pair[0]);
-                s.store(high, &mut pair[1]);
-            }
-        }
-        transpose_rest(tile, dim, whole, out);
-    }
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::F {
-        s.load(x)
-    }
-    #[inline(always)]
-    fn to_f32(self) -> f32 {
-        self
-    }
-    #[inline(always)]
-    fn from_f32(x: f32) -> Self {
-        x
-    }
-    #[inline(always)]
-    fn transpose<S: Simd>(_: S, tile: &[Self], dim: usize, out: &mut [[f32; LANES]]) {
-        transpose_rest(tile, dim, 0, out);
-    }
 }
 
 /// Buffers of one thread; they grow to the largest tile and stay.
@@ -262,6 +116,7 @@ fn tile_tokens(group: usize) -> usize {
 ///
 /// # Panics
 /// When shapes, tables or slices do not fit together.
+#[allow(clippy::too_many_arguments)] // one more than the lint allows, and none of them optional
 pub fn paged_attention(
     pool: &Pool,
     isa: Isa,
@@ -436,7 +291,8 @@ impl<E: Element> Item<'_, E> {
         while start < height {
             let rows = S::MAX_ROWS.min(8).min(height - start);
             for r in 0..rows {
-                let (token, head) = (self.first + (start + r) / group, self.kv_head * group + (start + r) % group);
+                let (token, head) =
+                    (self.first + (start + r) / group, self.kv_head * group + (start + r) % group);
                 let q = call.q_heads.of(call.q, self.row.q_start + token, head);
                 for (to, q) in b.q[start * dim + r..].iter_mut().step_by(rows).zip(q) {
                     *to = q * params.scale;
@@ -453,6 +309,13 @@ impl<E: Element> Item<'_, E> {
         for page in page..end.div_ceil(PAGE_TOKENS) {
             let at = layout.keys(self.row.table[page], self.kv_head);
             let tile = &self.call.data[at..at + PAGE_TOKENS * layout.head_dim];
+            // The values of this page and the keys of the next come from memory: ask while the products run.
+            let at = layout.values(self.row.table[page], self.kv_head);
+            prefetch(s, &self.call.data[at..at + PAGE_TOKENS * layout.v_head_dim]);
+            if let Some(&next) = self.row.table.get(page + 1) {
+                let at = layout.keys(next, self.kv_head);
+                prefetch(s, &self.call.data[at..at + PAGE_TOKENS * layout.head_dim]);
+            }
             E::transpose(s, tile, layout.head_dim, &mut self.buffers.keys);
             let mut row = 0;
             while row < self.height() {
@@ -588,6 +451,14 @@ impl<E: Element> Item<'_, E> {
     }
 }
 
+/// Asks for all cache lines of a tile.
+#[inline(always)]
+fn prefetch<S: Simd, E>(s: S, tile: &[E]) {
+    for line in tile.chunks(64 / size_of::<E>()) {
+        s.prefetch(&line[0], 0);
+    }
+}
+
 /// Elements `at..at + 32` of a value; zero beyond its end.
 #[inline(always)]
 fn load_strip<S: Simd, E: Element>(s: S, values: &[E], at: usize) -> [S::F; 2] {
@@ -598,59 +469,4 @@ fn load_strip<S: Simd, E: Element>(s: S, values: &[E], at: usize) -> [S::F; 2] {
     let mut padded = [[E::default(); LANES]; 2];
     padded.as_flattened_mut()[..values.len() - at].copy_from_slice(&values[at..]);
     [E::load(s, &padded[0]), E::load(s, &padded[1])]
-}
-
-/// Writes the keys and values of some tokens of one sequence into its pages: token `i` of `tokens` lies in row
-/// `tokens.start + i` of `k` and `v` and goes to position `start + i`.
-///
-/// # Panics
-/// When shapes, the table or slices do not fit together.
-pub fn kv_append(
-    cache: &mut KvViewMut<'_>,
-    (k, k_heads): (&[f32], Heads),
-    (v, v_heads): (&[f32], Heads),
-    tokens: std::ops::Range<usize>,
-    start: usize,
-    table: &[u32],
-) {
-    let layout = cache.layout;
-    k_heads.check(k.len(), tokens.end);
-    v_heads.check(v.len(), tokens.end);
-    assert!(
-        (k_heads.heads, k_heads.head_dim) == (layout.kv_heads, layout.head_dim),
-        "keys of {} x {} for pages of {} x {}",
-        k_heads.heads,
-        k_heads.head_dim,
-        layout.kv_heads,
-        layout.head_dim
-    );
-    assert!(
-        (v_heads.heads, v_heads.head_dim) == (layout.kv_heads, layout.v_head_dim),
-        "values of {} x {} for pages of {} x {}",
-        v_heads.heads,
-        v_heads.head_dim,
-        layout.kv_heads,
-        layout.v_head_dim
-    );
-    for (i, token) in tokens.enumerate() {
-        let position = start + i;
-        let (block, slot) = (table[position / PAGE_TOKENS], position % PAGE_TOKENS);
-        for head in 0..layout.kv_heads {
-            let to_k = layout.keys(block, head) + slot * layout.head_dim;
-            let to_v = layout.values(block, head) + slot * layout.v_head_dim;
-            for (at, from) in [(to_k, k_heads.of(k, token, head)), (to_v, v_heads.of(v, token, head))] {
-                match &mut cache.data {
-                    KvDataMut::Bf16(data) => copy_in(data[at..at + from.len()].reinterpret_cast_mut(), from),
-                    KvDataMut::F32(data) => copy_in(&mut data[at..at + from.len()], from),
-                }
-            }
-        }
-    }
-}
-
-/// Converts a key or value into the cache's elements.
-fn copy_in<E: Element>(to: &mut [E], from: &[f32]) {
-    for (to, &from) in to.iter_mut().zip(from) {
-        *to = E::from_f32(from);
-    }
 }

@@ -2,7 +2,7 @@
 //!
 //! Owns: the intrinsics. Never: anything that is not one vector operation.
 
-use super::lanes::{Kernel, LANES, Portable, Simd};
+use super::lanes::{Kernel, LANES, Portable, Simd, bf16_bits};
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
@@ -90,8 +90,7 @@ impl Simd for Avx2 {
     fn max(self, a: F2, b: F2) -> F2 {
         // The instruction returns `b` where either is NaN.
         op!({
-            let larger =
-                |a, b| _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps::<_CMP_UNORD_Q>(a, a));
+            let larger = |a, b| _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps::<_CMP_UNORD_Q>(a, a));
             (larger(a.0, b.0), larger(a.1, b.1))
         })
     }
@@ -131,8 +130,10 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
-    fn pack_bf16(self, x: &[f32; 2 * LANES]) -> [u32; LANES] {
-        Portable.pack_bf16(x)
+    fn store_bf16(self, v: F2, out: &mut [u16; LANES]) {
+        let mut t = [0.0; LANES];
+        self.store(v, &mut t);
+        *out = t.map(bf16_bits);
     }
     #[inline(always)]
     fn split_bf16(self, v: I2) -> (F2, F2) {
@@ -142,12 +143,6 @@ impl Simd for Avx2 {
             let hi = |w| _mm256_castsi256_ps(_mm256_and_si256(w, high));
             ((lo(v.0), lo(v.1)), (hi(v.0), hi(v.1)))
         })
-    }
-    #[inline(always)]
-    fn dot_bf16(self, acc: F2, w: I2, a: u32) -> F2 {
-        let (lo, hi) = self.split_bf16(w);
-        let acc = self.fma(lo, self.splat(f32::from_bits(a << 16)), acc);
-        self.fma(hi, self.splat(f32::from_bits(a & 0xffff_0000)), acc)
     }
 
     #[inline(always)]
@@ -217,10 +212,6 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn load_pairs(self, x: &[u16; 2 * LANES]) -> I2 {
         op!((_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(LANES).cast())))
-    }
-    #[inline(always)]
-    fn as_f32(self, v: I2) -> F2 {
-        op!((_mm256_castsi256_ps(v.0), _mm256_castsi256_ps(v.1)))
     }
     #[inline(always)]
     fn transpose(self, rows: &mut [I2; LANES]) {

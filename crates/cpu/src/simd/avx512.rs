@@ -108,29 +108,17 @@ impl Simd for Avx512 {
         op!(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(x.as_ptr().cast()))))
     }
     #[inline(always)]
-    fn pack_bf16(self, x: &[f32; 2 * LANES]) -> [u32; LANES] {
-        let mut out = [0u32; LANES];
+    fn store_bf16(self, v: Self::F, out: &mut [u16; LANES]) {
         op!({
-            let lo = _mm512_loadu_ps(x.as_ptr());
-            let hi = _mm512_loadu_ps(x.as_ptr().add(LANES));
-            let packed = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(hi, lo));
-            _mm512_storeu_si512(out.as_mut_ptr().cast(), packed);
+            let half = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v));
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), half);
         });
-        out
     }
     #[inline(always)]
     fn split_bf16(self, v: Self::I) -> (Self::F, Self::F) {
         op!((
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(v)),
             _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff_0000_u32.cast_signed())))
-        ))
-    }
-    #[inline(always)]
-    fn dot_bf16(self, acc: Self::F, w: Self::I, a: u32) -> Self::F {
-        op!(_mm512_dpbf16_ps(
-            acc,
-            std::mem::transmute::<__m512i, __m512bh>(w),
-            std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(a.cast_signed()))
         ))
     }
 
@@ -177,10 +165,6 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn load_pairs(self, x: &[u16; 2 * LANES]) -> Self::I {
         op!(_mm512_loadu_si512(x.as_ptr().cast()))
-    }
-    #[inline(always)]
-    fn as_f32(self, v: Self::I) -> Self::F {
-        op!(_mm512_castsi512_ps(v))
     }
     #[inline(always)]
     fn transpose(self, rows: &mut [Self::I; LANES]) {

@@ -7,9 +7,9 @@
 //! that a product walks memory once, in order, and every output owns one lane: its sum over k has one order, whatever
 //! the number of rows. The layouts do not depend on the instruction set.
 
+use super::Isa;
 use super::lanes::LANES;
 use super::quant::{Q4K_BLOCK, Q4K_BYTES, Q4k, Q8, Q8_BLOCK, Q8_BYTES, half_value};
-use super::Isa;
 use half::{bf16, f16};
 
 /// Columns of a panel.
@@ -180,7 +180,7 @@ impl PackedMatrix {
         Ok(Self::new(n, k, isa, Panels::F16(panels)))
     }
 
-    /// Packs bfloat16, row-major `[n, k]`; activations are rounded to bfloat16, sums are f32.
+    /// Packs bfloat16, row-major `[n, k]`; products are f32.
     ///
     /// # Errors
     /// When `data` does not have `n * k` elements, or none.
@@ -400,7 +400,7 @@ fn check(
     if n == 0 || k == 0 {
         return Err(MatrixError::Empty { n, k });
     }
-    if k % block != 0 {
+    if !k.is_multiple_of(block) {
         return Err(MatrixError::Blocks { storage, block, k });
     }
     if expected != found {

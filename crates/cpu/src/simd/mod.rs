@@ -7,12 +7,15 @@
 //! of every sum is fixed by the row alone, so results do not depend on what else is in the batch or on the number of
 //! threads.
 #![allow(unsafe_code)]
+// Register tiles are arrays whose rows are walked by index, several arrays at once.
+#![allow(clippy::needless_range_loop)]
 
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub mod kv;
 mod lanes;
 mod matmul;
 mod matrix;
@@ -23,7 +26,8 @@ pub(crate) mod shared;
 #[cfg(test)]
 mod tests;
 
-pub use attention::{AttnParams, AttnRow, KvData, KvDataMut, KvLayout, KvView, KvViewMut, kv_append, paged_attention};
+pub use attention::{AttnParams, AttnRow, paged_attention};
+pub use kv::{KvData, KvDataMut, KvLayout, KvView, KvViewMut, PAGE_TOKENS, kv_append};
 pub use matmul::Scratch;
 pub use matrix::{MatrixError, PackedMatrix, Storage};
 
@@ -71,10 +75,14 @@ impl Isa {
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         #[cfg(target_arch = "x86_64")]
         {
-            if self >= Self::Avx512Bf16Vnni && let Some(s) = avx512::Avx512::get() {
+            if self >= Self::Avx512Bf16Vnni
+                && let Some(s) = avx512::Avx512::get()
+            {
                 return s.run(kernel);
             }
-            if self >= Self::Avx2 && let Some(s) = avx2::Avx2::get() {
+            if self >= Self::Avx2
+                && let Some(s) = avx2::Avx2::get()
+            {
                 return s.run(kernel);
             }
         }

@@ -288,7 +288,7 @@ impl GluRow<'_> {
             Gate::Silu => x,
             Gate::GeluTanh => {
                 let cubic = s.fma(s.mul(x, x), s.splat(0.044_715), one);
-                s.mul(s.mul(x, s.splat(1.595_769_1)), cubic)
+                s.mul(s.mul(x, s.splat(1.595_769)), cubic)
             }
         };
         let e = s.exp(s.sub(s.splat(0.0), inner));

@@ -26,7 +26,8 @@ impl Kernel for Everything {
         let halves: [u16; LANES] = std::array::from_fn(|i| half::f16::from_f32(self.a[i]).to_bits());
         let brains: [u16; 2 * LANES] = std::array::from_fn(|i| half::bf16::from_f32(self.wide[i]).to_bits());
         let small: [u8; LANES] = std::array::from_fn(|i| self.words[i] as u8);
-        let packed = s.pack_bf16(&self.wide);
+        let mut stored = [0; LANES];
+        s.store_bf16(a, &mut stored);
         let (low, high) = s.split_bf16(w);
         let mut square = [w; LANES];
         for (i, row) in square.iter_mut().enumerate() {
@@ -47,11 +48,11 @@ impl Kernel for Everything {
             ("u8", out(s.load_u8(&small))),
             ("split low", out(low)),
             ("split high", out(high)),
-            ("pack", packed.map(f32::from_bits).to_vec()),
-            ("pairs", out(s.as_f32(s.load_pairs(&brains)))),
+            ("store bf16", stored.map(f32::from).to_vec()),
+            ("pairs", out(s.split_bf16(s.load_pairs(&brains)).1)),
             ("dot_u8", out(s.to_f32(s.dot_u8(s.splat_i(-7), w, self.bytes)))),
-            ("low nibbles", out(s.as_f32(s.low_nibbles(w)))),
-            ("high nibbles", out(s.as_f32(s.high_nibbles(w)))),
+            ("low nibbles", out(s.to_f32(s.low_nibbles(w)))),
+            ("high nibbles", out(s.to_f32(s.high_nibbles(w)))),
             ("keep", out(s.keep(a, 3, 11, -1.5))),
             ("keep none", out(s.keep(a, 0, 0, -1.5))),
             ("keep all", out(s.keep(a, 0, 16, -1.5))),
@@ -119,12 +120,13 @@ impl Kernel for Functions {
 fn exp_and_tanh_keep_their_bounds() {
     for isa in isas() {
         for step in 0..4_000 {
-            let x: [f32; LANES] = std::array::from_fn(|i| -87.0 + (step * LANES + i) as f32 * 175.0 / 64_000.0);
+            let x: [f32; LANES] =
+                std::array::from_fn(|i| -87.0 + (step * LANES + i) as f32 * 175.0 / 64_000.0);
             let [exp, tanh, _] = isa.run(Functions(x));
             for i in 0..LANES {
                 let (e, t) = (f64::from(x[i]).exp(), f64::from(x[i]).tanh());
-                assert!((f64::from(exp[i]) - e).abs() <= 2e-7 * e, "exp({}) = {} on {isa:?}", x[i], exp[i]);
-                assert!((f64::from(tanh[i]) - t).abs() <= 3e-7, "tanh({}) = {} on {isa:?}", x[i], tanh[i]);
+                assert!((f64::from(exp[i]) - e).abs() <= 4e-7 * e, "exp({}) = {} on {isa:?}", x[i], exp[i]);
+                assert!((f64::from(tanh[i]) - t).abs() <= 5e-7, "tanh({}) = {} on {isa:?}", x[i], tanh[i]);
             }
         }
     }

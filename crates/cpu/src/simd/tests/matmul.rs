@@ -41,17 +41,17 @@ fn product(matrix: &PackedMatrix, pool: &Pool, x: &[f32], m: usize) -> Vec<f32> 
 fn bound(storage: Storage, w: &[f32], x: &[f32]) -> f64 {
     let magnitude: f64 = w.iter().zip(x).map(|(&w, &x)| f64::from(w * x).abs()).sum();
     match storage {
-        Storage::F32 | Storage::F16 => 1e-5 * magnitude + 1e-30,
-        // Rounding x to 8 bits of mantissa: 2^-9 each, and f32 sums.
-        Storage::Bf16 => (1.0 / 512.0 + 1e-5) * magnitude + 1e-30,
-        Storage::Q8_0 | Storage::Q4K => w
-            .chunks(32)
-            .zip(x.chunks(32))
-            .map(|(w, x)| {
-                let step = f64::from(x.iter().fold(0.0_f32, |m, v| m.max(v.abs()))) / 127.0;
-                0.501 * step * w.iter().map(|v| f64::from(v.abs())).sum::<f64>()
-            })
-            .sum::<f64>() + 1e-5 * magnitude,
+        Storage::F32 | Storage::F16 | Storage::Bf16 => 1e-5 * magnitude + 1e-30,
+        Storage::Q8_0 | Storage::Q4K => {
+            w.chunks(32)
+                .zip(x.chunks(32))
+                .map(|(w, x)| {
+                    let step = f64::from(x.iter().fold(0.0_f32, |m, v| m.max(v.abs()))) / 127.0;
+                    0.501 * step * w.iter().map(|v| f64::from(v.abs())).sum::<f64>()
+                })
+                .sum::<f64>()
+                + 1e-5 * magnitude
+        }
     }
 }
 
@@ -99,14 +99,16 @@ fn a_row_does_not_depend_on_the_batch_or_the_threads() {
         for storage in STORAGES {
             let (matrix, _) = weight(&mut rng, storage, n, k, isa);
             let x = rng.normals(512 * k);
-            let alone: Vec<Vec<u32>> = x.chunks(k).map(|x| bits(&product(&matrix, &pools[0], x, 1))).collect();
+            let alone: Vec<Vec<u32>> =
+                x.chunks(k).map(|x| bits(&product(&matrix, &pools[0], x, 1))).collect();
             for pool in &pools {
                 for m in (2..=64).chain([512]) {
                     // The batch starts somewhere else each time, so that rows change their place.
                     let first = if m == 512 { 0 } else { rng.below(512 - m) };
                     let got = product(&matrix, pool, &x[first * k..(first + m) * k], m);
                     for (row, got) in got.chunks(n).enumerate() {
-                        let what = || format!("{storage:?} {isa:?} {} threads m {m} row {row}", pool.threads());
+                        let what =
+                            || format!("{storage:?} {isa:?} {} threads m {m} row {row}", pool.threads());
                         assert_eq!(bits(got), alone[first + row], "{}", what());
                     }
                 }

@@ -1,6 +1,6 @@
 //! Tests of the kernels: every operation on every instruction set against an f64 reference with a stated bound, and
 //! the promise that a row's result depends on nothing but the row.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::needless_range_loop)]
 
 mod attention;
 mod lanes;
