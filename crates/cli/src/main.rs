@@ -1,1 +1,39 @@
-fn main() {}
+//! The binary `mirai`.
+//!
+//! Owns wiring: flags to configuration, configuration to crates, failures to exit codes. Never logic of its own.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod args;
+mod bench;
+mod config;
+mod demo;
+mod exit;
+#[cfg(feature = "test-hooks")]
+mod hooks;
+mod load;
+mod logging;
+mod pull;
+mod serve;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Cli, Command};
+use crate::exit::Failure;
+
+fn main() -> ExitCode {
+    // clap ends with 0 after --help and --version, and with 2 on a wrong command line.
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Serve(args) => serve::run(&args),
+        Command::Bench(options) => bench::run(*options),
+        Command::CheckConfig(args) => serve::check_config(&args),
+        Command::Pull(args) => pull::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}

@@ -1,0 +1,210 @@
+//! The one typed configuration, and the layers that fill it: a TOML file, the environment, flags; last wins.
+//!
+//! Owns where a value comes from and what it is called there. What a value means belongs to the crate that
+//! uses it. Secrets are never read from the file and never printed.
+
+mod layers;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use mirai_server::ServerConfig;
+
+pub(crate) use layers::{ConfigError, Flag, load};
+
+/// Everything the server can be told. `mirai check-config` prints it; each field is also a key of the TOML file
+/// and, as `MIRAI__SECTION__KEY`, an environment variable.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Config {
+    /// Which model, and how it is loaded.
+    pub(crate) model: ModelConfig,
+    /// How much runs at once.
+    pub(crate) engine: EngineConfig,
+    /// The HTTP surface.
+    pub(crate) server: ServerConfig,
+    /// What is written about it.
+    pub(crate) log: LogConfig,
+}
+
+/// Which model, and how it is loaded.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct ModelConfig {
+    /// A folder, a GGUF file, or ORG/NAME in the local store; without one, the embedded demo model.
+    pub(crate) path: Option<String>,
+    /// Names that clients may use, the first in answers. Default: the model's own name.
+    pub(crate) served_names: Vec<String>,
+    /// What computes.
+    pub(crate) device: Device,
+    /// Where weights come from.
+    pub(crate) load_format: LoadFormat,
+    /// Blocks that linear weights are quantized to while loading.
+    pub(crate) quantization: Option<Quantization>,
+    /// Longest sequence, prompt and output. Default: what the model was made for, and memory allows.
+    pub(crate) max_len: Option<u32>,
+}
+
+/// What computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Device {
+    /// The best that is there.
+    #[default]
+    Auto,
+    /// The processor.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum LoadFormat {
+    /// From the model's files.
+    #[default]
+    Auto,
+    /// Random weights of the true shape, for benchmarks: only `config.json` is needed.
+    Dummy,
+}
+
+/// Blocks that linear weights are quantized to while loading.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Quantization {
+    /// 8 bits, blocks of 32.
+    #[value(name = "q8_0")]
+    #[serde(rename = "q8_0")]
+    Q8_0,
+    /// 4 bits, super-blocks of 256.
+    #[value(name = "q4_k")]
+    #[serde(rename = "q4_k")]
+    Q4K,
+}
+
+/// How much runs at once.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct EngineConfig {
+    /// Sequences that run at once.
+    pub(crate) max_num_seqs: u32,
+    /// Tokens of one step: decoding sequences first, then chunks of prompts. More of them make prefill cheaper and
+    /// running streams wait longer.
+    pub(crate) max_num_batched_tokens: u32,
+    /// Memory for keys and values in bytes. Default: a quarter of the machine's memory, at most what
+    /// `max_num_seqs` full contexts need.
+    pub(crate) kv_cache_memory_bytes: Option<u64>,
+    /// Whether prompts reuse the computed blocks of earlier ones.
+    pub(crate) enable_prefix_caching: bool,
+    /// Requests that may wait; further ones get 503.
+    pub(crate) max_queued_requests: usize,
+    /// Prompt tokens that may wait; further ones get 503.
+    pub(crate) max_queued_tokens: usize,
+    /// Promise that a sequence's numbers do not depend on what runs beside it.
+    pub(crate) batch_invariant: bool,
+    /// Threads that compute on the CPU. Default: all cores.
+    pub(crate) threads: Option<usize>,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            max_num_seqs: 256,
+            max_num_batched_tokens: 512,
+            kv_cache_memory_bytes: None,
+            enable_prefix_caching: true,
+            max_queued_requests: 1024,
+            max_queued_tokens: 4 << 20,
+            batch_invariant: false,
+            threads: None,
+        }
+    }
+}
+
+/// What is written, and how. Never a prompt, never an answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct LogConfig {
+    /// For people or for collectors.
+    pub(crate) format: LogFormat,
+    /// Least severity: error, warn, info, debug or trace; per module as `info,mirai_engine=debug`.
+    pub(crate) level: String,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { format: LogFormat::default(), level: "info".to_owned() }
+    }
+}
+
+/// For people or for collectors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum LogFormat {
+    /// A line that reads well.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Where API keys come from. Kept apart from [`Config`], which may be printed.
+#[derive(Clone, Default)]
+pub(crate) struct KeySources {
+    /// From `--api-key`.
+    pub(crate) flags: Vec<String>,
+    /// From `MIRAI_API_KEY`: one key, or several with commas between them.
+    pub(crate) environment: Option<String>,
+    /// From `--api-key-file`: one a line; empty lines and lines that start with `#` do not count.
+    pub(crate) file: Option<PathBuf>,
+}
+
+impl KeySources {
+    /// All keys of all sources.
+    pub(crate) fn read(&self) -> Result<Vec<String>, ConfigError> {
+        let mut keys = self.flags.clone();
+        if let Some(list) = &self.environment {
+            keys.extend(list.split(',').map(|k| k.trim().to_owned()));
+        }
+        if let Some(path) = &self.file {
+            let text = std::fs::read_to_string(path)
+                .map_err(|source| ConfigError::Read { path: path.clone(), source })?;
+            let lines = text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#'));
+            keys.extend(lines.map(str::to_owned));
+            if keys.is_empty() {
+                return Err(ConfigError::File { path: path.clone(), message: "holds no key".to_owned() });
+            }
+        }
+        Ok(keys)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_come_from_all_sources_and_an_empty_file_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("keys");
+        std::fs::write(&path, "# ours\n\nthree\n four \n").unwrap();
+        let sources = KeySources {
+            flags: vec!["one".into()],
+            environment: Some("two, five".into()),
+            file: Some(path.clone()),
+        };
+        assert_eq!(sources.read().unwrap(), ["one", "two", "five", "three", "four"]);
+        std::fs::write(&path, "\n#\n").unwrap();
+        let error = KeySources { file: Some(path), ..KeySources::default() }.read();
+        assert!(error.unwrap_err().to_string().contains("holds no key"));
+    }
+
+    #[test]
+    fn the_default_configuration_survives_its_own_format() {
+        let text = toml::to_string(&Config::default()).unwrap();
+        assert_eq!(toml::from_str::<Config>(&text).unwrap(), Config::default());
+    }
+}

@@ -1,0 +1,278 @@
+//! From a configuration to a loaded model behind an engine.
+//!
+//! Owns the choice of source, backend and memory, and turns what the model's files say into what the server
+//! needs. Formats are read by `model` and `text`.
+
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use mirai_cpu::{CpuBackend, CpuOptions};
+use mirai_engine::{EngineHandle, Event, Executor, StartError};
+use mirai_hub::{ModelRef, StoreOptions};
+use mirai_model::loader::{Phase, TokenizerData};
+use mirai_model::{CacheBudget, CacheReport, LoadOptions, LoadedModel, ModelError, ModelSource, ModelSpec};
+use mirai_server::{FimTokens, GenerationDefaults, ServedModel, ServerHandle};
+use mirai_text::{ChatTemplate, GgufVocab, SpecialTokens, Tokenizer, TokenizerConfig};
+
+use crate::config::{Config, Device, LoadFormat, Quantization};
+use crate::demo;
+use crate::exit::Failure;
+
+/// Seed of `--load-format dummy`: two runs measure the same numbers.
+const DUMMY_SEED: u64 = 0;
+/// Most bytes of KV memory unless the configuration says otherwise.
+const DEFAULT_CACHE_BYTES: u64 = 4 << 30;
+
+/// What loading a model yields besides the executor, which stays on the engine's thread.
+struct Described {
+    spec: ModelSpec,
+    cache: CacheReport,
+    tokenizer: TokenizerData,
+    chat_template: Option<String>,
+    generation_config: Option<serde_json::Map<String, serde_json::Value>>,
+    eos_ids: Vec<u32>,
+    unused_tensors: Vec<String>,
+}
+
+/// Says whether the device can be had, before anything is bound or loaded.
+pub(crate) fn check_device(device: Device) -> Result<(), Failure> {
+    match device {
+        Device::Cpu => Ok(()),
+        Device::Auto => {
+            tracing::info!("device: cpu (this build has no CUDA backend)");
+            Ok(())
+        }
+        Device::Cuda => Err(Failure::environment("--device cuda: this build has no CUDA backend")),
+    }
+}
+
+/// Loads the model and starts its engine. Blocks; `server` is told how far it is.
+pub(crate) fn load(config: &Config, server: &ServerHandle) -> Result<ServedModel, Failure> {
+    let (source, own_name) = source(config)?;
+    let options = options(config);
+    let cpu = CpuOptions { threads: config.engine.threads, ..CpuOptions::default() };
+    let engine = engine_config(config);
+    let (send, described) = sync_channel(1);
+    let told = server.clone();
+    // The executor never leaves the thread that makes it: devices are bound to theirs.
+    let make = move || -> Result<Box<dyn Executor>, mirai_engine::BoxError> {
+        let mut report = |phase, share| told.loading(phase_name(phase), percent(phase, share));
+        let model = mirai_model::load(&source, &options, CpuBackend::new(&cpu), &mut report)?;
+        let LoadedModel { executor, spec, cache, tokenizer, .. } = model;
+        let (chat_template, generation_config) = (model.chat_template, model.generation_config);
+        let (eos_ids, unused_tensors) = (model.eos_ids, model.unused_tensors);
+        send.send(Described { spec, cache, tokenizer, chat_template, generation_config, eos_ids, unused_tensors })?;
+        Ok(Box::new(executor))
+    };
+    let (handle, events) = mirai_engine::start(engine, make).map_err(start_failure)?;
+    let described = described.recv().map_err(|_| Failure::model("the model was loaded but not described"))?;
+    server.loading("tokenizer", 99);
+    served(config, own_name, described, handle, events)
+}
+
+/// The engine's part of the configuration.
+pub(crate) fn engine_config(config: &Config) -> mirai_engine::EngineConfig {
+    mirai_engine::EngineConfig {
+        max_step_tokens: config.engine.max_num_batched_tokens,
+        max_running: config.engine.max_num_seqs,
+        max_queued_requests: config.engine.max_queued_requests,
+        max_queued_tokens: config.engine.max_queued_tokens,
+        prefix_caching: config.engine.enable_prefix_caching,
+        ..mirai_engine::EngineConfig::default()
+    }
+}
+
+fn start_failure(error: StartError) -> Failure {
+    match error {
+        // What a device lacks is the machine's, what a file lacks the model's; options are the user's.
+        StartError::Executor(inner) => match inner.downcast_ref::<ModelError>().map(ModelError::exit_code) {
+            Some(2) => Failure::usage(inner),
+            Some(3) => Failure::environment(inner),
+            _ => Failure::model(inner),
+        },
+        StartError::Thread(inner) => Failure::environment(inner),
+        other => Failure::model(other),
+    }
+}
+
+const fn phase_name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Opening => "opening",
+        Phase::Weights => "weights",
+        Phase::Cache => "kv cache",
+    }
+}
+
+/// Share of the whole, of which weights take nearly all.
+fn percent(phase: Phase, share: f32) -> u8 {
+    let (from, to) = match phase {
+        Phase::Opening => (0.0, 2.0),
+        Phase::Weights => (2.0, 95.0),
+        Phase::Cache => (95.0, 99.0),
+    };
+    (from + (to - from) * share.clamp(0.0, 1.0)) as u8
+}
+
+/// Where the model is, and what it is called if nobody says otherwise.
+fn source(config: &Config) -> Result<(ModelSource, String), Failure> {
+    let Some(given) = &config.model.path else {
+        let demo = demo::model().ok_or_else(|| Failure::usage("this build has no demo model: pass --model"))?;
+        let files: [(&str, &'static [u8]); 5] = [
+            ("config.json", demo.config),
+            ("generation_config.json", demo.generation_config),
+            ("tokenizer.json", demo.tokenizer),
+            ("tokenizer_config.json", demo.tokenizer_config),
+            ("model.safetensors", demo.weights),
+        ];
+        return Ok((ModelSource::memory("embedded demo model", &files), demo::NAME.to_owned()));
+    };
+    let reference = ModelRef::parse(given).map_err(Failure::model)?;
+    let store = StoreOptions {
+        allow_missing_weights: config.model.load_format == LoadFormat::Dummy,
+        ..StoreOptions::from_env()
+    };
+    let local = mirai_hub::resolve(&reference, &store).map_err(Failure::model)?;
+    let source = match &local.weights {
+        mirai_hub::Weights::Gguf(file) => ModelSource::gguf(file),
+        _ => ModelSource::directory(&local.root).map_err(Failure::model)?,
+    };
+    Ok((source, reference.default_name()))
+}
+
+fn options(config: &Config) -> LoadOptions {
+    let cache = config.engine.kv_cache_memory_bytes.unwrap_or_else(|| {
+        memory_limit().map_or(DEFAULT_CACHE_BYTES / 4, |bytes| (bytes / 4).min(DEFAULT_CACHE_BYTES))
+    });
+    LoadOptions {
+        dummy: (config.model.load_format == LoadFormat::Dummy).then_some(DUMMY_SEED),
+        quantization: config.model.quantization.map(|q| match q {
+            Quantization::Q8_0 => mirai_model::Quantization::Q8_0,
+            Quantization::Q4K => mirai_model::Quantization::Q4K,
+        }),
+        cache: CacheBudget::Bytes(cache),
+        max_model_len: config.model.max_len.map(|n| n as usize),
+        max_slots: config.engine.max_num_seqs as usize,
+        max_step_tokens: config.engine.max_num_batched_tokens as usize,
+        ..LoadOptions::default()
+    }
+}
+
+/// Memory of this machine, or of its control group if that is less, in bytes.
+fn memory_limit() -> Option<u64> {
+    let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
+    });
+    let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|t| t.trim().parse().ok());
+    machine.into_iter().chain(group).min()
+}
+
+/// What the server needs, out of what the files say.
+fn served(
+    config: &Config,
+    own_name: String,
+    described: Described,
+    engine: EngineHandle,
+    events: Receiver<Vec<Event>>,
+) -> Result<ServedModel, Failure> {
+    let (tokenizer, special) = tokenizer(described.tokenizer)?;
+    let template = described.chat_template.as_deref();
+    let template = template.map(|source| ChatTemplate::compile(source, special.clone()));
+    let template = template.transpose().map_err(|e| Failure::model(format!("chat template: {e}")))?;
+    let token = |text: &Option<String>| text.as_deref().and_then(|t| tokenizer.token_to_id(t));
+    let mut eos_token_ids = described.eos_ids;
+    eos_token_ids.extend(token(&special.eos));
+    let geometry = engine.geometry();
+    let (vocab, max_model_len) = (geometry.vocab, geometry.max_context);
+    if tokenizer.vocab_size() > vocab as usize {
+        tracing::warn!(
+            tokenizer = tokenizer.vocab_size(),
+            model = vocab,
+            "the tokenizer has more tokens than the model; those beyond are refused"
+        );
+    }
+    for name in &described.unused_tensors {
+        tracing::warn!(tensor = name.as_str(), "a tensor of the file is not used");
+    }
+    tracing::info!(
+        architecture = described.spec.architecture,
+        layers = described.spec.layers.len(),
+        context = max_model_len,
+        kv_blocks = described.cache.blocks,
+        kv_bytes = described.cache.bytes,
+        kv_tokens = described.cache.tokens,
+        "model loaded"
+    );
+    let generation_defaults = match described.generation_config {
+        Some(map) => serde_json::from_value(serde_json::Value::Object(map))
+            .map_err(|e| Failure::model(format!("generation_config.json: {e}")))?,
+        None => GenerationDefaults::default(),
+    };
+    let names = if config.model.served_names.is_empty() { vec![own_name] } else { config.model.served_names.clone() };
+    Ok(ServedModel {
+        names,
+        max_model_len,
+        bos_token_id: token(&special.bos),
+        fim: fim_tokens(&tokenizer),
+        tokenizer,
+        template,
+        eos_token_ids,
+        generation_defaults,
+        vocab,
+        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        engine,
+        events,
+    })
+}
+
+fn tokenizer(data: TokenizerData) -> Result<(Tokenizer, SpecialTokens), Failure> {
+    match data {
+        TokenizerData::Files(files) => {
+            let json = files.get("tokenizer.json").ok_or_else(|| {
+                let found: Vec<&str> = files.keys().map(String::as_str).collect();
+                Failure::model(format!("the model has no tokenizer.json (found: {})", found.join(", ")))
+            })?;
+            let tokenizer = Tokenizer::from_json_bytes(json).map_err(Failure::model)?;
+            let config = files.get("tokenizer_config.json").map(|b| TokenizerConfig::from_json_bytes(b));
+            let config = config.transpose().map_err(Failure::model)?.unwrap_or_default();
+            Ok((tokenizer, config.special))
+        }
+        TokenizerData::Gguf(vocab) => {
+            let text = |id: Option<u32>| id.and_then(|id| vocab.tokens.get(id as usize).cloned());
+            let special = SpecialTokens {
+                bos: text(vocab.bos_id),
+                eos: text(vocab.eos_id),
+                unk: text(vocab.unk_id),
+                pad: None,
+            };
+            let vocab = GgufVocab {
+                model: vocab.model,
+                pre: vocab.pre,
+                tokens: vocab.tokens,
+                scores: vocab.scores,
+                token_types: vocab.token_types,
+                merges: vocab.merges,
+                bos_id: vocab.bos_id,
+                eos_id: vocab.eos_id,
+                unk_id: vocab.unk_id,
+                add_bos: vocab.add_bos,
+                add_eos: vocab.add_eos,
+                add_space_prefix: vocab.add_space_prefix,
+            };
+            Ok((Tokenizer::from_gguf_vocab(vocab).map_err(Failure::model)?, special))
+        }
+    }
+}
+
+/// The three tokens around a gap, under the names that model families give them.
+fn fim_tokens(tokenizer: &Tokenizer) -> Option<FimTokens> {
+    const NAMES: [[&str; 3]; 3] = [
+        ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
+        ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"],
+        ["<fim-prefix>", "<fim-suffix>", "<fim-middle>"],
+    ];
+    NAMES.iter().find_map(|names| {
+        let [prefix, suffix, middle] = names.map(|name| tokenizer.token_to_id(name));
+        Some(FimTokens { prefix: prefix?, suffix: suffix?, middle: middle? })
+    })
+}

@@ -1,0 +1,63 @@
+//! The demo model keeps its promise, measured on the server that people run.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
+
+mod support;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use serde_json::Value;
+use support::Server;
+
+fn lines(name: &str) -> Vec<Value> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo").join(name);
+    let text = std::fs::read_to_string(&path).unwrap();
+    text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+/// The share of (question, answer) pairs that the model answers word for word, greedily, 32 at a time.
+fn share(server: &Server, pairs: &[(String, String)]) -> f64 {
+    let (next, right) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..32 {
+            scope.spawn(|| {
+                while let Some((question, answer)) = pairs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if server.ask(question, 160).trim() == answer.trim() {
+                        right.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+    });
+    right.into_inner() as f64 / pairs.len() as f64
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap().to_owned()
+}
+
+#[test]
+fn it_answers_its_questions_and_most_paraphrases() {
+    let faq = lines("faq.jsonl");
+    assert!(faq.len() >= 150, "{} questions", faq.len());
+    let answers: HashMap<String, String> = faq.iter().map(|f| (text(&f["id"]), text(&f["answer"]))).collect();
+    let asked: Vec<_> = faq.iter().map(|f| (text(&f["question"]), text(&f["answer"]))).collect();
+    let held_out: Vec<_> = lines("paraphrases.jsonl")
+        .iter()
+        .map(|p| (text(&p["question"]), answers[p["id"].as_str().unwrap()].clone()))
+        .collect();
+    assert!(held_out.len() >= faq.len(), "{} paraphrases", held_out.len());
+    for f in &faq {
+        let trained = f["paraphrases"].as_array().unwrap().iter().chain([&f["question"]]);
+        for q in trained {
+            assert!(!held_out.iter().any(|(h, _)| Some(h.as_str()) == q.as_str()), "trained on {q}");
+        }
+    }
+    let server = Server::start(&[]);
+    let (questions, paraphrases) = (share(&server, &asked), share(&server, &held_out));
+    println!("questions {:.1} %, held-out paraphrases {:.1} %", 100.0 * questions, 100.0 * paraphrases);
+    assert!(questions >= 0.95, "{questions}");
+    assert!(paraphrases >= 0.80, "{paraphrases}");
+}

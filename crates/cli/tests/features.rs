@@ -1,0 +1,35 @@
+//! What the binary that people get is made of.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::process::Command;
+
+/// The dependency tree of the binary as `cargo build --release` resolves it.
+fn tree(edges: &str, extra: &[&str]) -> String {
+    let output = Command::new(env!("CARGO"))
+        .args(["tree", "--locked", "--offline", "--package", "mirai-cli", "--edges", edges])
+        .args(extra)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_binary_has_no_test_hooks() {
+    let plain = tree("normal,features", &[]);
+    assert!(plain.contains("mirai-engine"), "{plain}");
+    assert!(!plain.contains("test-hooks"), "a default build has test hooks");
+    let asked = tree("normal,features", &["--features", "test-hooks"]);
+    assert!(asked.contains("test-hooks"), "this test would not see the feature");
+}
+
+#[test]
+fn the_binary_has_one_tls_stack_and_no_foreign_one() {
+    let plain = tree("normal", &["--prefix", "none"]);
+    for foreign in ["openssl-sys ", "aws-lc-sys ", "native-tls ", "onig ", "hf-hub ", "cudarc "] {
+        assert!(!plain.lines().any(|l| l.starts_with(foreign)), "{foreign} is in the default tree");
+    }
+    assert!(plain.lines().any(|l| l.starts_with("rustls ")));
+}
