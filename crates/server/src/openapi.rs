@@ -6,6 +6,7 @@
 use serde_json::{Value, json};
 use utoipa::OpenApi;
 
+use crate::api::bounds;
 use crate::api::chat::{ChatChunk, ChatRequest, ChatResponse};
 use crate::api::common::ErrorResponse;
 use crate::api::completions::{CompletionChunk, CompletionRequest, CompletionResponse};
@@ -80,7 +81,17 @@ fn operation(target: Target) -> Operation {
 
 /// Generates the document.
 pub fn document() -> Value {
-    let schemas = serde_json::to_value(Schemas::openapi()).unwrap_or_default();
+    let mut schemas = serde_json::to_value(Schemas::openapi()).unwrap_or_default();
+    let schemas = &mut schemas["components"]["schemas"];
+    // Bounds inside of unions, which the derive cannot express.
+    for (name, variant, bound) in [
+        ("Stop", 1, bounds::STOP),
+        ("MessageContent", 1, bounds::PARTS),
+        ("Prompt", 1, bounds::PROMPTS),
+        ("Prompt", 3, bounds::PROMPTS),
+    ] {
+        schemas[name]["oneOf"][variant]["maxItems"] = bound.into();
+    }
     let mut paths = serde_json::Map::new();
     for route in ROUTES {
         let entry = paths.entry(route.name()).or_insert_with(|| json!({}));
@@ -100,7 +111,7 @@ pub fn document() -> Value {
         },
         "paths": paths,
         "components": {
-            "schemas": schemas["components"]["schemas"],
+            "schemas": schemas,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "x-errors": codes,
@@ -215,7 +226,6 @@ mod tests {
 
     #[test]
     fn published_bounds_are_the_ones_in_force() {
-        use crate::api::bounds;
         let document = document();
         let chat = &document["components"]["schemas"]["ChatCompletionRequest"]["properties"];
         assert_eq!(chat["stop_token_ids"]["maxItems"], bounds::STOP_TOKEN_IDS);

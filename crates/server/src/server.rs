@@ -210,7 +210,7 @@ impl Server {
         }));
         let mut signals = handle.signals.subscribe();
         tokio::select! {
-            _ = signals.wait_for(|count| *count > 0) => {}
+            () = asked(&mut signals, 1) => {}
             reason = engine_end(&state) => {
                 close.send_replace(true);
                 settle(&state, Duration::from_secs(2)).await;
@@ -258,13 +258,23 @@ async fn settle(state: &State, limit: Duration) -> bool {
     true
 }
 
+/// Returns when the end was asked for `times` times.
+async fn asked(signals: &mut watch::Receiver<u32>, times: u32) {
+    while *signals.borrow_and_update() < times {
+        if signals.changed().await.is_err() {
+            // No handle is left that could ask.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
 async fn drain(state: &State, signals: &mut watch::Receiver<u32>, close: &watch::Sender<bool>) -> ExitReason {
     let timeouts = &state.config.timeouts;
     state.set_drain(Drain::NotReady);
     let delay = seconds(timeouts.drain_delay_seconds);
     tokio::select! {
         () = tokio::time::sleep(delay) => {}
-        _ = signals.wait_for(|count| *count > 1) => return force(state),
+        () = asked(signals, 2) => return force(state),
     }
     state.set_drain(Drain::Refusing);
     // Connections end with the request at hand; new ones hear 503 and `Connection: close`.
@@ -278,7 +288,7 @@ async fn drain(state: &State, signals: &mut watch::Receiver<u32>, close: &watch:
     let cut = tokio::select! {
         () = open => 0,
         () = sleep_until(until) => usize::try_from(state.metrics.streams.get()).unwrap_or(0),
-        _ = signals.wait_for(|count| *count > 1) => return force(state),
+        () = asked(signals, 2) => return force(state),
     };
     if let Some(live) = state.live() {
         live.demux.abort_all(shutting_down());

@@ -37,42 +37,54 @@ generation_body! {
         #[schema(max_length = 32)]
         reasoning_effort: Option<String>,
         /// Refused: templates come with the model.
+        #[serde(default)]
         #[schema(value_type = Option<String>)]
         chat_template: Presence,
         /// Not served yet, unless `tool_choice` is `none`.
+        #[serde(default)]
         #[schema(value_type = Option<Vec<Object>>)]
         tools: Presence,
         /// Only `none` is served yet (and `auto` without tools).
+        #[serde(default)]
         #[schema(value_type = Option<Object>)]
         tool_choice: Presence,
         /// Not served yet.
+        #[serde(default)]
         #[schema(value_type = Option<Vec<Object>>)]
         functions: Presence,
         /// Not served yet, unless `none`.
+        #[serde(default)]
         #[schema(value_type = Option<Object>)]
         function_call: Presence,
         /// Not served.
+        #[serde(default)]
         #[schema(value_type = Option<bool>)]
         echo: Presence,
         /// Only `["text"]` is served.
         #[schema(value_type = Option<Vec<String>>)]
         modalities: Option<Bounded<String, 8>>,
         /// Not served.
+        #[serde(default)]
         #[schema(value_type = Option<Object>)]
         audio: Presence,
         /// Not served.
+        #[serde(default)]
         #[schema(value_type = Option<Object>)]
         prediction: Presence,
         /// Not served.
+        #[serde(default)]
         #[schema(value_type = Option<Object>)]
         web_search_options: Presence,
         /// Not served.
+        #[serde(default)]
         #[schema(value_type = Option<Vec<Object>>)]
         documents: Presence,
         /// Not served.
+        #[serde(default)]
         #[schema(value_type = Option<Object>)]
         mm_processor_kwargs: Presence,
         /// Not served yet.
+        #[serde(default)]
         #[schema(value_type = Option<i64>)]
         thinking_token_budget: Presence,
     }
@@ -80,7 +92,6 @@ generation_body! {
 
 /// One turn.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema, PartialEq)]
-#[serde(default)]
 pub struct Message {
     /// `system`, `developer`, `user`, `assistant` or `tool`.
     pub role: Option<String>,
@@ -116,12 +127,11 @@ pub enum ContentSchema {
     /// As one text.
     Text(String),
     /// In parts.
-    Parts(#[schema(max_items = 256)] Vec<Part>),
+    Parts(Vec<Part>),
 }
 
 /// One part of a message.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema, PartialEq)]
-#[serde(default)]
 pub struct Part {
     /// Only `text` is served yet.
     #[serde(rename = "type")]
@@ -155,7 +165,6 @@ impl<'de> Deserialize<'de> for Content {
 
 /// A call that the assistant made.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema, PartialEq)]
-#[serde(default)]
 pub struct ToolCall {
     /// Its name in the conversation.
     pub id: Option<String>,
@@ -163,12 +172,12 @@ pub struct ToolCall {
     #[serde(rename = "type")]
     pub kind: Option<String>,
     /// What was called.
+    #[serde(default)]
     pub function: FunctionCall,
 }
 
 /// A function and its arguments.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema, PartialEq)]
-#[serde(default)]
 pub struct FunctionCall {
     /// The function.
     pub name: Option<String>,

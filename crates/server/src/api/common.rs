@@ -10,9 +10,8 @@ use super::wire::Presence;
 /// Declares a generation body: its own fields, and after them every common one.
 macro_rules! generation_body {
     ($(#[$meta:meta])* $name:ident { $($(#[$field_meta:meta])* $field:ident: $type:ty,)* }) => {
-        $(#[$meta])*
         #[derive(Clone, Debug, Default, serde::Deserialize, utoipa::ToSchema)]
-        #[serde(default)]
+        $(#[$meta])*
         pub struct $name {
             $($(#[$field_meta])* pub $field: $type,)*
             /// A served name. Default: the first one.
@@ -88,62 +87,80 @@ macro_rules! generation_body {
             #[schema(max_length = 128)]
             pub cache_salt: Option<String>,
             /// Accepted and not used.
+            #[serde(default)]
             #[schema(value_type = Option<String>)]
             pub user: $crate::api::wire::Presence,
             /// Only 0 is served: priorities are given by the server.
+            #[serde(default)]
             #[schema(value_type = Option<i64>)]
             pub priority: $crate::api::wire::Presence,
             /// Only `{"type": "text"}` is served.
             pub response_format: Option<$crate::api::common::ResponseFormat>,
             /// Not served yet.
+            #[serde(default)]
             #[schema(value_type = Option<Object>)]
             pub structured_outputs: $crate::api::wire::Presence,
             /// Not served yet.
+            #[serde(default)]
             #[schema(value_type = Option<Object>)]
             pub guided_json: $crate::api::wire::Presence,
             /// Not served yet.
+            #[serde(default)]
             #[schema(value_type = Option<String>)]
             pub guided_regex: $crate::api::wire::Presence,
             /// Not served yet.
+            #[serde(default)]
             #[schema(value_type = Option<Vec<String>>)]
             pub guided_choice: $crate::api::wire::Presence,
             /// Not served yet.
+            #[serde(default)]
             #[schema(value_type = Option<String>)]
             pub guided_grammar: $crate::api::wire::Presence,
             /// Not served.
+            #[serde(default)]
             #[schema(value_type = Option<bool>)]
             pub use_beam_search: $crate::api::wire::Presence,
             /// Only 1 is served.
+            #[serde(default)]
             #[schema(value_type = Option<f64>)]
             pub length_penalty: $crate::api::wire::Presence,
             /// Not served.
+            #[serde(default)]
             #[schema(value_type = Option<Object>)]
             pub logits_processors: $crate::api::wire::Presence,
             /// Not served yet.
+            #[serde(default)]
             #[schema(value_type = Option<Object>)]
             pub lora_request: $crate::api::wire::Presence,
             /// Not served.
+            #[serde(default)]
             #[schema(value_type = Option<String>)]
             pub prompt_embeds: $crate::api::wire::Presence,
             /// Not served yet.
+            #[serde(default)]
             #[schema(value_type = Option<i64>)]
             pub truncate_prompt_tokens: $crate::api::wire::Presence,
             /// Not served.
+            #[serde(default)]
             #[schema(value_type = Option<Object>)]
             pub kv_transfer_params: $crate::api::wire::Presence,
             /// Not served.
+            #[serde(default)]
             #[schema(value_type = Option<Object>)]
             pub vllm_xargs: $crate::api::wire::Presence,
             /// Not served yet.
+            #[serde(default)]
             #[schema(value_type = Option<Object>)]
             pub repetition_detection: $crate::api::wire::Presence,
             /// Not served yet.
+            #[serde(default)]
             #[schema(value_type = Option<Vec<u32>>)]
             pub logprob_token_ids: $crate::api::wire::Presence,
         }
 
         impl $name {
             /// Moves the common fields out.
+            #[allow(dead_code, reason = "the common fields themselves have no use for it")]
             pub(crate) fn take_common(&mut self) -> $crate::api::common::Common {
                 $crate::api::common::generation_body!(@move self:
                     model stream stream_options n max_tokens min_tokens temperature top_p top_k min_p seed
@@ -170,7 +187,6 @@ generation_body! {
 
 /// What a stream carries beside text.
 #[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema, PartialEq, Eq)]
-#[serde(default)]
 pub struct StreamOptions {
     /// A last chunk with empty `choices` and the usage. Default false.
     pub include_usage: Option<bool>,
@@ -180,12 +196,12 @@ pub struct StreamOptions {
 
 /// The kind of output asked for.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema, PartialEq)]
-#[serde(default)]
 pub struct ResponseFormat {
     /// Only `text` is served yet.
     #[serde(rename = "type")]
     pub kind: Option<String>,
     /// Not served yet.
+    #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub json_schema: Presence,
 }
@@ -199,7 +215,7 @@ pub enum StopSchema {
     /// One.
     One(String),
     /// Several.
-    Many(#[schema(max_items = 16)] Vec<String>),
+    Many(Vec<String>),
 }
 
 /// Exact token counts.

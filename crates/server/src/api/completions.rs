@@ -25,12 +25,15 @@ generation_body! {
         /// Let the tokenizer add its special tokens. Default true.
         add_special_tokens: Option<bool>,
         /// Not served: this endpoint renders no template.
+        #[serde(default)]
         #[schema(value_type = Option<String>)]
         chat_template: Presence,
         /// Not served: this endpoint renders no template.
+        #[serde(default)]
         #[schema(value_type = Option<Object>)]
         chat_template_kwargs: Presence,
         /// Not served on this endpoint.
+        #[serde(default)]
         #[schema(value_type = Option<Vec<Object>>)]
         tools: Presence,
     }
@@ -45,11 +48,11 @@ pub enum PromptSchema {
     /// One text.
     Text(String),
     /// Several.
-    Texts(#[schema(max_items = 128)] Vec<String>),
+    Texts(Vec<String>),
     /// One prompt of token ids.
     Ids(Vec<u32>),
     /// Several.
-    ManyIds(#[schema(max_items = 128)] Vec<Vec<u32>>),
+    ManyIds(Vec<Vec<u32>>),
 }
 
 /// The whole answer.

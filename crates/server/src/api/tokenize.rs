@@ -9,7 +9,6 @@ use super::wire::{Bounded, Kwargs, Presence};
 
 /// Text or a conversation to tokenize, exactly as generation would.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
-#[serde(default)]
 pub struct TokenizeRequest {
     /// A served name. Default: the first one.
     pub model: Option<String>,
@@ -30,9 +29,11 @@ pub struct TokenizeRequest {
     #[schema(value_type = Option<Object>)]
     pub chat_template_kwargs: Option<Kwargs>,
     /// Refused: templates come with the model.
+    #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub chat_template: Presence,
     /// Not served yet.
+    #[serde(default)]
     #[schema(value_type = Option<Vec<Object>>)]
     pub tools: Presence,
 }
@@ -52,7 +53,6 @@ pub struct TokenizeResponse {
 
 /// Tokens to turn into text.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
-#[serde(default)]
 pub struct DetokenizeRequest {
     /// A served name. Default: the first one.
     pub model: Option<String>,

@@ -41,7 +41,7 @@ pub(crate) enum Content {
     /// All there.
     Bytes(Bytes),
     /// As they come.
-    Stream(Arc<StreamBuffer>, LeaveGuard),
+    Stream { buffer: Arc<StreamBuffer>, _guard: LeaveGuard },
 }
 
 impl Reply {
@@ -71,7 +71,7 @@ impl Reply {
         Self {
             status: StatusCode::OK,
             content_type: EVENTS,
-            content: Content::Stream(buffer, guard),
+            content: Content::Stream { buffer, _guard: guard },
             retry_after: None,
             close: false,
             allow: None,
@@ -83,7 +83,7 @@ impl Reply {
         scope.status = self.status.as_u16();
         let size = match &self.content {
             Content::Bytes(bytes) => Some(bytes.len() as u64),
-            Content::Stream(..) => None,
+            Content::Stream { .. } => None,
         };
         let mut response = Response::new(Body { content: Some(self.content), size, _scope: scope });
         *response.status_mut() = self.status;
@@ -179,7 +179,7 @@ impl hyper::body::Body for Body {
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let bytes = match &mut self.content {
             None => return Poll::Ready(None),
-            Some(Content::Stream(buffer, _)) => match ready!(buffer.poll(cx)) {
+            Some(Content::Stream { buffer, .. }) => match ready!(buffer.poll(cx)) {
                 Some(bytes) => return Poll::Ready(Some(Ok(Frame::data(bytes)))),
                 None => None,
             },
@@ -193,7 +193,7 @@ impl hyper::body::Body for Body {
         match &self.content {
             None => true,
             Some(Content::Bytes(bytes)) => bytes.is_empty(),
-            Some(Content::Stream(..)) => false,
+            Some(Content::Stream { .. }) => false,
         }
     }
 
