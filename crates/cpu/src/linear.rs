@@ -3,6 +3,8 @@
 //! Owns the choice of a kernel for a storage: f32, f16, bf16, q8_0 and q4_k are packed for the kernels of
 //! [`simd`](crate::simd); the other GGUF formats keep their blocks and are multiplied by candle, whose result for a
 //! row depends on that row and the weight alone. A weight may be stacked from tensors of several storages.
+//!
+//! Candle computes on threads of its own: `CpuOptions::threads` does not bound them (its `RAYON_NUM_THREADS` does).
 
 use std::borrow::Cow;
 

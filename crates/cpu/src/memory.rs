@@ -1,7 +1,7 @@
 //! How much memory there is, so that a cache that cannot fit is refused at start instead of killed later.
 //!
-//! Owns the reading of `/proc/meminfo` and of the control group's limit. It decides nothing
-//! about what is allocated.
+//! Owns the reading of `/proc/meminfo` and of the control group's limit. It decides nothing about what is
+//! allocated.
 
 use std::fs;
 

@@ -19,7 +19,7 @@ impl Lcg {
 
     /// Whole number below `n`.
     pub(crate) fn below(&mut self, n: usize) -> usize {
-        (u64::from(self.next()) * n as u64 >> 32) as usize
+        ((u64::from(self.next()) * n as u64) >> 32) as usize
     }
 
     /// In `[0, 1)`.

@@ -31,7 +31,7 @@ impl Rng {
         (self.0 >> 32) as u32
     }
     pub fn below(&mut self, n: usize) -> usize {
-        (u64::from(self.next()) * n as u64 >> 32) as usize
+        ((u64::from(self.next()) * n as u64) >> 32) as usize
     }
     /// In `[-scale, scale)`.
     pub fn values(&mut self, n: usize, scale: f32) -> Vec<f32> {
