@@ -73,17 +73,35 @@ pub const REGISTRY: &[Architecture] = &[
     Architecture {
         name: "MistralForCausalLM",
         gguf: "mistral",
-        traits: Traits { qkv_bias: Bias::None, qk_norm: false, window: WindowRule::All, head_dim: None, gguf_pairs: true },
+        traits: Traits {
+            qkv_bias: Bias::None,
+            qk_norm: false,
+            window: WindowRule::All,
+            head_dim: None,
+            gguf_pairs: true,
+        },
     },
     Architecture {
         name: "Qwen2ForCausalLM",
         gguf: "qwen2",
-        traits: Traits { qkv_bias: Bias::Qkv, qk_norm: false, window: WindowRule::Upper, head_dim: None, gguf_pairs: false },
+        traits: Traits {
+            qkv_bias: Bias::Qkv,
+            qk_norm: false,
+            window: WindowRule::Upper,
+            head_dim: None,
+            gguf_pairs: false,
+        },
     },
     Architecture {
         name: "Qwen3ForCausalLM",
         gguf: "qwen3",
-        traits: Traits { qkv_bias: Bias::Field, qk_norm: true, window: WindowRule::Upper, head_dim: Some(128), gguf_pairs: false },
+        traits: Traits {
+            qkv_bias: Bias::Field,
+            qk_norm: true,
+            window: WindowRule::Upper,
+            head_dim: Some(128),
+            gguf_pairs: false,
+        },
     },
 ];
 
@@ -250,7 +268,9 @@ fn windows(config: &Config<'_>, rule: WindowRule, layers: usize) -> Result<Vec<O
         Some("sliding_attention") => {
             Err(config.error("layer_types", "names `sliding_attention`, but no `sliding_window` is in force"))
         }
-        Some(other) => Err(config.error("layer_types", format!("`{}` is not supported", short(&other.into())))),
+        Some(other) => {
+            Err(config.error("layer_types", format!("`{}` is not supported", short(&other.into()))))
+        }
     };
     (0..layers).map(layer).collect()
 }
@@ -314,7 +334,8 @@ fn scaling(c: &Config<'_>, outer: &Config<'_>, context: usize) -> Result<RopeSca
             let low_freq_factor = c.positive("low_freq_factor")?;
             let high_freq_factor = c.positive("high_freq_factor")?;
             if high_freq_factor <= low_freq_factor {
-                let why = format!("is {high_freq_factor}, expected more than `low_freq_factor` {low_freq_factor}");
+                let why =
+                    format!("is {high_freq_factor}, expected more than `low_freq_factor` {low_freq_factor}");
                 return Err(c.error("high_freq_factor", why));
             }
             let (factor, original_context) = (factor()?, original()?);

@@ -315,7 +315,8 @@ pub trait Backend {
     /// `out = x / rms(x) * (w + offset)`, for each row.
     /// # Errors
     /// The device failed.
-    fn rms_norm(&mut self, x: &Self::Buffer, norm: &Norm<Self::Vector>, out: &mut Self::Buffer) -> Result<()>;
+    fn rms_norm(&mut self, x: &Self::Buffer, norm: &Norm<Self::Vector>, out: &mut Self::Buffer)
+    -> Result<()>;
     /// `residual += x`, then `out` is the norm of `residual`.
     /// # Errors
     /// The device failed.
@@ -329,8 +330,13 @@ pub trait Backend {
     /// `out = x w^T + bias`.
     /// # Errors
     /// The device failed.
-    fn linear(&mut self, w: &Self::Linear, bias: Option<&Self::Vector>, x: &Self::Buffer, out: &mut Self::Buffer)
-    -> Result<()>;
+    fn linear(
+        &mut self,
+        w: &Self::Linear,
+        bias: Option<&Self::Vector>,
+        x: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// On rows `[q | k | v]` of all heads: norms each head of q and k if asked, rotates q and k, and writes k and v
     /// into the pages of the row's slot. q stays in `qkv`.
     /// # Errors
@@ -377,7 +383,11 @@ pub trait Backend {
     /// From normed rows to the attention block's output, before the residual.
     /// # Errors
     /// The device failed.
-    fn attention_block(&mut self, block: &AttentionBlock<'_, Self>, io: BlockIo<'_, Self::Buffer>) -> Result<()>
+    fn attention_block(
+        &mut self,
+        block: &AttentionBlock<'_, Self>,
+        io: BlockIo<'_, Self::Buffer>,
+    ) -> Result<()>
     where
         Self: Sized,
     {

@@ -248,7 +248,8 @@ mod tests {
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
             "max_position_embeddings": 4096, {fields}}}"#
         );
-        spec_from_config("config.json", &parse_object("config.json", json.as_bytes(), 9_999).unwrap()).unwrap()
+        spec_from_config("config.json", &parse_object("config.json", json.as_bytes(), 9_999).unwrap())
+            .unwrap()
     }
 
     fn mixed() -> ModelSpec {

@@ -261,10 +261,10 @@ impl<'a> Config<'a> {
         match self.opt_text(field)?.unwrap_or("silu") {
             "silu" | "swish" => Ok(Activation::Silu),
             "gelu_pytorch_tanh" | "gelu_new" => Ok(Activation::GeluTanh),
-            other => Err(self.error(
-                field,
-                format!("`{other}` is not supported; supported: silu, gelu_pytorch_tanh"),
-            )),
+            other => {
+                Err(self
+                    .error(field, format!("`{other}` is not supported; supported: silu, gelu_pytorch_tanh")))
+            }
         }
     }
 }

@@ -233,8 +233,12 @@ mod tests {
             let out = c.apply(LINEAR, false, t.clone()).unwrap();
             assert_eq!(out.storage, storage);
             assert_eq!(out.storage.tensor_bytes(&out.shape), Some(out.bytes.len()));
-            let worst =
-                to_f32(&out).unwrap().iter().zip(wave(5 * 512)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let worst = to_f32(&out)
+                .unwrap()
+                .iter()
+                .zip(wave(5 * 512))
+                .map(|(a, b)| (a - b).abs())
+                .fold(0.0, f32::max);
             assert!(worst > 0.0 && worst < bound, "{q:?}: {worst}");
         }
     }
@@ -242,9 +246,8 @@ mod tests {
     #[test]
     fn the_rule_of_what_becomes_blocks() {
         let c = Conversion { dtype: None, quantization: Some(Quantization::Q4K) };
-        let storage = |id, head, shape: &[usize]| {
-            c.apply(id, head, tensor(shape, Storage::Bf16)).unwrap().storage
-        };
+        let storage =
+            |id, head, shape: &[usize]| c.apply(id, head, tensor(shape, Storage::Bf16)).unwrap().storage;
         assert_eq!(storage(LINEAR, false, &[2, 256]), Storage::Q4K);
         assert_eq!(storage(LINEAR, false, &[2, 288]), Storage::Q8_0, "not whole super-blocks");
         assert_eq!(storage(LINEAR, false, &[2, 40]), Storage::Bf16, "not whole blocks");

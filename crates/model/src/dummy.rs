@@ -56,6 +56,37 @@ impl Random {
     }
 }
 
+/// Writes one value after the other.
+fn put(storage: Storage, bytes: &mut [u8], mut next: impl FnMut() -> f32) {
+    match storage {
+        Storage::F16 => {
+            bytes.as_chunks_mut().0.iter_mut().for_each(|b| *b = f16::from_f32(next()).to_le_bytes())
+        }
+        Storage::Bf16 => {
+            bytes.as_chunks_mut().0.iter_mut().for_each(|b| *b = bf16::from_f32(next()).to_le_bytes());
+        }
+        _ => bytes.as_chunks_mut().0.iter_mut().for_each(|b| *b = next().to_le_bytes()),
+    }
+}
+
+/// Fills a tensor on all cores. Each run has its own stream, so the number of cores changes nothing.
+fn fill(storage: Storage, seed: u64, bytes: &mut [u8]) {
+    const RUN: usize = 1 << 18;
+    let mut runs: Vec<(u64, &mut [u8])> = (0u64..).zip(bytes.chunks_mut(RUN)).collect();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let share = runs.len().div_ceil(cores).max(1);
+    std::thread::scope(|scope| {
+        for part in runs.chunks_mut(share) {
+            scope.spawn(move || {
+                for (number, run) in part {
+                    let mut random = Random(Random(seed.wrapping_add(*number)).next());
+                    put(storage, run, || random.normal() * DEVIATION);
+                }
+            });
+        }
+    });
+}
+
 /// FNV-1a.
 fn hash(name: &str) -> u64 {
     name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
@@ -73,13 +104,12 @@ impl WeightSource for DummySource {
         let count = count.ok_or_else(|| {
             ModelError::corrupt("dummy weights", format!("tensor `{name}`"), format!("shape {shape:?}"))
         })?;
-        let mut random = Random(self.seed ^ hash(&name));
-        let values = (0..count).map(|_| if is_norm { 1.0 } else { random.normal() * DEVIATION });
-        let bytes: Vec<u8> = match self.storage {
-            Storage::F16 => values.flat_map(|v| f16::from_f32(v).to_le_bytes()).collect(),
-            Storage::Bf16 => values.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect(),
-            _ => values.flat_map(f32::to_le_bytes).collect(),
-        };
+        let mut bytes = vec![0; count * self.storage.block_bytes()];
+        if is_norm {
+            put(self.storage, &mut bytes, || 1.0);
+        } else {
+            fill(self.storage, self.seed ^ hash(&name), &mut bytes);
+        }
         Ok(HostTensor { name, shape, storage: self.storage, bytes: Cow::Owned(bytes) })
     }
 
@@ -104,5 +134,17 @@ mod tests {
         let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / 1e5;
         assert!(mean.abs() < 0.02 && (variance - 1.0).abs() < 0.02, "{mean} {variance}");
         assert!(DummySource::new(0, Storage::Q8_0).is_err());
+    }
+
+    #[test]
+    fn runs_do_not_repeat_and_tensors_start_alike_whatever_their_length() {
+        let (mut long, mut short) = (vec![0; 1 << 20], vec![0; 4_000]);
+        fill(Storage::Bf16, 5, &mut long);
+        fill(Storage::Bf16, 5, &mut short);
+        assert_eq!(long[..4_000], short);
+        assert_ne!(long[..4_000], long[1 << 18..][..4_000]);
+        let mut ones = [0; 6];
+        put(Storage::F16, &mut ones, || 1.0);
+        assert_eq!(ones, [0, 0x3c, 0, 0x3c, 0, 0x3c]);
     }
 }

@@ -121,7 +121,9 @@ impl ModelError {
     pub const fn exit_code(&self) -> u8 {
         match self {
             Self::Option { .. } => 2,
-            Self::Backend { source: BackendError::OutOfMemory { .. } | BackendError::Device { .. }, .. } => 3,
+            Self::Backend {
+                source: BackendError::OutOfMemory { .. } | BackendError::Device { .. }, ..
+            } => 3,
             _ => 4,
         }
     }

@@ -5,9 +5,7 @@
 
 use std::collections::VecDeque;
 
-use mirai_engine::{
-    DeviceFault, Executor, Geometry, RowFault, RowInput, RowOutput, StepOutcome, StepPlan,
-};
+use mirai_engine::{DeviceFault, Executor, Geometry, RowFault, RowInput, RowOutput, StepOutcome, StepPlan};
 
 use crate::backend::{Backend, Batch, BatchRow, StepShape};
 use crate::forward::Model;
@@ -48,7 +46,8 @@ impl<B: Backend> ModelExecutor<B> {
     fn flatten(&mut self, plan: &StepPlan) -> Result<Vec<(usize, RowFault)>, String> {
         for open in &plan.opens {
             let slot = open.slot.0 as usize;
-            let wanted = self.prompt_logprobs.get_mut(slot).ok_or_else(|| no_slot(&self.geometry, open.slot.0))?;
+            let wanted =
+                self.prompt_logprobs.get_mut(slot).ok_or_else(|| no_slot(&self.geometry, open.slot.0))?;
             *wanted = open.sampling.prompt_logprobs.is_some();
         }
         let batch = &mut self.batch;
@@ -130,7 +129,10 @@ fn check_row(geometry: &Geometry, slot: u32, first: usize, start: usize, len: us
         return Err(no_slot(geometry, slot));
     }
     if len == 0 || start + len > geometry.max_context as usize {
-        return Err(format!("slot {slot}: positions {start} + {len}, the context is {}", geometry.max_context));
+        return Err(format!(
+            "slot {slot}: positions {start} + {len}, the context is {}",
+            geometry.max_context
+        ));
     }
     if first + len > geometry.max_step_tokens as usize {
         let most = geometry.max_step_tokens;
@@ -195,7 +197,8 @@ mod tests {
     use crate::loader::{LoadOptions, ModelSource, load};
     use crate::reference::Reference;
 
-    const CONFIG: &[u8] = br#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 16, "intermediate_size": 24,
+    const CONFIG: &[u8] =
+        br#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 16, "intermediate_size": 24,
         "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20, "max_position_embeddings": 64}"#;
 
     fn executor() -> ModelExecutor<Reference> {

@@ -4,8 +4,8 @@
 //! backend's and the executor's business.
 
 use crate::backend::{
-    AttentionBlock, AttentionSpec, Backend, BlockIo, HostTensor, LogitsHead, MlpBlock, Norm, Result as DeviceResult,
-    Rows,
+    AttentionBlock, AttentionSpec, Backend, BlockIo, HostTensor, LogitsHead, MlpBlock, Norm,
+    Result as DeviceResult, Rows,
 };
 use crate::cache::Grouping;
 use crate::convert::Conversion;

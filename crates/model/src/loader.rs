@@ -321,11 +321,7 @@ fn spec_of_files(place: &str, files: &BTreeMap<String, FileSource>) -> Result<Mo
     spec_from_config("config.json", &parse_object("config.json", bytes.as_ref(), MAX_CONFIG_BYTES)?)
 }
 
-fn open_files(
-    place: &str,
-    files: &BTreeMap<String, FileSource>,
-    options: &LoadOptions,
-) -> Result<Opened> {
+fn open_files(place: &str, files: &BTreeMap<String, FileSource>, options: &LoadOptions) -> Result<Opened> {
     let spec = spec_of_files(place, files)?;
     let (weights, unused_tensors): (Box<dyn WeightSource>, _) = match options.dummy {
         Some(seed) => (Box::new(dummy(seed, &spec, options)?), Vec::new()),

@@ -12,8 +12,8 @@ use mirai_engine::{
 };
 
 use crate::backend::{
-    Activation, AttentionSpec, Backend, BackendError, Batch, CacheLayout, HostTensor, LogitsHead, Norm, Result,
-    RopeTable, Rows, StepShape,
+    Activation, AttentionSpec, Backend, BackendError, Batch, CacheLayout, HostTensor, LogitsHead, Norm,
+    Result, RopeTable, Rows, StepShape,
 };
 use crate::convert::to_f32;
 

@@ -13,8 +13,8 @@ use mirai_engine::{
 use serde_json::Value;
 
 use crate::backend::{
-    Activation, AttentionSpec, Backend, Batch, CacheLayout, HostTensor, LogitsHead, Norm, Result as DeviceResult,
-    RopeTable, Rows, StepLimits, StepShape,
+    Activation, AttentionSpec, Backend, Batch, CacheLayout, HostTensor, LogitsHead, Norm,
+    Result as DeviceResult, RopeTable, Rows, StepLimits, StepShape,
 };
 
 /// One prompt of a golden file.
@@ -146,7 +146,8 @@ impl<E: Executor> Driver<E> {
     /// The device or a row fails, or the pool is too small.
     pub fn play(&mut self, scripts: &[Script]) -> Vec<Played> {
         self.next_block = 1;
-        let actor = |(slot, script)| Actor { script, slot: slot as u32, computed: 0, played: Played::default() };
+        let actor =
+            |(slot, script)| Actor { script, slot: slot as u32, computed: 0, played: Played::default() };
         let mut actors: Vec<_> = scripts.iter().enumerate().map(actor).collect();
         let mut first = true;
         while actors.iter().any(|a| a.next_len() > 0) {
@@ -213,7 +214,10 @@ impl<E: Executor> Driver<E> {
 
     fn append(&mut self, plan: &mut StepPlan, slot: u32, entry: usize, groups: usize) {
         for group in 0..groups {
-            assert!(self.next_block < self.executor.geometry().blocks, "the pool is too small for the script");
+            assert!(
+                self.next_block < self.executor.geometry().blocks,
+                "the pool is too small for the script"
+            );
             assert_ne!(self.executor.geometry().groups[group], GroupKind::Recurrent);
             let (group, index) = (group as u16, entry as u32);
             plan.appends.push(BlockAppend {

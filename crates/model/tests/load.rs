@@ -16,7 +16,10 @@ fn options() -> LoadOptions {
     LoadOptions { dummy: Some(1), cache: CacheBudget::Tokens(256), max_slots: 2, ..LoadOptions::default() }
 }
 
-fn open(files: &[(&str, &'static [u8])], options: &LoadOptions) -> Result<LoadedModel<Reference>, ModelError> {
+fn open(
+    files: &[(&str, &'static [u8])],
+    options: &LoadOptions,
+) -> Result<LoadedModel<Reference>, ModelError> {
     let files = [&[("config.json", CONFIG)], files].concat();
     load(&ModelSource::memory("m", &files), options, Reference::default(), &mut |_, _| {})
 }

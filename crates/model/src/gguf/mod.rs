@@ -57,7 +57,8 @@ impl GgufSource {
     /// # Errors
     /// A key is missing, of the wrong type, out of bounds, or contradicts another or a tensor.
     pub fn spec(&self) -> Result<ModelSpec> {
-        let divisors = self.header.tensors.contains_key(ROPE_FREQS).then(|| self.rope_divisors()).transpose()?;
+        let divisors =
+            self.header.tensors.contains_key(ROPE_FREQS).then(|| self.rope_divisors()).transpose()?;
         spec_from_gguf(&self.file, &self.header, divisors)
     }
 
@@ -90,9 +91,9 @@ impl GgufSource {
 
 /// The registry's row for `general.architecture`.
 fn architecture(file: &str, header: &GgufHeader) -> Result<&'static Architecture> {
-    let name = header.text(file, "general.architecture")?.ok_or_else(|| {
-        ModelError::field(file, "general.architecture", "is missing")
-    })?;
+    let name = header
+        .text(file, "general.architecture")?
+        .ok_or_else(|| ModelError::field(file, "general.architecture", "is missing"))?;
     REGISTRY.iter().find(|a| a.gguf == name).ok_or_else(|| ModelError::UnknownArchitecture {
         file: file.to_owned(),
         name: name.escape_default().to_string(),

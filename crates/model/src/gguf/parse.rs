@@ -157,7 +157,8 @@ impl<'a> Reader<'a> {
         };
         let left = (self.bytes.len() - self.at) as u64;
         if n > self.elements || n.saturating_mul(width) > left {
-            let why = format!("array of {n} elements, at most {} are read and {left} bytes left", self.elements);
+            let why =
+                format!("array of {n} elements, at most {} are read and {left} bytes left", self.elements);
             return Err(self.error(item, why));
         }
         self.elements -= n;
@@ -238,7 +239,8 @@ impl GgufHeader {
         let tensors = r.u64("tensor count")?;
         let keys = r.u64("key count")?;
         if tensors > MAX_TENSORS || keys > MAX_KEYS {
-            let why = format!("{tensors} tensors and {keys} keys, at most {MAX_TENSORS} and {MAX_KEYS} are read");
+            let why =
+                format!("{tensors} tensors and {keys} keys, at most {MAX_TENSORS} and {MAX_KEYS} are read");
             return Err(r.error("header", why));
         }
         let mut header = Self::default();
@@ -287,7 +289,10 @@ impl GgufHeader {
                 return wrong(format!("offset {} is not a multiple of the alignment {alignment}", t.offset));
             }
             if t.offset < free {
-                return wrong(format!("offset {} lies inside another tensor, which ends at {free}", t.offset));
+                return wrong(format!(
+                    "offset {} lies inside another tensor, which ends at {free}",
+                    t.offset
+                ));
             }
             let start = data.checked_add(t.offset);
             let range = start.and_then(|s| s.checked_add(t.bytes).map(|e| (s, e)));
@@ -321,7 +326,9 @@ impl GgufHeader {
         match self.keys.get(key) {
             None => Ok(None),
             Some(Value::Text(t)) => Ok(Some(t)),
-            Some(other) => Err(ModelError::field(file, key, format!("expected a text, got {}", other.show()))),
+            Some(other) => {
+                Err(ModelError::field(file, key, format!("expected a text, got {}", other.show())))
+            }
         }
     }
 

@@ -139,7 +139,8 @@ fn refuse_foreign(keys: &Keys<'_>) -> Result<()> {
 fn vocab(keys: &Keys<'_>, hidden: usize) -> Result<usize> {
     let (file, name) = (keys.file, TensorId::Embedding.gguf_name());
     let table = keys.header.tensors.get(&name);
-    let table = table.ok_or_else(|| ModelError::MissingTensor { file: file.to_owned(), tensor: name.clone() })?;
+    let table =
+        table.ok_or_else(|| ModelError::MissingTensor { file: file.to_owned(), tensor: name.clone() })?;
     let [rows, _] = table.shape[..] else {
         let (expected, got) = (vec![0, hidden], table.shape.clone());
         return Err(ModelError::WrongShape { file: file.to_owned(), tensor: name, expected, got });
@@ -212,9 +213,7 @@ fn rope(keys: &Keys<'_>, head_dim: usize, context: usize, divisors: Option<Vec<f
     let kind = keys.header.text(keys.file, &keys.name("rope.scaling.type"))?.unwrap_or("none");
     let factor = || match keys.positive("rope.scaling.factor")? {
         None => Err(keys.error("rope.scaling.factor", "is missing")),
-        Some(f) if f < 1.0 => {
-            Err(keys.error("rope.scaling.factor", format!("is {f}, expected at least 1")))
-        }
+        Some(f) if f < 1.0 => Err(keys.error("rope.scaling.factor", format!("is {f}, expected at least 1"))),
         Some(f) => Ok(f),
     };
     let scaling = match (kind, divisors) {
@@ -226,7 +225,8 @@ fn rope(keys: &Keys<'_>, head_dim: usize, context: usize, divisors: Option<Vec<f
             return Err(ModelError::WrongShape { file, tensor, expected, got });
         }
         (_, Some(_)) => {
-            let why = format!("is `{}`, but the file also has `{}`", kind.escape_default(), super::ROPE_FREQS);
+            let why =
+                format!("is `{}`, but the file also has `{}`", kind.escape_default(), super::ROPE_FREQS);
             return Err(keys.error("rope.scaling.type", why));
         }
         ("linear", None) => RopeScaling::Linear { factor: factor()? },

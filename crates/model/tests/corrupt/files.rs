@@ -54,10 +54,7 @@ pub fn header(tensors: &[(&str, Vec<usize>)]) -> (Value, usize) {
     let mut at = 0;
     for (name, shape) in tensors {
         let end = at + 4 * shape.iter().product::<usize>();
-        object.insert(
-            (*name).to_owned(),
-            json!({"dtype": "F32", "shape": shape, "data_offsets": [at, end]}),
-        );
+        object.insert((*name).to_owned(), json!({"dtype": "F32", "shape": shape, "data_offsets": [at, end]}));
         at = end;
     }
     (Value::Object(object), at)

@@ -2,6 +2,7 @@
 //! wait, no memory that a lie in the file asked for.
 #![allow(clippy::unwrap_used)]
 
+mod configurations;
 mod files;
 
 use std::time::{Duration, Instant};
@@ -93,101 +94,6 @@ fn the_valid_files_load() {
 
 #[test]
 #[allow(clippy::too_many_lines, reason = "a table")]
-fn configurations() {
-    const FILE: &str = "config.json";
-    let f = |fields: Value| with_fields(&fields);
-    let rope = |r: Value| with_fields(&json!({"rope_theta": null, "rope_parameters": r}));
-    check(vec![
-        ("heads 0", f(json!({"num_attention_heads": 0})), &[FILE, "`num_attention_heads`", "is 0"]),
-        ("kv heads 0", f(json!({"num_key_value_heads": 0})), &[FILE, "`num_key_value_heads`"]),
-        ("kv heads do not divide", f(json!({"num_attention_heads": 4, "num_key_value_heads": 3})), &["3", "4"]),
-        ("heads do not divide", f(json!({"num_attention_heads": 3})), &["`num_attention_heads`", "hidden_size"]),
-        ("odd head", f(json!({"head_dim": 7})), &["`head_dim`", "is 7", "even"]),
-        ("huge head", f(json!({"head_dim": 1 << 20})), &["`head_dim`", "1048576"]),
-        ("layers 1e9", f(json!({"num_hidden_layers": 1_000_000_000})), &["`num_hidden_layers`", "1000000000"]),
-        ("more layers than tensors", f(json!({"num_hidden_layers": 2})), &["model.layers.1.", "missing"]),
-        ("context 2^63", f(json!({"max_position_embeddings": 1u64 << 63})), &["`max_position_embeddings`"]),
-        ("context 0", f(json!({"max_position_embeddings": 0})), &["`max_position_embeddings`", "is 0"]),
-        ("context missing", f(json!({"max_position_embeddings": null})), &["missing"]),
-        ("hidden negative", f(json!({"hidden_size": -8})), &["`hidden_size`", "-8"]),
-        ("hidden 1e12", f(json!({"hidden_size": 1e12})), &["`hidden_size`"]),
-        ("hidden is a text", f(json!({"hidden_size": "8"})), &["`hidden_size`", "whole number"]),
-        ("hidden is a fraction", f(json!({"hidden_size": 8.5})), &["`hidden_size`", "8.5"]),
-        ("vocab 2^32", f(json!({"vocab_size": 1u64 << 32})), &["`vocab_size`"]),
-        ("vocab differs", f(json!({"vocab_size": 17})), &["model.embed_tokens.weight", "[16, 8]", "[17, 8]"]),
-        ("intermediate differs", f(json!({"intermediate_size": 13})), &["gate_proj", "[12, 8]", "[13, 8]"]),
-        ("epsilon 0", f(json!({"rms_norm_eps": 0.0})), &["`rms_norm_eps`", "more than 0"]),
-        ("epsilon 1e39", f(json!({"rms_norm_eps": 1e39})), &["`rms_norm_eps`", "finite"]),
-        ("theta negative", f(json!({"rope_theta": -1.0})), &["`rope_theta`", "-1"]),
-        ("theta 1", f(json!({"rope_theta": 1.0})), &["`rope_theta`", "more than 1"]),
-        ("theta is a list", f(json!({"rope_theta": [1]})), &["`rope_theta`", "number"]),
-        ("two thetas", f(json!({"rope_parameters": {"rope_theta": 5e5}})), &["`rope_theta`", "500000"]),
-        (
-            "two scalings",
-            f(json!({"rope_scaling": {"type": "linear", "factor": 2.0},
-                     "rope_parameters": {"rope_type": "linear", "factor": 4.0}})),
-            &["`rope_scaling`", "differs"],
-        ),
-        (
-            "two types",
-            rope(json!({"rope_type": "linear", "type": "yarn", "factor": 2.0})),
-            &["`rope_parameters.rope_type`", "yarn"],
-        ),
-        ("dynamic", rope(json!({"rope_type": "dynamic", "factor": 2.0})), &["rope_type`", "dynamic", "supported"]),
-        ("type is a number", rope(json!({"rope_type": 3})), &["`rope_parameters.rope_type`", "text"]),
-        ("no factor", rope(json!({"rope_type": "linear"})), &["`rope_parameters.factor`", "missing"]),
-        ("factor below 1", rope(json!({"rope_type": "linear", "factor": 0.5})), &["factor`", "0.5"]),
-        ("factor is a text", rope(json!({"rope_type": "linear", "factor": "4"})), &["factor`", "number"]),
-        (
-            "llama3 without bounds",
-            rope(json!({"rope_type": "llama3", "factor": 8.0})),
-            &["`rope_parameters.low_freq_factor`", "missing"],
-        ),
-        (
-            "llama3 bounds reversed",
-            rope(json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0})),
-            &["high_freq_factor`", "is 1"],
-        ),
-        (
-            "yarn betas reversed",
-            rope(json!({"rope_type": "yarn", "factor": 2.0, "beta_fast": 1.0, "beta_slow": 32.0})),
-            &["beta_fast`", "below"],
-        ),
-        ("rope for layer types", rope(json!({"full_attention": {"rope_theta": 1e4}})), &["full_attention", "layer"]),
-        ("rope is a list", f(json!({"rope_parameters": []})), &["`rope_parameters`", "object"]),
-        ("partial rotation", f(json!({"partial_rotary_factor": 0.5})), &["`partial_rotary_factor`", "0.5"]),
-        ("two dtypes", f(json!({"dtype": "bfloat16"})), &["`dtype`", "torch_dtype"]),
-        ("dtype int8", f(json!({"torch_dtype": "int8"})), &["`torch_dtype`", "int8", "bfloat16"]),
-        ("activation", f(json!({"hidden_act": "relu"})), &["`hidden_act`", "relu", "silu"]),
-        ("tie is a text", f(json!({"tie_word_embeddings": "yes"})), &["`tie_word_embeddings`", "true or false"]),
-        ("bias is a number", f(json!({"attention_bias": 1})), &["`attention_bias`"]),
-        ("bias without tensor", f(json!({"mlp_bias": true})), &["gate_proj.bias", "missing"]),
-        ("eos beyond", f(json!({"eos_token_id": [2, 16]})), &["`eos_token_id`", "below 16"]),
-        ("bos is a text", f(json!({"bos_token_id": "1"})), &["`bos_token_id`"]),
-        ("no architectures", f(json!({"architectures": null})), &["`architectures`"]),
-        ("two architectures", f(json!({"architectures": ["A", "B"]})), &["`architectures`", "exactly one"]),
-        (
-            "unknown architecture",
-            f(json!({"architectures": ["MambaForCausalLM"]})),
-            &["MambaForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"],
-        ),
-        ("quantized", f(json!({"quantization_config": {"bits": 4}})), &["`quantization_config`"]),
-        ("experts", f(json!({"num_local_experts": 8})), &["`num_local_experts`", "8"]),
-        ("layer types too few", f(json!({"layer_types": []})), &["`layer_types`", "0 entries"]),
-        ("layer type unknown", f(json!({"layer_types": ["chunked_attention"]})), &["`layer_types`", "chunked"]),
-        ("window 0", f(json!({"architectures": ["MistralForCausalLM"], "sliding_window": 0})), &["`sliding_window`"]),
-        ("untied without head", f(json!({"tie_word_embeddings": false})), &["lm_head.weight", "missing"]),
-        ("NaN", with_config(b"{\"rope_theta\": NaN}".to_vec()), &[FILE, "not valid JSON"]),
-        ("empty", with_config(vec![]), &[FILE, "not valid JSON"]),
-        ("a list", with_config(b"[]".to_vec()), &[FILE, "object"]),
-        ("deep", with_config(b"[".repeat(100_000)), &[FILE, "JSON"]),
-        ("5 MB", with_config(vec![b' '; 5 << 20]), &[FILE, "5242880 bytes"]),
-        ("no config", directory(vec![]), &["dir", "config.json"]),
-    ]);
-}
-
-#[test]
-#[allow(clippy::too_many_lines, reason = "a table")]
 fn safetensors_files() {
     const FILE: &str = "model.safetensors";
     const NORM: &str = "model.norm.weight";
@@ -203,7 +109,8 @@ fn safetensors_files() {
     short.truncate(short.len() - 100);
     let (part, part_len) = header(&tensors()[..3]);
     let shard = safetensors(&part.to_string(), part_len);
-    let all: serde_json::Map<_, _> = tensors().iter().map(|(n, _)| ((*n).into(), json!("a.safetensors"))).collect();
+    let all: serde_json::Map<_, _> =
+        tensors().iter().map(|(n, _)| ((*n).into(), json!("a.safetensors"))).collect();
     let index = |map: Value| json!({ "weight_map": map }).to_string();
     check(vec![
         ("empty", with_weights(vec![]), &[FILE, "header", "0 bytes"]),
@@ -216,8 +123,16 @@ fn safetensors_files() {
         ("not JSON", raw("{\"a\":", 0), &[FILE, "JSON"]),
         ("a list", raw("[1]", 0), &[FILE, "header"]),
         ("unknown type", one("F12", json!([8]), json!([0, 32]), 32), &[FILE, "F12"]),
-        ("shape overflows", one("F32", json!([4_194_305, 4_194_305, 211_106_198_978_564u64]), json!([0, 32]), 32), &[FILE, "overflow"]),
-        ("shape times type is not the range", one("F32", json!([9]), json!([0, 32]), 32), &[FILE, "contradict"]),
+        (
+            "shape overflows",
+            one("F32", json!([4_194_305, 4_194_305, 211_106_198_978_564u64]), json!([0, 32]), 32),
+            &[FILE, "overflow"],
+        ),
+        (
+            "shape times type is not the range",
+            one("F32", json!([9]), json!([0, 32]), 32),
+            &[FILE, "contradict"],
+        ),
         ("begin after end", one("F32", json!([8]), json!([32, 0]), 32), &[FILE, NORM]),
         ("first offset is not 0", one("F32", json!([8]), json!([4, 36]), 36), &[FILE, NORM, "gap"]),
         ("offset 2^63", one("F32", json!([8]), json!([0, 1u64 << 63]), 32), &[FILE]),
@@ -307,8 +222,8 @@ fn safetensors_files() {
 #[test]
 #[allow(clippy::too_many_lines, reason = "a table")]
 fn gguf_files() {
+    use self::with_gguf as g;
     const FILE: &str = "m.gguf";
-    let g = with_gguf;
     let key = |k: &'static str, v: Vec<u8>| with_gguf(move |f| f.set(k, v));
     let without = |k: &'static str| with_gguf(move |f| f.remove(k));
     let dims = |d: Vec<u64>| with_gguf(move |f| f.tensor("output_norm.weight").dims = d);
@@ -322,7 +237,11 @@ fn gguf_files() {
         ("keys one too many", g(|f| f.key_count = Some(f.keys.len() as u64 + 1)), &[FILE]),
         ("tensors 2^64 - 1", g(|f| f.tensor_count = Some(u64::MAX)), &[FILE, "18446744073709551615 tensors"]),
         ("tensors 100,000", g(|f| f.tensor_count = Some(100_000)), &[FILE, "tensor"]),
-        ("text of 2^63 bytes", key("general.name", typed(8, &(1u64 << 63).to_le_bytes())), &[FILE, "`general.name`"]),
+        (
+            "text of 2^63 bytes",
+            key("general.name", typed(8, &(1u64 << 63).to_le_bytes())),
+            &[FILE, "`general.name`"],
+        ),
         ("text beyond the file", key("general.name", typed(8, &(1u64 << 20).to_le_bytes())), &["more"]),
         ("text not UTF-8", key("general.name", typed(8, &[1, 0, 0, 0, 0, 0, 0, 0, 0xff])), &["UTF-8"]),
         ("array of arrays", key("x", array(9, 1, &array(4, 0, &[]))), &["`x`", "arrays of arrays"]),
@@ -347,46 +266,106 @@ fn gguf_files() {
         ("shape overflows", dims(vec![1 << 40, 1 << 40]), &["output_norm.weight", "overflows"]),
         ("shape is SIZE_MAX / 4", dims(vec![u64::MAX / 4]), &["output_norm.weight"]),
         ("shape differs", dims(vec![4]), &["output_norm.weight", "[4]", "[8]"]),
-        ("offset overflows", g(|f| f.tensor("output_norm.weight").offset = u64::MAX - 31), &["output_norm.weight"]),
-        ("past the end", g(|f| f.tensor("output_norm.weight").offset = 1 << 20), &["output_norm.weight", "file has"]),
+        (
+            "offset overflows",
+            g(|f| f.tensor("output_norm.weight").offset = u64::MAX - 31),
+            &["output_norm.weight"],
+        ),
+        (
+            "past the end",
+            g(|f| f.tensor("output_norm.weight").offset = 1 << 20),
+            &["output_norm.weight", "file has"],
+        ),
         ("truncated", g(|f| f.data -= 8), &["output_norm.weight", "needs 32 bytes"]),
-        ("misaligned", g(|f| f.tensor("output_norm.weight").offset += 4), &["output_norm.weight", "alignment"]),
+        (
+            "misaligned",
+            g(|f| f.tensor("output_norm.weight").offset += 4),
+            &["output_norm.weight", "alignment"],
+        ),
         ("overlap", g(|f| f.tensor("output_norm.weight").offset = 0), &["inside another tensor"]),
         ("tensor twice", g(|f| f.push("output_norm.weight", &[8], 0)), &["output_norm.weight", "twice"]),
-        ("unknown quantization", g(|f| f.tensor("output_norm.weight").kind = 99), &["output_norm.weight", "99"]),
-        ("not whole blocks", g(|f| f.tensor("blk.0.ffn_up.weight").kind = 8), &["blk.0.ffn_up.weight", "q8_0"]),
+        (
+            "unknown quantization",
+            g(|f| f.tensor("output_norm.weight").kind = 99),
+            &["output_norm.weight", "99"],
+        ),
+        (
+            "not whole blocks",
+            g(|f| f.tensor("blk.0.ffn_up.weight").kind = 8),
+            &["blk.0.ffn_up.weight", "q8_0"],
+        ),
         ("no architecture", without("general.architecture"), &["`general.architecture`", "missing"]),
         ("architecture is a number", key("general.architecture", u32_value(1)), &["text"]),
         ("unknown architecture", key("general.architecture", text_value("mamba")), &["mamba", "llama, "]),
-        ("heads 0", key("llama.attention.head_count", u32_value(0)), &["`llama.attention.head_count`", "is 0"]),
+        (
+            "heads 0",
+            key("llama.attention.head_count", u32_value(0)),
+            &["`llama.attention.head_count`", "is 0"],
+        ),
         ("heads missing", without("llama.attention.head_count"), &["head_count`", "missing"]),
-        ("heads do not divide", key("llama.attention.head_count", u32_value(3)), &["`llama.attention.head_count`"]),
+        (
+            "heads do not divide",
+            key("llama.attention.head_count", u32_value(3)),
+            &["`llama.attention.head_count`"],
+        ),
         ("kv heads do not divide", key("llama.attention.head_count_kv", u32_value(3)), &["head_count_kv`"]),
-        ("rotation of half a head", key("llama.rope.dimension_count", u32_value(2)), &["rope.dimension_count`"]),
+        (
+            "rotation of half a head",
+            key("llama.rope.dimension_count", u32_value(2)),
+            &["rope.dimension_count`"],
+        ),
         ("odd head", key("llama.attention.key_length", u32_value(5)), &["key_length`", "even"]),
         ("layers 10^9", key("llama.block_count", u32_value(1_000_000_000)), &["block_count`", "1000000000"]),
         ("layers 2", key("llama.block_count", u32_value(2)), &["blk.1.", "missing"]),
-        ("layers negative", key("llama.block_count", typed(5, &(-1i32).to_le_bytes())), &["block_count`", "-1"]),
+        (
+            "layers negative",
+            key("llama.block_count", typed(5, &(-1i32).to_le_bytes())),
+            &["block_count`", "-1"],
+        ),
         ("context missing", without("llama.context_length"), &["`llama.context_length`", "missing"]),
-        ("epsilon NaN", key("llama.attention.layer_norm_rms_epsilon", f32_value(f32::NAN)), &["epsilon`", "finite"]),
+        (
+            "epsilon NaN",
+            key("llama.attention.layer_norm_rms_epsilon", f32_value(f32::NAN)),
+            &["epsilon`", "finite"],
+        ),
         ("epsilon missing", without("llama.attention.layer_norm_rms_epsilon"), &["epsilon`", "missing"]),
         ("theta 0", key("llama.rope.freq_base", f32_value(0.0)), &["`llama.rope.freq_base`"]),
-        ("theta infinite", key("llama.rope.freq_base", f32_value(f32::INFINITY)), &["`llama.rope.freq_base`"]),
-        ("rope longrope", key("llama.rope.scaling.type", text_value("longrope")), &["scaling.type`", "longrope"]),
+        (
+            "theta infinite",
+            key("llama.rope.freq_base", f32_value(f32::INFINITY)),
+            &["`llama.rope.freq_base`"],
+        ),
+        (
+            "rope longrope",
+            key("llama.rope.scaling.type", text_value("longrope")),
+            &["scaling.type`", "longrope"],
+        ),
         ("rope without factor", key("llama.rope.scaling.type", text_value("linear")), &["scaling.factor`"]),
         ("rope divisors too many", g(|f| f.push("rope_freqs.weight", &[8], 0)), &["rope_freqs.weight"]),
-        ("rope divisors 0", g(|f| f.push("rope_freqs.weight", &[2], 0)), &["rope_freqs.weight", "divisor is 0"]),
+        (
+            "rope divisors 0",
+            g(|f| f.push("rope_freqs.weight", &[2], 0)),
+            &["rope_freqs.weight", "divisor is 0"],
+        ),
         ("experts", key("llama.expert_count", u32_value(8)), &["`llama.expert_count`", "8"]),
         ("split", key("split.count", typed(2, &2u16.to_le_bytes())), &["`split.count`", "2"]),
         ("vocabulary differs", key("llama.vocab_size", u32_value(17)), &["`llama.vocab_size`", "17", "16"]),
-        ("more tokens than rows", key("tokenizer.ggml.tokens", array(8, 17, &text("t").repeat(17))), &["17 entries"]),
+        (
+            "more tokens than rows",
+            key("tokenizer.ggml.tokens", array(8, 17, &text("t").repeat(17))),
+            &["17 entries"],
+        ),
         ("no tokens", without("tokenizer.ggml.tokens"), &["`tokenizer.ggml.tokens`", "missing"]),
         ("tokens are numbers", key("tokenizer.ggml.tokens", array(4, 2, &[0; 8])), &["tokens`", "integers"]),
         ("scores too few", key("tokenizer.ggml.scores", array(6, 3, &[0; 12])), &["scores`", "3 entries"]),
         ("eos beyond", key("tokenizer.ggml.eos_token_id", u32_value(16)), &["eos_token_id`", "16"]),
         ("no tokenizer model", without("tokenizer.ggml.model"), &["`tokenizer.ggml.model`", "missing"]),
         ("no table", g(|f| f.tensors.remove(0).offset = 0), &["token_embd.weight", "missing"]),
-        ("tensor of a layer that is not there", g(|f| f.push("blk.9.ffn_up.weight", &[1], 0)), &["blk.9.", "1 layers"]),
+        (
+            "tensor of a layer that is not there",
+            g(|f| f.push("blk.9.ffn_up.weight", &[1], 0)),
+            &["blk.9.", "1 layers"],
+        ),
         (
             "layers 2 with tensors of 1 beyond",
             g(|f| f.tensor("blk.0.attn_q.weight").name = "blk.0.attn_z.weight".into()),
@@ -442,7 +421,7 @@ fn claims_take_no_memory() {
         let line = status.lines().find(|l| l.starts_with("VmHWM")).unwrap().to_owned();
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     };
-    configurations();
+    configurations::configurations();
     safetensors_files();
     gguf_files();
     let kib = peak();
