@@ -344,7 +344,7 @@ pub trait Backend {
     fn rope_append(
         &mut self,
         spec: &AttentionSpec,
-        qk_norm: Option<(&Norm<Self::Vector>, &Norm<Self::Vector>)>,
+        qk_norm: Option<HeadNorms<'_, Self::Vector>>,
         rope: Option<&Self::Rope>,
         qkv: &mut Self::Buffer,
     ) -> Result<()>;
@@ -421,6 +421,9 @@ pub struct Norm<V> {
     pub eps: f32,
 }
 
+/// Norms of each query head and of each key head.
+pub type HeadNorms<'a, V> = (&'a Norm<V>, &'a Norm<V>);
+
 /// How hidden rows become logits.
 #[derive(Clone, Copy, Debug)]
 pub struct LogitsHead<'a, L> {
@@ -443,7 +446,7 @@ pub struct AttentionBlock<'a, B: Backend> {
     /// Its bias.
     pub qkv_bias: Option<&'a B::Vector>,
     /// Norms of each query and key head.
-    pub qk_norm: Option<(&'a Norm<B::Vector>, &'a Norm<B::Vector>)>,
+    pub qk_norm: Option<HeadNorms<'a, B::Vector>>,
     /// Rotation; none in layers without positions.
     pub rope: Option<&'a B::Rope>,
     /// Projection back to the hidden size.

@@ -13,6 +13,9 @@ use crate::error::{ModelError, Result};
 use crate::spec::{ModelSpec, NormSpec};
 use crate::weights::{Part, TensorId, WeightSource, embedding_id};
 
+/// Norms of each query head and of each key head.
+type OwnedHeadNorms<V> = (Norm<V>, Norm<V>);
+
 /// One layer on the device.
 struct Layer<B: Backend> {
     attention_norm: Norm<B::Vector>,
@@ -20,7 +23,7 @@ struct Layer<B: Backend> {
     rope: Option<usize>,
     qkv: B::Linear,
     qkv_bias: Option<B::Vector>,
-    qk_norm: Option<(Norm<B::Vector>, Norm<B::Vector>)>,
+    qk_norm: Option<OwnedHeadNorms<B::Vector>>,
     output: B::Linear,
     output_bias: Option<B::Vector>,
     mlp_norm: Norm<B::Vector>,

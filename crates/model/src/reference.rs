@@ -103,10 +103,11 @@ impl Reference {
             let mut logprobs = RowLogprobs::default();
             let prompt = slot.prompt.clone().unwrap_or_else(|| Arc::from([]));
             let mut failed = None;
-            for output in row.outputs.0..row.outputs.1 {
-                let token = self.batch.outputs[output] as usize;
+            let outputs = row.outputs.0..row.outputs.1;
+            for (&token, logits) in self.batch.outputs[outputs.clone()].iter().zip(&logits[outputs]) {
+                let token = token as usize;
                 let next = self.batch.positions[token] as usize + 1;
-                let values = log_softmax(&logits[output]);
+                let values = log_softmax(logits);
                 let Some(values) = values else {
                     failed = Some(RowFault::NonFinite);
                     break;
@@ -299,7 +300,8 @@ impl Backend for Reference {
                     let part = &mut values[head * dim..(head + 1) * dim];
                     if let Some((q, k)) = qk_norm {
                         let norm = if head < spec.q_heads { q } else { k };
-                        norm_row(&part.to_vec(), norm, part);
+                        let head = part.to_vec();
+                        norm_row(&head, norm, part);
                     }
                     if let Some(table) = rope {
                         rotate(part, table, row.start + t);
