@@ -112,6 +112,8 @@ impl Demux {
 
 /// How often open requests are looked at when nothing happens.
 const TICK: Duration = Duration::from_millis(100);
+/// The same while there is none: a request that was announced to an engine that hangs must be seen too.
+const IDLE_TICK: Duration = Duration::from_millis(500);
 /// Batches taken in one go: enough to catch up, few enough to flush often.
 const BATCHES: usize = 8;
 
@@ -132,11 +134,7 @@ struct Thread {
 impl Thread {
     fn run(mut self, events: &Receiver<Vec<Event>>) {
         loop {
-            let batch = if self.requests.is_empty() {
-                events.recv().map_err(|_| RecvTimeoutError::Disconnected)
-            } else {
-                events.recv_timeout(TICK)
-            };
+            let batch = events.recv_timeout(if self.requests.is_empty() { IDLE_TICK } else { TICK });
             let now = Instant::now();
             self.read_inbox(now);
             match batch {

@@ -135,11 +135,16 @@ where
     builder.max_buf_size(acceptor.limits.max_header_bytes);
     builder.max_headers(acceptor.limits.max_headers);
     let mut closing = acceptor.closing.clone();
+    let used = state.clone();
     let mut served = std::pin::pin!(builder.serve_connection(TokioIo::new(io), service));
     tokio::select! {
         // Errors are the peer's: it left, was too slow, or sent nonsense, which hyper has answered.
         _ = served.as_mut() => return,
-        _ = closing.wait_for(|closing| *closing) => served.as_mut().graceful_shutdown(),
+        _ = closing.wait_for(|closing| *closing) => {}
+    }
+    // A connection that has not sent its first request yet still hears why it is not served.
+    if used.is_used() {
+        served.as_mut().graceful_shutdown();
     }
     let _ = served.await;
 }

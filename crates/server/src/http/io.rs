@@ -5,9 +5,9 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll, ready};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -21,11 +21,44 @@ use crate::metrics::Metrics;
 pub(crate) struct ConnState {
     /// From the end of a head to the end of its answer.
     in_flight: AtomicBool,
+    /// Set with the first head, for good.
+    used: AtomicBool,
+    /// The connection's task, while it waits for an answer: the end of the answer starts the idle time, and
+    /// nobody else would wake the task to notice.
+    waker: Mutex<Option<Waker>>,
 }
 
 impl ConnState {
+    /// Whether a request has come.
+    pub(crate) fn is_used(&self) -> bool {
+        self.used.load(Ordering::Acquire)
+    }
+
     pub(crate) fn set_in_flight(&self, value: bool) {
+        if value {
+            self.used.store(true, Ordering::Release);
+        }
         self.in_flight.store(value, Ordering::Release);
+        if !value && let Some(waker) = self.lock().take() {
+            waker.wake();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Waker>> {
+        self.waker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether an answer is under way; if so, its end wakes this task.
+    fn poll_in_flight(&self, cx: &Context<'_>) -> bool {
+        if !self.in_flight.load(Ordering::Acquire) {
+            return false;
+        }
+        let mut waker = self.lock();
+        if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+            *waker = Some(cx.waker().clone());
+        }
+        // It may have ended between the two.
+        self.in_flight.load(Ordering::Acquire)
     }
 }
 
@@ -86,7 +119,7 @@ impl<S> DeadlineIo<S> {
 
     /// Nothing came; whether the peer's time is up.
     fn poll_read_deadline(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
-        if self.state.in_flight.load(Ordering::Acquire) {
+        if self.state.poll_in_flight(cx) {
             self.owes = Owes::Nothing;
             return Poll::Pending;
         }

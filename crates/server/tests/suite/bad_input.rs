@@ -12,13 +12,32 @@ use crate::support::*;
 
 /// Values that a numeric field must refuse, as JSON text, with those that some field may accept left out there.
 const NUMBERS: &[&str] = &[
-    "-1", "-0.5", "1e39", "-1e39", "1e308", "1e400", "NaN", "Infinity", "-Infinity", "2147483648", "4294967296",
-    "9007199254740993", "9223372036854775808", "18446744073709551616", "\"5\"", "[]", "{}", "true", "[1]",
+    "-1",
+    "-0.5",
+    "1e39",
+    "-1e39",
+    "1e308",
+    "1e400",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "2147483648",
+    "4294967296",
+    "9007199254740993",
+    "9223372036854775808",
+    "18446744073709551616",
+    "\"5\"",
+    "[]",
+    "{}",
+    "true",
+    "[1]",
 ];
 const NOT_NUMBERS: &[&str] = &["\"5\"", "[]", "{}", "true", "NaN", "1e400", "[1]"];
-const NOT_INTEGERS: &[&str] = &["1.5", "1.0", "\"5\"", "[]", "{}", "true", "NaN", "1e400", "1e39", "9223372036854775808"];
+const NOT_INTEGERS: &[&str] =
+    &["1.5", "1.0", "\"5\"", "[]", "{}", "true", "NaN", "1e400", "1e39", "9223372036854775808"];
 const NOT_BOOLEANS: &[&str] = &["1", "0", "\"true\"", "[]", "{}", "1.5"];
-const NOT_IDS: &[&str] = &["[-1]", "[264]", "[4294967296]", "[1.5]", "[\"1\"]", "7", "\"7\"", "{}", "[null]", "[[1]]"];
+const NOT_IDS: &[&str] =
+    &["[-1]", "[264]", "[4294967296]", "[1.5]", "[\"1\"]", "7", "\"7\"", "{}", "[null]", "[[1]]"];
 const PRESENT: &[&str] = &["true", "[1]", "{\"a\":1}", "\"x\"", "3"];
 
 /// (field, JSON text) pairs that every generation endpoint must refuse.
@@ -50,8 +69,13 @@ fn common() -> Vec<(&'static str, String)> {
     add("max_tokens", &["0", "2048"]);
     add("prompt_logprobs", &["21"]);
     for field in [
-        "stream", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "return_token_ids",
-        "return_tokens_as_token_ids", "spaces_between_special_tokens",
+        "stream",
+        "ignore_eos",
+        "include_stop_str_in_output",
+        "skip_special_tokens",
+        "return_token_ids",
+        "return_tokens_as_token_ids",
+        "spaces_between_special_tokens",
     ] {
         add(field, NOT_BOOLEANS);
     }
@@ -61,18 +85,64 @@ fn common() -> Vec<(&'static str, String)> {
     add("allowed_token_ids", NOT_IDS);
     add("allowed_token_ids", &["[]"]);
     add("bad_words", &["1", "\"x\"", "[1]", "[\"\"]", "[\" \"]", "{}"]);
-    add("logit_bias", &["1", "\"x\"", "[1]", "{\"x\":1}", "{\"-1\":1}", "{\"1\":\"x\"}", "{\"1\":1e39}",
-        "{\"1\":101}", "{\"1\":-101}", "{\"264\":1}", "{\"4294967296\":1}", "{\"1\":null}", "{\"1\":1,\"1\":2}"]);
+    add(
+        "logit_bias",
+        &[
+            "1",
+            "\"x\"",
+            "[1]",
+            "{\"x\":1}",
+            "{\"-1\":1}",
+            "{\"1\":\"x\"}",
+            "{\"1\":1e39}",
+            "{\"1\":101}",
+            "{\"1\":-101}",
+            "{\"264\":1}",
+            "{\"4294967296\":1}",
+            "{\"1\":null}",
+            "{\"1\":1,\"1\":2}",
+        ],
+    );
     add("model", &["1", "[]", "{}", "true"]);
-    add("stream_options", &["1", "[]", "\"x\"", "{\"include_usage\":1}", "{\"include_usage\":true}",
-        "{\"continuous_usage_stats\":true}"]);
+    add(
+        "stream_options",
+        &[
+            "1",
+            "[]",
+            "\"x\"",
+            "{\"include_usage\":1}",
+            "{\"include_usage\":true}",
+            "{\"continuous_usage_stats\":true}",
+        ],
+    );
     add("cache_salt", &["1", "\"\"", "[]"]);
-    add("response_format", &["1", "\"x\"", "{}", "{\"type\":\"json_object\"}", "{\"type\":1}",
-        "{\"type\":\"json_schema\",\"json_schema\":{}}", "{\"type\":\"text\",\"json_schema\":{\"a\":1}}"]);
+    add(
+        "response_format",
+        &[
+            "1",
+            "\"x\"",
+            "{}",
+            "{\"type\":\"json_object\"}",
+            "{\"type\":1}",
+            "{\"type\":\"json_schema\",\"json_schema\":{}}",
+            "{\"type\":\"text\",\"json_schema\":{\"a\":1}}",
+        ],
+    );
     for field in [
-        "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "use_beam_search",
-        "logits_processors", "lora_request", "prompt_embeds", "truncate_prompt_tokens", "kv_transfer_params",
-        "vllm_xargs", "repetition_detection", "logprob_token_ids",
+        "structured_outputs",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "use_beam_search",
+        "logits_processors",
+        "lora_request",
+        "prompt_embeds",
+        "truncate_prompt_tokens",
+        "kv_transfer_params",
+        "vllm_xargs",
+        "repetition_detection",
+        "logprob_token_ids",
     ] {
         add(field, PRESENT);
     }
@@ -94,14 +164,31 @@ fn chat_only() -> Vec<(&'static str, String)> {
     let mut add = |field: &'static str, values: &[&str]| {
         list.extend(values.iter().map(|value| (field, (*value).to_owned())));
     };
-    add("messages", &["null", "[]", "1", "\"x\"", "{}", "[1]", "[{}]", "[{\"role\":\"user\"}]", "[{\"content\":\"x\"}]",
-        "[{\"role\":\"king\",\"content\":\"x\"}]", "[{\"role\":1,\"content\":\"x\"}]",
-        "[{\"role\":\"user\",\"content\":1}]", "[{\"role\":\"user\",\"content\":{}}]",
-        "[{\"role\":\"user\",\"content\":[1]}]", "[{\"role\":\"user\",\"content\":[{\"type\":\"text\"}]}]",
-        "[{\"role\":\"user\",\"content\":[{\"text\":\"x\"}]}]",
-        "[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\",\"image_url\":{\"url\":\"http://127.0.0.1/\"}}]}]",
-        "[{\"role\":\"user\",\"content\":[{\"type\":\"input_audio\",\"input_audio\":{}}]}]",
-        "[{\"role\":\"assistant\",\"tool_calls\":[{}]}]", "[{\"role\":\"assistant\",\"tool_calls\":1}]"]);
+    add(
+        "messages",
+        &[
+            "null",
+            "[]",
+            "1",
+            "\"x\"",
+            "{}",
+            "[1]",
+            "[{}]",
+            "[{\"role\":\"user\"}]",
+            "[{\"content\":\"x\"}]",
+            "[{\"role\":\"king\",\"content\":\"x\"}]",
+            "[{\"role\":1,\"content\":\"x\"}]",
+            "[{\"role\":\"user\",\"content\":1}]",
+            "[{\"role\":\"user\",\"content\":{}}]",
+            "[{\"role\":\"user\",\"content\":[1]}]",
+            "[{\"role\":\"user\",\"content\":[{\"type\":\"text\"}]}]",
+            "[{\"role\":\"user\",\"content\":[{\"text\":\"x\"}]}]",
+            "[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\",\"image_url\":{\"url\":\"http://127.0.0.1/\"}}]}]",
+            "[{\"role\":\"user\",\"content\":[{\"type\":\"input_audio\",\"input_audio\":{}}]}]",
+            "[{\"role\":\"assistant\",\"tool_calls\":[{}]}]",
+            "[{\"role\":\"assistant\",\"tool_calls\":1}]",
+        ],
+    );
     add("max_completion_tokens", &["0", "-1", "1.5", "\"5\"", "4294967296", "2048", "true", "[]"]);
     add("logprobs", NOT_BOOLEANS);
     add("top_logprobs", &["5", "21", "-1", "1.5", "\"1\"", "true", "[]", "4294967296"]);
@@ -110,12 +197,30 @@ fn chat_only() -> Vec<(&'static str, String)> {
     add("functions", &["[{}]"]);
     add("function_call", &["{\"name\":\"f\"}"]);
     add("chat_template", &["\"{{ messages }}\"", "{\"a\":1}", "true"]);
-    add("chat_template_kwargs", &["1", "[]", "{\"chat_template\":\"x\"}", "{\"tokenize\":true}",
-        "{\"conversation\":\"x\"}", "{\"messages\":\"x\"}", "{\"enable_thinking\":[]}", "{\"documents\":{}}"]);
+    add(
+        "chat_template_kwargs",
+        &[
+            "1",
+            "[]",
+            "{\"chat_template\":\"x\"}",
+            "{\"tokenize\":true}",
+            "{\"conversation\":\"x\"}",
+            "{\"messages\":\"x\"}",
+            "{\"enable_thinking\":[]}",
+            "{\"documents\":{}}",
+        ],
+    );
     add("reasoning_effort", &["1", "\"\"", "\"a b\"", "{}"]);
     add("echo", &["true"]);
     add("modalities", &["[\"audio\"]", "\"text\"", "[1]"]);
-    for field in ["audio", "prediction", "web_search_options", "documents", "mm_processor_kwargs", "thinking_token_budget"] {
+    for field in [
+        "audio",
+        "prediction",
+        "web_search_options",
+        "documents",
+        "mm_processor_kwargs",
+        "thinking_token_budget",
+    ] {
         add(field, PRESENT);
     }
     add("continue_final_message", &["1", "\"x\""]);
@@ -132,8 +237,29 @@ fn completion_only() -> Vec<(&'static str, String)> {
     let mut add = |field: &'static str, values: &[&str]| {
         list.extend(values.iter().map(|value| (field, (*value).to_owned())));
     };
-    add("prompt", &["null", "[]", "1", "true", "{}", "[1.5]", "[-1]", "[264]", "[4294967295]", "[4294967296]",
-        "[\"a\",1]", "[1,\"a\"]", "[[1],\"a\"]", "[[264]]", "[[-1]]", "[null]", "[[null]]", "[[[1]]]"]);
+    add(
+        "prompt",
+        &[
+            "null",
+            "[]",
+            "1",
+            "true",
+            "{}",
+            "[1.5]",
+            "[-1]",
+            "[264]",
+            "[4294967295]",
+            "[4294967296]",
+            "[\"a\",1]",
+            "[1,\"a\"]",
+            "[[1],\"a\"]",
+            "[[264]]",
+            "[[-1]]",
+            "[null]",
+            "[[null]]",
+            "[[[1]]]",
+        ],
+    );
     add("logprobs", &["21", "-1", "1.5", "\"1\"", "true", "[]", "4294967296"]);
     add("best_of", &["2", "-1", "1.5", "\"1\"", "true"]);
     add("echo", NOT_BOOLEANS);
@@ -151,21 +277,53 @@ fn completion_only() -> Vec<(&'static str, String)> {
 fn other() -> Vec<(&'static str, &'static str, String)> {
     let mut list = Vec::new();
     let tokenize = [
-        "{}", "{\"prompt\":1}", "{\"prompt\":\"a\",\"messages\":[]}", "{\"messages\":[]}", "{\"messages\":1}",
-        "{\"prompt\":\"a\",\"model\":7}", "{\"prompt\":\"a\",\"chat_template\":\"x\"}", "{\"prompt\":\"a\",\"tools\":[1]}",
-        "{\"prompt\":\"a\",\"add_special_tokens\":1}", "{\"prompt\":\"a\",\"return_token_strs\":\"x\"}",
-        "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"chat_template_kwargs\":{\"messages\":1}}", "[]", "",
+        "{}",
+        "{\"prompt\":1}",
+        "{\"prompt\":\"a\",\"messages\":[]}",
+        "{\"messages\":[]}",
+        "{\"messages\":1}",
+        "{\"prompt\":\"a\",\"model\":7}",
+        "{\"prompt\":\"a\",\"chat_template\":\"x\"}",
+        "{\"prompt\":\"a\",\"tools\":[1]}",
+        "{\"prompt\":\"a\",\"add_special_tokens\":1}",
+        "{\"prompt\":\"a\",\"return_token_strs\":\"x\"}",
+        "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"chat_template_kwargs\":{\"messages\":1}}",
+        "[]",
+        "",
     ];
     let detokenize = [
-        "{}", "{\"tokens\":1}", "{\"tokens\":[-1]}", "{\"tokens\":[1.5]}", "{\"tokens\":[4294967295]}",
-        "{\"tokens\":[\"1\"]}", "{\"tokens\":null}", "{\"tokens\":[259000]}", "{\"tokens\":[],\"model\":[]}", "7",
+        "{}",
+        "{\"tokens\":1}",
+        "{\"tokens\":[-1]}",
+        "{\"tokens\":[1.5]}",
+        "{\"tokens\":[4294967295]}",
+        "{\"tokens\":[\"1\"]}",
+        "{\"tokens\":null}",
+        "{\"tokens\":[259000]}",
+        "{\"tokens\":[],\"model\":[]}",
+        "7",
     ];
     list.extend(tokenize.iter().map(|body| ("/tokenize", "", (*body).to_owned())));
     list.extend(detokenize.iter().map(|body| ("/detokenize", "", (*body).to_owned())));
     for path in ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"] {
         for body in [
-            "", " ", "{", "}", "[", "null", "[]", "\"x\"", "7", "{\"a\"}", "{\"a\":1,}", "{'a':1}", "{}x", "\u{0}",
-            "{\"a\":\"\\ud800\"}", "{\"a\":\"\\x\"}", "{\"a\":\"\u{1}\"}",
+            "",
+            " ",
+            "{",
+            "}",
+            "[",
+            "null",
+            "[]",
+            "\"x\"",
+            "7",
+            "{\"a\"}",
+            "{\"a\":1,}",
+            "{'a':1}",
+            "{}x",
+            "\u{0}",
+            "{\"a\":\"\\ud800\"}",
+            "{\"a\":\"\\x\"}",
+            "{\"a\":\"\u{1}\"}",
         ] {
             list.push((path, "", body.to_owned()));
         }
@@ -192,7 +350,9 @@ fn cases() -> Vec<(&'static str, String, Vec<u8>)> {
             cases.push((path, field.to_owned(), body.into_bytes()));
         }
         for (a, b) in [("\"min_tokens\":9", "\"max_tokens\":3"), ("\"temperature\":1", "\"temperature\":1")] {
-            let body = format!("{{\"prompt\":\"q\",\"messages\":[{{\"role\":\"user\",\"content\":\"q\"}}],{a},{b}}}");
+            let body = format!(
+                "{{\"prompt\":\"q\",\"messages\":[{{\"role\":\"user\",\"content\":\"q\"}}],{a},{b}}}"
+            );
             cases.push((path, a.to_owned(), body.into_bytes()));
         }
         cases.push((path, "utf-8".to_owned(), b"{\"prompt\":\"\xff\",\"messages\":[]}".to_vec()));
@@ -218,7 +378,10 @@ async fn healthy(server: &TestServer, seed: u64) -> Vec<Value> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bad_requests_are_400_and_neighbours_do_not_notice() {
-    let server = Arc::new(TestServer::start(Options { step: std::time::Duration::from_micros(300), ..Options::default() }).await);
+    let server = Arc::new(
+        TestServer::start(Options { step: std::time::Duration::from_micros(300), ..Options::default() })
+            .await,
+    );
     let mut undisturbed = Vec::new();
     for seed in 0..8 {
         undisturbed.push(healthy(&server, seed).await);
@@ -255,9 +418,16 @@ async fn bad_requests_are_400_and_neighbours_do_not_notice() {
                 assert!(error["message"].is_string() && error["code"].is_string(), "{error}");
                 let param = error["param"].as_str().unwrap_or_default();
                 let syntax = error["code"] == "invalid_json";
-                let named = field.is_empty() || field.starts_with('"') || syntax || param.starts_with(&field)
-                    || (field == "max_completion_tokens" || field == "max_tokens" || field == "min_tokens" || field == "n")
-                    || error["code"] == "model_not_found" || field == "utf-8"
+                let named = field.is_empty()
+                    || field.starts_with('"')
+                    || syntax
+                    || param.starts_with(&field)
+                    || (field == "max_completion_tokens"
+                        || field == "max_tokens"
+                        || field == "min_tokens"
+                        || field == "n")
+                    || error["code"] == "model_not_found"
+                    || field == "utf-8"
                     || (field == "chat_template_kwargs" && param == "chat_template_kwargs")
                     || (field == "prompt" || field == "seed");
                 assert!(named, "{path} {field}: {error} for {shown}");
@@ -275,7 +445,11 @@ async fn bad_requests_are_400_and_neighbours_do_not_notice() {
     println!("{count} bad requests beside {rounds} healthy streams");
     assert_eq!(server.metric("mirai_panics_total").await, 0.0);
     let page = crate::client::get(server.address, "/metrics").await.text();
-    let failures: f64 = page.lines().filter(|l| l.contains("status=\"5xx\"")).map(|l| l.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap()).sum();
+    let failures: f64 = page
+        .lines()
+        .filter(|l| l.contains("status=\"5xx\""))
+        .map(|l| l.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap())
+        .sum();
     assert_eq!(failures, 0.0);
 }
 
@@ -291,7 +465,12 @@ async fn too_large_bodies_are_refused_early() {
     assert_eq!((answer.status, answer.header("connection")), (413, Some("close")));
     assert_eq!(answer.json()["error"]["code"], "request_too_large");
     // Not announced: refused once it is over the limit.
-    let mut endless = head("POST", "/v1/completions", &[("Transfer-Encoding", "chunked"), ("Content-Type", "application/json")], None);
+    let mut endless = head(
+        "POST",
+        "/v1/completions",
+        &[("Transfer-Encoding", "chunked"), ("Content-Type", "application/json")],
+        None,
+    );
     let chunk = [b"10000\r\n".as_slice(), &vec![b' '; 0x10000], b"\r\n"].concat();
     for _ in 0..64 {
         endless.extend_from_slice(&chunk);
@@ -300,8 +479,13 @@ async fn too_large_bodies_are_refused_early() {
     let full = vec![b' '; 100 << 20];
     let answer = request(server.address, "POST", "/v1/chat/completions", &[], Some(&full)).await;
     assert_eq!(answer.status, 413);
-    server.until("bodies given back", std::time::Duration::from_secs(2), async |s| s.metric("mirai_http_body_bytes").await == 0.0).await;
-    let zipped = request(server.address, "POST", "/v1/completions", &[("Content-Encoding", "gzip")], Some(b"x")).await;
+    server
+        .until("bodies given back", std::time::Duration::from_secs(2), async |s| {
+            s.metric("mirai_http_body_bytes").await == 0.0
+        })
+        .await;
+    let zipped =
+        request(server.address, "POST", "/v1/completions", &[("Content-Encoding", "gzip")], Some(b"x")).await;
     assert_eq!(zipped.status, 415);
     let form = raw(server.address, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}").await;
     assert_eq!(form.unwrap().status, 415);
@@ -319,14 +503,23 @@ async fn heads_are_bounded() {
         (b"GET /health HTTP/1.1\r\n\r\n".to_vec(), &[400]),
         (b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n".to_vec(), &[400]),
         (b"GET /health HTTP/1.1\r\nHost: a\r\n folded: b\r\n\r\n".to_vec(), &[400]),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx".to_vec(), &[400]),
+        (
+            b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx"
+                .to_vec(),
+            &[400],
+        ),
         (b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\nx".to_vec(), &[400]),
         (b"nonsense\r\n\r\n".to_vec(), &[400]),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 not plain text\r\n\r\n".to_vec(), &[400]),
     ];
     for (bytes, statuses) in cases {
         let answer = raw(server.address, &bytes).await.unwrap();
-        assert!(statuses.contains(&answer.status), "{} for {}", answer.status, String::from_utf8_lossy(&bytes[..60.min(bytes.len())]));
+        assert!(
+            statuses.contains(&answer.status),
+            "{} for {}",
+            answer.status,
+            String::from_utf8_lossy(&bytes[..60.min(bytes.len())])
+        );
     }
     let many: Vec<(String, &str)> = (0..10_000).map(|i| (format!("x-{i}"), "v")).collect();
     let many: Vec<(&str, &str)> = many.iter().map(|(n, v)| (n.as_str(), *v)).collect();

@@ -51,8 +51,14 @@ async fn a_whole_answer_has_the_documented_shape() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_says_what_the_whole_answer_says() {
     let server = TestServer::plain().await;
-    for more in [json!({}), json!({"n": 3}), json!({"stop": ["a", "e b"]}), json!({"max_tokens": 200, "stop": "\n"}),
-                 json!({"temperature": 0, "max_tokens": 1}), json!({"stop": "z", "include_stop_str_in_output": true})] {
+    for more in [
+        json!({}),
+        json!({"n": 3}),
+        json!({"stop": ["a", "e b"]}),
+        json!({"max_tokens": 200, "stop": "\n"}),
+        json!({"temperature": 0, "max_tokens": 1}),
+        json!({"stop": "z", "include_stop_str_in_output": true}),
+    ] {
         let mut body = chat("the same question", &more);
         body["return_token_ids"] = json!(true);
         let whole = post(server.address, "/v1/chat/completions", &body).await.json();
@@ -89,7 +95,8 @@ async fn a_stream_says_what_the_whole_answer_says() {
 #[tokio::test(flavor = "multi_thread")]
 async fn stop_strings_end_before_themselves_and_count_exactly() {
     let server = TestServer::plain().await;
-    let free = post(server.address, "/v1/chat/completions", &chat("q", &json!({"max_tokens": 300}))).await.json();
+    let free =
+        post(server.address, "/v1/chat/completions", &chat("q", &json!({"max_tokens": 300}))).await.json();
     let text = free["choices"][0]["message"]["content"].as_str().unwrap().to_owned();
     let stop: String = text.chars().skip(20).take(4).collect();
     let at = text.find(&stop).unwrap();
@@ -109,7 +116,8 @@ async fn stop_strings_end_before_themselves_and_count_exactly() {
 async fn the_models_end_and_named_ends() {
     let server = TestServer::plain().await;
     let end = |more: Value| chat("q", &more);
-    let answer = post(server.address, "/chat/completions", &end(json!({"allowed_token_ids": [EOS]}))).await.json();
+    let answer =
+        post(server.address, "/chat/completions", &end(json!({"allowed_token_ids": [EOS]}))).await.json();
     assert_eq!(answer["choices"][0]["finish_reason"], "stop");
     assert_eq!(answer["choices"][0]["message"]["content"], "");
     assert_eq!(answer["choices"][0]["stop_reason"], Value::Null);
@@ -122,7 +130,9 @@ async fn the_models_end_and_named_ends() {
     let answer = post(server.address, "/chat/completions", &body).await.json();
     assert_eq!(answer["usage"]["completion_tokens"], 5);
     assert_eq!(answer["choices"][0]["finish_reason"], "length");
-    let body = end(json!({"allowed_token_ids": [EOS], "ignore_eos": true, "max_tokens": 2, "skip_special_tokens": false}));
+    let body = end(
+        json!({"allowed_token_ids": [EOS], "ignore_eos": true, "max_tokens": 2, "skip_special_tokens": false}),
+    );
     let answer = post(server.address, "/chat/completions", &body).await.json();
     assert_eq!(answer["choices"][0]["message"]["content"], "<|im_end|><|im_end|>");
     server.stop().await;
@@ -134,7 +144,8 @@ async fn logprobs_in_whole_and_stream() {
     for as_ids in [false, true] {
         let more = json!({"logprobs": true, "top_logprobs": 2, "return_tokens_as_token_ids": as_ids});
         let mut body = chat("q", &more);
-        let whole: ChatResponse = serde_json::from_slice(&post(server.address, "/v1/chat/completions", &body).await.body).unwrap();
+        let whole: ChatResponse =
+            serde_json::from_slice(&post(server.address, "/v1/chat/completions", &body).await.body).unwrap();
         let list = whole.choices[0].logprobs.clone().unwrap().content;
         assert_eq!(list.len(), 16);
         assert_eq!(list[0].top_logprobs.len(), 2);
@@ -234,7 +245,8 @@ async fn models_tokens_version_and_document() {
         assert_eq!(get(server.address, path).await.status, 200, "{path}");
     }
     assert_eq!(get(server.address, "/v1/models/other").await.json()["error"]["code"], "model_not_found");
-    let tokens = post(server.address, "/tokenize", &json!({"prompt": "hé", "return_token_strs": true})).await.json();
+    let tokens =
+        post(server.address, "/tokenize", &json!({"prompt": "hé", "return_token_strs": true})).await.json();
     assert_eq!(tokens["tokens"], json!([104, 0xc3, 0xa9]));
     assert_eq!(tokens["token_strs"][0], "h");
     assert_eq!(get(server.address, "/version").await.json()["version"], env!("CARGO_PKG_VERSION"));
@@ -252,7 +264,14 @@ async fn ids_are_ours_and_the_callers_is_echoed() {
     let server = TestServer::plain().await;
     let body = chat("q", &json!({})).to_string();
     let send = async |id: &str| {
-        request(server.address, "POST", "/v1/chat/completions", &[("X-Request-Id", id)], Some(body.as_bytes())).await
+        request(
+            server.address,
+            "POST",
+            "/v1/chat/completions",
+            &[("X-Request-Id", id)],
+            Some(body.as_bytes()),
+        )
+        .await
     };
     let (first, second) = tokio::join!(send("same-id"), send("same-id"));
     assert_eq!(first.header("x-request-id"), Some("same-id"));

@@ -47,7 +47,11 @@ async fn echo_with_and_without_output() {
         assert!(logprobs.top_logprobs[0].is_none() && logprobs.top_logprobs[1].is_some());
         assert!(logprobs.text_offset.windows(2).all(|pair| pair[0] < pair[1]));
     }
-    let only = complete(&server, &completion(&json!("héllo"), &json!({"echo": true, "max_tokens": 0, "logprobs": 0}))).await;
+    let only = complete(
+        &server,
+        &completion(&json!("héllo"), &json!({"echo": true, "max_tokens": 0, "logprobs": 0})),
+    )
+    .await;
     assert_eq!(only.choices[0].text, "héllo");
     assert_eq!(only.usage.completion_tokens, 0);
     assert_eq!(only.choices[0].logprobs.clone().unwrap().tokens.len(), 6);
@@ -58,7 +62,9 @@ async fn echo_with_and_without_output() {
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_of_many_prompts() {
     let server = TestServer::plain().await;
-    for more in [json!({}), json!({"echo": true, "logprobs": 2}), json!({"logprobs": 1, "return_token_ids": true})] {
+    for more in
+        [json!({}), json!({"echo": true, "logprobs": 2}), json!({"logprobs": 1, "return_token_ids": true})]
+    {
         let mut body = completion(&json!(["ab", "cd", "ef"]), &more);
         body["n"] = json!(2);
         let whole = complete(&server, &body).await;
@@ -119,7 +125,11 @@ async fn without_a_template_only_completions() {
     let server = TestServer::start(Options { template: false, ..Options::default() }).await;
     let refused = post(server.address, "/v1/chat/completions", &chat("x", &json!({}))).await;
     assert_eq!((refused.status, &refused.json()["error"]["code"]), (400, &json!("unsupported_parameter")));
-    complete(&server, &completion(&json!("x"), &json!({"bad_words": ["abc", " d"], "logit_bias": {"97": -3.5}}))).await;
+    complete(
+        &server,
+        &completion(&json!("x"), &json!({"bad_words": ["abc", " d"], "logit_bias": {"97": -3.5}})),
+    )
+    .await;
     server.stop().await;
 }
 
@@ -131,7 +141,8 @@ async fn no_possible_token_is_the_requests_own_error() {
         3,
         mirai_engine::hooks::Injection::Fault(mirai_engine::RowFault::NothingAllowed),
     );
-    let refused = post(server.address, "/v1/completions", &completion(&json!("x"), &json!({"seed": 77}))).await;
+    let refused =
+        post(server.address, "/v1/completions", &completion(&json!("x"), &json!({"seed": 77}))).await;
     assert_eq!((refused.status, &refused.json()["error"]["code"]), (400, &json!("no_token_possible")));
     server.stop().await;
 }

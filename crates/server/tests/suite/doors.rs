@@ -62,13 +62,20 @@ async fn every_route_method_and_credential() {
                     (true, true) => &[200, 400],
                     (true, false) => &[405],
                 };
-                assert!(expected.contains(&answer.status), "{tried} {path} {credential:?}: {}", answer.status);
+                assert!(
+                    expected.contains(&answer.status),
+                    "{tried} {path} {credential:?}: {}",
+                    answer.status
+                );
                 if answer.status == 401 {
                     assert_eq!(answer.header("www-authenticate"), Some("Bearer"));
                     assert_eq!(answer.json()["error"]["code"], "invalid_api_key");
                 }
                 if answer.status == 405 {
-                    assert!(answer.header("allow").is_some_and(|allow| allow.contains(&method)), "{tried} {path}");
+                    assert!(
+                        answer.header("allow").is_some_and(|allow| allow.contains(&method)),
+                        "{tried} {path}"
+                    );
                 }
                 cells += 1;
             }
@@ -82,9 +89,19 @@ async fn every_route_method_and_credential() {
 async fn other_spellings_do_not_open_a_door() {
     let server = guarded().await;
     let tries = [
-        "//v1/models", "/v1/./models", "/v1/../v1/models", "/v1/%6dodels", "/V1/MODELS", "/v1/models/",
-        "/health/../v1/models", "/health%2f..%2fv1%2fmodels", "/metrics/../v1/models", "/health?/v1/models",
-        "http://evil/v1/models", "/v1/models?x=/health", "/v1/models#/health",
+        "//v1/models",
+        "/v1/./models",
+        "/v1/../v1/models",
+        "/v1/%6dodels",
+        "/V1/MODELS",
+        "/v1/models/",
+        "/health/../v1/models",
+        "/health%2f..%2fv1%2fmodels",
+        "/metrics/../v1/models",
+        "/health?/v1/models",
+        "http://evil/v1/models",
+        "/v1/models?x=/health",
+        "/v1/models#/health",
     ];
     for path in tries {
         let answer = request(server.address, "GET", path, &[], None).await;
@@ -116,7 +133,8 @@ async fn callers_do_not_share_prefixes() {
     let cached = async |key: &str| {
         let bearer = format!("Bearer {key}");
         let headers = [("Authorization", bearer.as_str())];
-        let answer = request(server.address, "POST", "/v1/chat/completions", &headers, Some(body.as_bytes())).await;
+        let answer =
+            request(server.address, "POST", "/v1/chat/completions", &headers, Some(body.as_bytes())).await;
         answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
     };
     assert_eq!(cached("alpha-key").await, 0);
@@ -144,7 +162,11 @@ async fn names_are_looked_up_never_opened() {
     for name in ["../../etc/passwd", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "a%00b", "%ff", &"x".repeat(4096)] {
         let bytes = head("GET", &format!("/v1/models/{name}"), &[], None);
         let answer = raw(server.address, &bytes).await.unwrap();
-        assert_eq!((answer.status, &answer.json()["error"]["code"]), (404, &json!("model_not_found")), "{name}");
+        assert_eq!(
+            (answer.status, &answer.json()["error"]["code"]),
+            (404, &json!("model_not_found")),
+            "{name}"
+        );
         let body = completion(&json!("x"), &json!({"model": name}));
         assert_eq!(crate::client::post(server.address, "/v1/completions", &body).await.status, 404);
     }

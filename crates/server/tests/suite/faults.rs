@@ -33,7 +33,9 @@ async fn a_fault_of_one_request_is_its_own() {
     let neighbours = async {
         let mut results = Vec::new();
         for seed in 0..6 {
-            results.push(without_id(post(server.address, "/v1/chat/completions", &body(seed, false)).await.json()));
+            results.push(without_id(
+                post(server.address, "/v1/chat/completions", &body(seed, false)).await.json(),
+            ));
         }
         results
     };
@@ -77,18 +79,26 @@ async fn a_frozen_engine_is_not_alive_and_streams_are_kept_open() {
     let (address, waiting) = (server.address, body.clone());
     let stream = tokio::spawn(async move { post(address, "/v1/chat/completions", &waiting).await });
     server
-        .until("liveness to fail", Duration::from_secs(4), async |s| get(s.address, "/health/live").await.status == 503)
+        .until("liveness to fail", Duration::from_secs(4), async |s| {
+            get(s.address, "/health/live").await.status == 503
+        })
         .await;
     assert!(frozen.elapsed() >= Duration::from_secs(1), "not before the limit");
     for path in ["/health", "/health/live", "/health/ready"] {
         let answer = get(server.address, path).await;
-        assert_eq!((answer.status, answer.header("content-type")), (503, Some("application/problem+json")), "{path}");
+        assert_eq!(
+            (answer.status, answer.header("content-type")),
+            (503, Some("application/problem+json")),
+            "{path}"
+        );
         assert_eq!(answer.json()["status"], 503);
     }
     assert_eq!(get(server.address, "/health/startup").await.status, 200);
     server.engine.hooks().thaw();
     server
-        .until("liveness to return", Duration::from_secs(4), async |s| get(s.address, "/health").await.status == 200)
+        .until("liveness to return", Duration::from_secs(4), async |s| {
+            get(s.address, "/health").await.status == 200
+        })
         .await;
     let answer = stream.await.unwrap();
     assert!(answer.text().matches(": ping\n\n").count() >= 2, "silence was filled");
@@ -112,7 +122,9 @@ async fn a_dead_engine_ends_every_stream_and_the_server() {
         tokio::spawn(async move { post(address, "/v1/chat/completions", &body).await })
     };
     server
-        .until("streams to run", Duration::from_secs(4), async |s| s.metric("mirai_generation_tokens_total").await > 20.0)
+        .until("streams to run", Duration::from_secs(4), async |s| {
+            s.metric("mirai_generation_tokens_total").await > 20.0
+        })
         .await;
     let start = Instant::now();
     server.engine.hooks().fail_device();
@@ -136,10 +148,14 @@ async fn a_full_queue_says_when_to_come_back() {
     server.engine.hooks().freeze();
     let address = server.address;
     let waiting: Vec<_> = (0..2)
-        .map(|_| tokio::spawn(async move { post(address, "/v1/chat/completions", &chat("q", &json!({}))).await }))
+        .map(|_| {
+            tokio::spawn(async move { post(address, "/v1/chat/completions", &chat("q", &json!({}))).await })
+        })
         .collect();
     server
-        .until("the queue to fill", Duration::from_secs(4), async |s| s.metric("mirai_queued_requests").await == 2.0)
+        .until("the queue to fill", Duration::from_secs(4), async |s| {
+            s.metric("mirai_queued_requests").await == 2.0
+        })
         .await;
     let start = Instant::now();
     let refused = post(address, "/v1/chat/completions", &chat("q", &json!({}))).await;
@@ -155,7 +171,9 @@ async fn a_full_queue_says_when_to_come_back() {
     for answer in waiting {
         assert_eq!(answer.await.unwrap().status, 200);
     }
-    server.until("nothing held", Duration::from_secs(2), async |s| s.metric("mirai_streams").await == 0.0).await;
+    server
+        .until("nothing held", Duration::from_secs(2), async |s| s.metric("mirai_streams").await == 0.0)
+        .await;
     server.stop().await;
 }
 
@@ -171,7 +189,8 @@ async fn a_request_has_its_time() {
     assert!((1..1500).contains(&tokens), "{tokens}");
     server.engine.hooks().freeze();
     let address = server.address;
-    let late = tokio::spawn(async move { post(address, "/v1/chat/completions", &chat("q", &json!({}))).await });
+    let late =
+        tokio::spawn(async move { post(address, "/v1/chat/completions", &chat("q", &json!({}))).await });
     tokio::time::sleep(Duration::from_millis(500)).await;
     server.engine.hooks().thaw();
     let late = late.await.unwrap();

@@ -19,7 +19,8 @@ async fn until_it_is_loaded_it_says_how_far_it_is() {
         assert_eq!((answer.status, answer.header("content-type")), (503, Some("application/problem+json")));
         assert_eq!((&answer.json()["phase"], &answer.json()["percent"]), (&json!("weights"), &json!(40)));
     }
-    for answer in [get(address, "/v1/models").await, post(address, "/v1/chat/completions", &json!({})).await] {
+    for answer in [get(address, "/v1/models").await, post(address, "/v1/chat/completions", &json!({})).await]
+    {
         assert_eq!((answer.status, &answer.json()["error"]["code"]), (503, &json!("model_loading")));
         assert!(answer.header("retry-after").is_some());
     }
@@ -67,14 +68,21 @@ async fn drain_lets_streams_end_and_refuses_new_work() {
     let body = chat("q", &json!({"stream": true, "max_tokens": 400}));
     let stream = tokio::spawn(async move { post(address, "/v1/chat/completions", &body).await });
     server
-        .until("the stream to run", Duration::from_secs(4), async |s| s.metric("mirai_generation_tokens_total").await > 5.0)
+        .until("the stream to run", Duration::from_secs(4), async |s| {
+            s.metric("mirai_generation_tokens_total").await > 5.0
+        })
         .await;
     server.handle.shutdown();
     server
-        .until("not ready", Duration::from_secs(2), async |s| get(s.address, "/health/ready").await.status == 503)
+        .until("not ready", Duration::from_secs(2), async |s| {
+            get(s.address, "/health/ready").await.status == 503
+        })
         .await;
     assert_eq!(get(address, "/health/live").await.status, 200, "draining is alive");
-    assert_eq!(post(address, "/v1/chat/completions", &chat("q", &json!({"max_tokens": 1}))).await.status, 200);
+    assert_eq!(
+        post(address, "/v1/chat/completions", &chat("q", &json!({"max_tokens": 1}))).await.status,
+        200
+    );
     let refused = loop {
         let answer = post(address, "/v1/chat/completions", &chat("q", &json!({"max_tokens": 1}))).await;
         if answer.status != 200 {
@@ -101,9 +109,7 @@ async fn what_does_not_end_in_time_is_told_so() {
     let whole = tokio::spawn(async move {
         post(address, "/v1/chat/completions", &chat("q", &json!({"max_tokens": 1900}))).await
     });
-    server
-        .until("both to run", Duration::from_secs(4), async |s| s.engine.counters().running == 2)
-        .await;
+    server.until("both to run", Duration::from_secs(4), async |s| s.engine.counters().running == 2).await;
     server.handle.shutdown();
     let events = stream.await.unwrap().events();
     assert_eq!(events.last().unwrap()["error"]["code"], "draining");

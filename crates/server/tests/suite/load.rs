@@ -15,7 +15,8 @@ async fn thirty_two_at_once_are_each_as_if_alone() {
     let server = TestServer::start(Options { step: Duration::from_micros(200), ..Options::default() }).await;
     let address = server.address;
     let body = |i: u64| {
-        let more = json!({"max_tokens": 100 + i, "temperature": i % 2, "seed": i, "stream": true, "logprobs": true});
+        let more =
+            json!({"max_tokens": 100 + i, "temperature": i % 2, "seed": i, "stream": true, "logprobs": true});
         chat(&format!("question {i}"), &more)
     };
     let events = |answer: crate::client::Answer| -> Vec<Value> {
@@ -74,7 +75,8 @@ async fn speed_of_256_streams() {
     let server = TestServer::start(options).await;
     let (address, streams, tokens) = (server.address, 256, 1000);
     for round in 0..3 {
-        let body = chat("q", &json!({"stream": true, "max_tokens": tokens, "allowed_token_ids": [97]})).to_string();
+        let body =
+            chat("q", &json!({"stream": true, "max_tokens": tokens, "allowed_token_ids": [97]})).to_string();
         let start = Instant::now();
         let mut crowd = JoinSet::new();
         for _ in 0..streams {
@@ -87,7 +89,10 @@ async fn speed_of_256_streams() {
         }
         let seconds = start.elapsed().as_secs_f64();
         assert!(events >= streams * tokens, "one event for each token");
-        println!("round {round}: {:.0} tokens/s ({events} events in {seconds:.2} s)", (streams * tokens) as f64 / seconds);
+        println!(
+            "round {round}: {:.0} tokens/s ({events} events in {seconds:.2} s)",
+            (streams * tokens) as f64 / seconds
+        );
     }
     server.stop().await;
 }

@@ -8,7 +8,6 @@ mod client;
 mod completions;
 mod doors;
 mod faults;
-mod hangups;
 mod life;
 mod load;
 mod metrics;

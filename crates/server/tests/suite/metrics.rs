@@ -23,7 +23,8 @@ async fn tokens_of_clients_are_tokens_of_metrics() {
         } else {
             body["stream"] = json!(true);
             body["stream_options"] = json!({"include_usage": true});
-            post(server.address, "/v1/chat/completions", &body).await.events().last().unwrap()["usage"].clone()
+            post(server.address, "/v1/chat/completions", &body).await.events().last().unwrap()["usage"]
+                .clone()
         };
         prompt += usage["prompt_tokens"].as_u64().unwrap();
         completion_tokens += usage["completion_tokens"].as_u64().unwrap();
@@ -36,7 +37,10 @@ async fn tokens_of_clients_are_tokens_of_metrics() {
     assert_eq!(server.metric("vllm:generation_tokens_total").await, completion_tokens as f64);
     assert_eq!(server.metric("mirai_request_generation_tokens_sum").await, completion_tokens as f64);
     assert_eq!(server.metric("mirai_request_seconds_count").await, 20.0);
-    assert_eq!(server.metric("mirai_choices_finished_total").await, server.metric("mirai_request_generation_tokens_count").await);
+    assert_eq!(
+        server.metric("mirai_choices_finished_total").await,
+        server.metric("mirai_request_generation_tokens_count").await
+    );
     let label = format!("{{engine=\"0\",model_name=\"{MODEL}\"}}");
     let page = get(server.address, "/metrics").await;
     assert_eq!(page.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
@@ -55,9 +59,12 @@ async fn no_client_can_add_a_series() {
         let path = format!("/random/{i}");
         let agent = format!("agent-{i}");
         let method = ["GET", "POST", "PURGE", "FOO"][i % 4];
-        request(server.address, method, &path, &[("User-Agent", &agent), ("X-Request-Id", &path)], None).await;
-        post(server.address, "/v1/chat/completions", &chat("q", &json!({"model": path, "user": agent}))).await;
-        post(server.address, "/v1/completions", &completion(&json!("x"), &json!({"max_tokens": 1, path: 1}))).await;
+        request(server.address, method, &path, &[("User-Agent", &agent), ("X-Request-Id", &path)], None)
+            .await;
+        post(server.address, "/v1/chat/completions", &chat("q", &json!({"model": path, "user": agent})))
+            .await;
+        post(server.address, "/v1/completions", &completion(&json!("x"), &json!({"max_tokens": 1, path: 1})))
+            .await;
     }
     let page = get(server.address, "/metrics").await.text();
     assert_eq!(series(&page), before);

@@ -36,7 +36,11 @@ async fn heads_bodies_and_idle_connections_have_deadlines() {
         stream.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: ").await.unwrap();
         slow.push(tokio::spawn(closed_after(stream)));
     }
-    assert_eq!(post(address, "/v1/chat/completions", &chat("q", &json!({}))).await.status, 200, "others are served");
+    assert_eq!(
+        post(address, "/v1/chat/completions", &chat("q", &json!({}))).await.status,
+        200,
+        "others are served"
+    );
     for stream in slow {
         assert!(stream.await.unwrap() < limit);
     }
@@ -45,6 +49,7 @@ async fn heads_bodies_and_idle_connections_have_deadlines() {
     stream.write_all(&head("POST", "/v1/completions", &[], Some(100))).await.unwrap();
     let answer = read_answer(&mut stream).await.unwrap();
     assert_eq!((answer.status, &answer.json()["error"]["code"]), (408, &json!("body_timeout")));
+    drop(stream);
     // Between two requests.
     let mut stream = TcpStream::connect(address).await.unwrap();
     for _ in 0..2 {
@@ -55,7 +60,9 @@ async fn heads_bodies_and_idle_connections_have_deadlines() {
     assert!(idle > Duration::from_millis(600) && idle < limit, "{idle:?}");
     assert!(server.metric("mirai_http_read_timeouts_total").await >= 201.0);
     server
-        .until("connections closed", Duration::from_secs(2), async |s| s.metric("mirai_http_connections").await <= 1.0)
+        .until("connections closed", Duration::from_secs(2), async |s| {
+            s.metric("mirai_http_connections").await <= 1.0
+        })
         .await;
     server.stop().await;
 }
@@ -66,7 +73,11 @@ async fn readers_that_do_not_read_are_let_go() {
     options.config.timeouts.write_stall_seconds = 0.5;
     options.config.limits.max_stream_buffer_bytes = 64 << 10;
     let server = TestServer::start(options).await;
-    let body = chat("q", &json!({"stream": true, "max_tokens": 1900, "n": 32, "logprobs": true, "top_logprobs": 20})).to_string();
+    let body = chat(
+        "q",
+        &json!({"stream": true, "max_tokens": 1900, "n": 32, "logprobs": true, "top_logprobs": 20}),
+    )
+    .to_string();
     let mut held = Vec::new();
     for _ in 0..2 {
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
@@ -79,7 +90,8 @@ async fn readers_that_do_not_read_are_let_go() {
     }
     server
         .until("both to be let go", Duration::from_secs(20), async |s| {
-            s.metric("mirai_slow_readers_total").await + s.metric("mirai_http_write_stalls_total").await >= 2.0
+            s.metric("mirai_slow_readers_total").await + s.metric("mirai_http_write_stalls_total").await
+                >= 2.0
                 && s.metric("mirai_streams").await == 0.0
                 && s.metric("mirai_http_connections").await <= 1.0
         })

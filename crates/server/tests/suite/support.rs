@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use mirai_engine::sim::{Draw, SimConfig, SimExecutor};
 use mirai_engine::{EngineConfig, EngineHandle, Geometry, GroupKind};
-use mirai_server::{ExitReason, FimTokens, GenerationDefaults, ServedModel, Server, ServerConfig, ServerHandle};
+use mirai_server::{
+    ExitReason, FimTokens, GenerationDefaults, ServedModel, Server, ServerConfig, ServerHandle,
+};
 use mirai_text::{ChatTemplate, SpecialTokens, Tokenizer};
 use serde_json::{Map, Value, json};
 use tokio::task::JoinHandle;
@@ -44,7 +46,8 @@ pub fn tokenizer() -> Tokenizer {
         added.push(json!({"id": id, "content": name, "special": true, "single_word": false, "lstrip": false,
                           "rstrip": false, "normalized": false}));
     }
-    let level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
+    let level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
     let file = json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
         "pre_tokenizer": level, "post_processor": null, "decoder": level,
@@ -134,7 +137,9 @@ pub fn model(options: &Options) -> ServedModel {
         names: vec![MODEL.to_owned(), ALIAS.to_owned()],
         max_model_len: CONTEXT,
         tokenizer: tokenizer(),
-        template: options.template.then(|| ChatTemplate::compile(TEMPLATE, SpecialTokens::default()).unwrap()),
+        template: options
+            .template
+            .then(|| ChatTemplate::compile(TEMPLATE, SpecialTokens::default()).unwrap()),
         eos_token_ids: vec![EOS],
         bos_token_id: Some(258),
         generation_defaults: GenerationDefaults::default(),
@@ -188,14 +193,17 @@ impl TestServer {
 /// The sum of all series of a page that begin like this.
 pub fn sum(page: &str, name: &str) -> f64 {
     page.lines()
-        .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{']) || name.contains('{')))
+        .filter(|line| {
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{']) || name.contains('{'))
+        })
         .map(|line| line.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap())
         .sum()
 }
 
 /// A chat body.
 pub fn chat(text: &str, more: &Value) -> Value {
-    let mut body = json!({"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": 16, "seed": 1});
+    let mut body =
+        json!({"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": 16, "seed": 1});
     for (key, value) in more.as_object().unwrap() {
         body[key] = value.clone();
     }

@@ -73,7 +73,8 @@ async fn tls_and_mutual_tls() {
     for ca_certs in [None, Some(ca)] {
         let mutual = ca_certs.is_some();
         let mut options = Options::default();
-        options.config.tls = Some(TlsConfig { certfile: certfile.clone(), keyfile: keyfile.clone(), ca_certs });
+        options.config.tls =
+            Some(TlsConfig { certfile: certfile.clone(), keyfile: keyfile.clone(), ca_certs });
         let server = TestServer::start(options).await;
         assert_eq!(get(&server, &authority, Some(&client)).await.unwrap().status, 200);
         assert_eq!(get(&server, &authority, None).await.is_ok(), !mutual);

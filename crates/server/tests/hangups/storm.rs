@@ -28,7 +28,8 @@ async fn hang_up(address: std::net::SocketAddr, mut seed: u64) -> std::io::Resul
     let streams = random(&mut seed) % 2 == 0;
     let prompt = "x".repeat((random(&mut seed) % 900) as usize + 1);
     let n = random(&mut seed) % 3 + 1;
-    let body = chat(&prompt, &json!({"stream": streams, "max_tokens": 900, "n": n, "seed": seed})).to_string();
+    let body =
+        chat(&prompt, &json!({"stream": streams, "max_tokens": 900, "n": n, "seed": seed})).to_string();
     let mut bytes = head("POST", "/v1/chat/completions", &[], Some(body.len()));
     bytes.extend_from_slice(body.as_bytes());
     // In the head, in the body, before the answer, or in it.
