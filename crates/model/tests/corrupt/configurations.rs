@@ -7,7 +7,7 @@ use crate::{check, with_config, with_fields};
 
 #[test]
 #[allow(clippy::too_many_lines, reason = "a table")]
-pub fn configurations() {
+pub(crate) fn configurations() {
     const FILE: &str = "config.json";
     let f = |fields: Value| with_fields(&fields);
     let rope = |r: Value| with_fields(&json!({"rope_theta": null, "rope_parameters": r}));

@@ -5,16 +5,16 @@ use std::collections::BTreeMap;
 use mirai_model::{FileSource, ModelSource};
 use serde_json::{Value, json};
 
-pub const HIDDEN: usize = 8;
-pub const INTERMEDIATE: usize = 12;
-pub const VOCAB: usize = 16;
+pub(crate) const HIDDEN: usize = 8;
+pub(crate) const INTERMEDIATE: usize = 12;
+pub(crate) const VOCAB: usize = 16;
 
-pub fn leak(bytes: Vec<u8>) -> &'static [u8] {
+pub(crate) fn leak(bytes: Vec<u8>) -> &'static [u8] {
     Box::leak(bytes.into_boxed_slice())
 }
 
 /// A valid configuration: two heads, one key head, one layer.
-pub fn config() -> Value {
+pub(crate) fn config() -> Value {
     json!({
         "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
         "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": VOCAB,
@@ -24,7 +24,7 @@ pub fn config() -> Value {
 }
 
 /// Names and shapes of the configuration's tensors.
-pub fn tensors() -> Vec<(&'static str, Vec<usize>)> {
+pub(crate) fn tensors() -> Vec<(&'static str, Vec<usize>)> {
     vec![
         ("model.embed_tokens.weight", vec![VOCAB, HIDDEN]),
         ("model.layers.0.input_layernorm.weight", vec![HIDDEN]),
@@ -41,7 +41,7 @@ pub fn tensors() -> Vec<(&'static str, Vec<usize>)> {
 }
 
 /// A safetensors file: its header as JSON, and this many bytes of data.
-pub fn safetensors(header: &str, data: usize) -> Vec<u8> {
+pub(crate) fn safetensors(header: &str, data: usize) -> Vec<u8> {
     let mut out = (header.len() as u64).to_le_bytes().to_vec();
     out.extend(header.bytes());
     out.resize(out.len() + data, 0);
@@ -49,7 +49,7 @@ pub fn safetensors(header: &str, data: usize) -> Vec<u8> {
 }
 
 /// Header of valid f32 tensors, and the length of their data.
-pub fn header(tensors: &[(&str, Vec<usize>)]) -> (Value, usize) {
+pub(crate) fn header(tensors: &[(&str, Vec<usize>)]) -> (Value, usize) {
     let mut object = serde_json::Map::new();
     let mut at = 0;
     for (name, shape) in tensors {
@@ -60,68 +60,68 @@ pub fn header(tensors: &[(&str, Vec<usize>)]) -> (Value, usize) {
     (Value::Object(object), at)
 }
 
-pub fn valid_safetensors() -> Vec<u8> {
+pub(crate) fn valid_safetensors() -> Vec<u8> {
     let (header, len) = header(&tensors());
     safetensors(&header.to_string(), len)
 }
 
 /// A model's directory.
-pub fn directory(files: Vec<(&str, Vec<u8>)>) -> ModelSource {
+pub(crate) fn directory(files: Vec<(&str, Vec<u8>)>) -> ModelSource {
     let files = files.into_iter().map(|(n, b)| (n.to_owned(), FileSource::Static(leak(b))));
     ModelSource::Files { place: "dir".into(), files: files.collect::<BTreeMap<_, _>>() }
 }
 
 /// A GGUF file under construction.
 #[derive(Clone)]
-pub struct Gguf {
-    pub version: u32,
-    pub keys: Vec<(String, Vec<u8>)>,
-    pub tensors: Vec<GgufTensor>,
-    pub tensor_count: Option<u64>,
-    pub key_count: Option<u64>,
+pub(crate) struct Gguf {
+    pub(crate) version: u32,
+    pub(crate) keys: Vec<(String, Vec<u8>)>,
+    pub(crate) tensors: Vec<GgufTensor>,
+    pub(crate) tensor_count: Option<u64>,
+    pub(crate) key_count: Option<u64>,
     /// Bytes after the tensor table, padding not included.
-    pub data: usize,
+    pub(crate) data: usize,
 }
 
 #[derive(Clone)]
-pub struct GgufTensor {
-    pub name: String,
-    pub dims: Vec<u64>,
-    pub dim_count: Option<u32>,
-    pub kind: u32,
-    pub offset: u64,
+pub(crate) struct GgufTensor {
+    pub(crate) name: String,
+    pub(crate) dims: Vec<u64>,
+    pub(crate) dim_count: Option<u32>,
+    pub(crate) kind: u32,
+    pub(crate) offset: u64,
 }
 
-pub fn text(value: &str) -> Vec<u8> {
+pub(crate) fn text(value: &str) -> Vec<u8> {
     let mut out = (value.len() as u64).to_le_bytes().to_vec();
     out.extend(value.bytes());
     out
 }
 
 /// A value with its type's code.
-pub fn typed(code: u32, bytes: &[u8]) -> Vec<u8> {
+pub(crate) fn typed(code: u32, bytes: &[u8]) -> Vec<u8> {
     [&code.to_le_bytes(), bytes].concat()
 }
 
-pub fn u32_value(v: u32) -> Vec<u8> {
+pub(crate) fn u32_value(v: u32) -> Vec<u8> {
     typed(4, &v.to_le_bytes())
 }
 
-pub fn f32_value(v: f32) -> Vec<u8> {
+pub(crate) fn f32_value(v: f32) -> Vec<u8> {
     typed(6, &v.to_le_bytes())
 }
 
-pub fn text_value(v: &str) -> Vec<u8> {
+pub(crate) fn text_value(v: &str) -> Vec<u8> {
     typed(8, &text(v))
 }
 
-pub fn array(code: u32, count: u64, elements: &[u8]) -> Vec<u8> {
+pub(crate) fn array(code: u32, count: u64, elements: &[u8]) -> Vec<u8> {
     typed(9, &[&code.to_le_bytes()[..], &count.to_le_bytes(), elements].concat())
 }
 
 impl Gguf {
     /// The same model as [`config`] and [`tensors`].
-    pub fn valid() -> Self {
+    pub(crate) fn valid() -> Self {
         let mut out =
             Self { version: 3, keys: vec![], tensors: vec![], tensor_count: None, key_count: None, data: 0 };
         out.set("general.architecture", text_value("llama"));
@@ -148,19 +148,19 @@ impl Gguf {
         out
     }
 
-    pub fn set(&mut self, key: &str, value: Vec<u8>) {
+    pub(crate) fn set(&mut self, key: &str, value: Vec<u8>) {
         match self.keys.iter_mut().find(|(k, _)| k == key) {
             Some((_, v)) => *v = value,
             None => self.keys.push((key.to_owned(), value)),
         }
     }
 
-    pub fn remove(&mut self, key: &str) {
+    pub(crate) fn remove(&mut self, key: &str) {
         self.keys.retain(|(k, _)| k != key);
     }
 
     /// Adds a tensor of f32 after the others.
-    pub fn push(&mut self, name: &str, shape: &[usize], kind: u32) {
+    pub(crate) fn push(&mut self, name: &str, shape: &[usize], kind: u32) {
         let dims: Vec<u64> = shape.iter().rev().map(|&d| d as u64).collect();
         let offset = self.data.next_multiple_of(32);
         self.tensors.push(GgufTensor {
@@ -173,11 +173,11 @@ impl Gguf {
         self.data = offset + 4 * shape.iter().product::<usize>();
     }
 
-    pub fn tensor(&mut self, name: &str) -> &mut GgufTensor {
+    pub(crate) fn tensor(&mut self, name: &str) -> &mut GgufTensor {
         self.tensors.iter_mut().find(|t| t.name == name).expect("the tensor is there")
     }
 
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut out = b"GGUF".to_vec();
         out.extend(self.version.to_le_bytes());
         out.extend(self.tensor_count.unwrap_or(self.tensors.len() as u64).to_le_bytes());
@@ -197,12 +197,12 @@ impl Gguf {
         out
     }
 
-    pub fn source(&self) -> ModelSource {
+    pub(crate) fn source(&self) -> ModelSource {
         gguf(self.bytes())
     }
 }
 
-pub fn gguf(bytes: Vec<u8>) -> ModelSource {
+pub(crate) fn gguf(bytes: Vec<u8>) -> ModelSource {
     ModelSource::Gguf { name: "m.gguf".into(), file: FileSource::Static(leak(bytes)) }
 }
 
