@@ -2,7 +2,7 @@
 //!
 //! Checkpoints and log-probabilities are made by `crates/model/golden/make.py`; `reference.json` of the shared data
 //! by llama.cpp.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::path::{Path, PathBuf};
 
@@ -235,7 +235,8 @@ fn expected(models: &Path, file: &str) -> Vec<Expected> {
 /// Every GGUF file of the shared data against llama.cpp and the f64 oracle. llama.cpp rounds activations to 8 bits
 /// before it multiplies them with blocks, and keeps keys and values in f16, so the tokens that it drew are forced:
 /// their log-probabilities must be near, and none may be far below our best. Of the unquantized files the drawn
-/// tokens must be equal. The oracle multiplies the very same blocks exactly.
+/// tokens must be equal. The oracle multiplies the very same blocks exactly, and our distance from it may be at most
+/// three times that of llama.cpp (the largest of 32 differences scatters, and instruction sets round differently).
 #[test]
 fn gguf_files_match_llama_cpp() {
     let Some(models) = shared_models() else { return };
@@ -246,8 +247,8 @@ fn gguf_files_match_llama_cpp() {
         ("stories260K/stories260K-Q4_0.gguf", 0.25, false),
         ("rand256/rand256-F16.gguf", 0.02, true),
         ("rand256/rand256-Q8_0.gguf", 0.08, false),
-        ("rand256/rand256-Q6_K.gguf", 0.08, false),
-        ("rand256/rand256-Q4_K_M.gguf", 0.08, false),
+        ("rand256/rand256-Q6_K.gguf", 0.15, false),
+        ("rand256/rand256-Q4_K_M.gguf", 0.15, false),
     ];
     let mut wrong = Vec::new();
     for (file, tolerance, exact_tokens) in table {
@@ -274,12 +275,18 @@ fn gguf_files_match_llama_cpp() {
             let forced = ours.play(&[script]).remove(0).prompt;
             let forced = &forced[e.prompt.len() - 1..];
             let got: Vec<f32> = forced.iter().map(|t| t.logprob).collect();
-            let theirs = largest_difference(&e.logprobs, &got);
-            let true_error = largest_difference(&exact[e.prompt.len() - 1..], &got);
+            let exact = &exact[e.prompt.len() - 1..];
+            let (theirs, true_error) =
+                (largest_difference(&e.logprobs, &got), largest_difference(exact, &got));
+            let their_error = largest_difference(exact, &e.logprobs);
             let regret = forced.iter().map(|t| t.top[0].1 - t.logprob).fold(0.0, f32::max);
-            println!("{file}: llama.cpp {theirs:.2e}, oracle {true_error:.2e}, regret {regret:.2e}");
-            if theirs.max(true_error).max(regret) >= tolerance {
-                wrong.push(format!("{file}: {theirs:e}, {true_error:e}, {regret:e}, at most {tolerance}"));
+            let figures = format!(
+                "{file}: from llama.cpp {theirs:.2e}, from the oracle {true_error:.2e} (llama.cpp {their_error:.2e}), \
+                 regret {regret:.2e}"
+            );
+            println!("{figures}");
+            if theirs.max(true_error).max(regret) >= tolerance || true_error >= 3.0 * their_error {
+                wrong.push(figures);
             }
         }
     }

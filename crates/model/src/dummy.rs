@@ -60,7 +60,7 @@ impl Random {
 fn put(storage: Storage, bytes: &mut [u8], mut next: impl FnMut() -> f32) {
     match storage {
         Storage::F16 => {
-            bytes.as_chunks_mut().0.iter_mut().for_each(|b| *b = f16::from_f32(next()).to_le_bytes())
+            bytes.as_chunks_mut().0.iter_mut().for_each(|b| *b = f16::from_f32(next()).to_le_bytes());
         }
         Storage::Bf16 => {
             bytes.as_chunks_mut().0.iter_mut().for_each(|b| *b = bf16::from_f32(next()).to_le_bytes());

@@ -1,6 +1,6 @@
 //! Every golden case on the f64 oracle: holds the specification, the loading and the order of operations to HF
 //! transformers, apart from any kernel.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::path::{Path, PathBuf};
 
