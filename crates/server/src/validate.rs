@@ -11,6 +11,7 @@ use mirai_engine::SamplingParams;
 use crate::api::chat::ChatRequest;
 use crate::api::common::Common;
 use crate::api::completions::CompletionRequest;
+use crate::api::wire::PromptInput;
 use crate::config::Limits;
 use crate::error::ApiError;
 use crate::model::ModelInfo;
@@ -211,7 +212,7 @@ fn choices(common: &Common, body: &Body, limits: &Limits) -> Result<u32, ApiErro
     if completion.best_of.is_some_and(|best| best > n) {
         return Err(ApiError::unsupported("`best_of` beyond `n` is not served").param("best_of"));
     }
-    let prompts = completion.prompt.as_ref().map_or(0, |prompt| prompt.len());
+    let prompts = completion.prompt.as_ref().map_or(0, PromptInput::len);
     if prompts > limits.max_prompts {
         let text = format!("{prompts} prompts, the limit is {}", limits.max_prompts);
         return Err(ApiError::invalid_value(text).param("prompt"));

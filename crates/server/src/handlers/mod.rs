@@ -58,6 +58,7 @@ pub(crate) async fn handle(
         status: 0,
         ticket: None,
         error_code: None,
+        allow: None,
         tenant: 0,
     };
     let id = caller_id.unwrap_or_else(|| scope.id.clone());
@@ -68,17 +69,9 @@ pub(crate) async fn handle(
             Reply::error(&error, state.config.error_message_copy)
         }
     };
-    if reply.status == 405
-        && let Some(allow) = scope.error_code.and(scope_allow(&scope))
-    {
-        reply.allow = Some(allow);
-    }
+    reply.allow = scope.allow;
     reply.close |= state.drain() == Drain::Refusing;
     reply.into_response(scope, &id)
-}
-
-fn scope_allow(scope: &Scope) -> Option<&'static str> {
-    scope.route.map(|route| if route.route().method == "GET" { "GET, HEAD" } else { route.route().method })
 }
 
 /// One of a fixed list: the method is a label and a log field.
@@ -134,10 +127,7 @@ async fn dispatch(
     let (route, rest) = match matched {
         Match::Found(route, rest) => (route, rest),
         Match::OtherMethod(allow) => {
-            scope.route = routes::ROUTES
-                .iter()
-                .position(|route| allow.starts_with(route.method) && route_has(route.path, &path))
-                .map(RouteId);
+            scope.allow = Some(allow);
             return Err(ApiError::method_not_allowed(format!("this path answers {allow} only")));
         }
         Match::None => return Err(ApiError::not_found("no such path; GET /openapi.json lists them")),
@@ -157,10 +147,6 @@ async fn dispatch(
         Target::HealthStartup => Ok(health::answer(state, Probe::Startup)),
         Target::Metrics => Ok(info::metrics(state)),
     }
-}
-
-fn route_has(route: &str, path: &str) -> bool {
-    path.strip_prefix("/v1").unwrap_or(path) == route
 }
 
 /// Whether a route answers at this door.

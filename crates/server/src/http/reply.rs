@@ -127,6 +127,8 @@ pub(crate) struct Scope {
     pub(crate) status: u16,
     pub(crate) ticket: Option<Arc<Ticket>>,
     pub(crate) error_code: Option<&'static str>,
+    /// Methods of a path that was asked with another.
+    pub(crate) allow: Option<&'static str>,
     pub(crate) tenant: u64,
 }
 

@@ -102,14 +102,14 @@ impl Tls {
     }
 }
 
-fn file_error(path: &Path, reason: impl ToString) -> TlsError {
-    TlsError::File { path: path.to_owned(), reason: reason.to_string() }
+fn file_error(path: &Path, reason: impl Into<String>) -> TlsError {
+    TlsError::File { path: path.to_owned(), reason: reason.into() }
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let list = CertificateDer::pem_file_iter(path)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|e| file_error(path, e))?;
+        .map_err(|e| file_error(path, e.to_string()))?;
     if list.is_empty() {
         return Err(file_error(path, "no certificate in it"));
     }
@@ -118,7 +118,8 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
 
 fn build(config: &TlsConfig) -> Result<ServerConfig, TlsError> {
     let chain = certificates(&config.certfile)?;
-    let key = PrivateKeyDer::from_pem_file(&config.keyfile).map_err(|e| file_error(&config.keyfile, e))?;
+    let key = PrivateKeyDer::from_pem_file(&config.keyfile)
+        .map_err(|e| file_error(&config.keyfile, e.to_string()))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let pair = |reason: String| TlsError::Pair {
         certfile: config.certfile.clone(),
@@ -133,11 +134,11 @@ fn build(config: &TlsConfig) -> Result<ServerConfig, TlsError> {
         Some(path) => {
             let mut roots = RootCertStore::empty();
             for certificate in certificates(path)? {
-                roots.add(certificate).map_err(|e| file_error(path, e))?;
+                roots.add(certificate).map_err(|e| file_error(path, e.to_string()))?;
             }
             let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
                 .build()
-                .map_err(|e| file_error(path, e))?;
+                .map_err(|e| file_error(path, e.to_string()))?;
             builder.with_client_cert_verifier(verifier)
         }
     };

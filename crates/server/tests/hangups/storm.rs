@@ -25,7 +25,7 @@ fn descriptors() -> Option<usize> {
 /// Connects, does a part of a request, and is gone.
 async fn hang_up(address: std::net::SocketAddr, mut seed: u64) -> std::io::Result<()> {
     let mut stream = TcpStream::connect(address).await?;
-    let streams = random(&mut seed) % 2 == 0;
+    let streams = random(&mut seed).is_multiple_of(2);
     let prompt = "x".repeat((random(&mut seed) % 900) as usize + 1);
     let n = random(&mut seed) % 3 + 1;
     let body =

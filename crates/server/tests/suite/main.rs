@@ -1,6 +1,6 @@
 //! Black-box tests: the real server in this process, on port 0, over a simulated executor.
 
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::print_stdout, unreachable_pub, missing_docs)]
 
 mod bad_input;
 mod chat;

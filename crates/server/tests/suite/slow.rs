@@ -71,6 +71,8 @@ async fn heads_bodies_and_idle_connections_have_deadlines() {
 async fn readers_that_do_not_read_are_let_go() {
     let mut options = Options { step: Duration::from_micros(100), ..Options::default() };
     options.config.timeouts.write_stall_seconds = 0.5;
+    // What the kernel has taken counts as written: then the connection is idle, with the idle deadline.
+    options.config.timeouts.idle_seconds = 0.5;
     options.config.limits.max_stream_buffer_bytes = 64 << 10;
     let server = TestServer::start(options).await;
     let body = chat(
