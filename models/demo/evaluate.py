@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import faqdata
-from train import HERE, PAD, SHAPE, corpus_text, documents
+from train import ASSISTANT, BEGIN, END, HERE, PAD, SHAPE, USER, corpus_text, documents
 
 SAMPLES = ["Il était une fois", "La nuit tombait sur la ville et", "Article L. 1. Le contrat"]
 
@@ -39,7 +39,10 @@ def greedy(model, tok, prompts, limit):
 
 
 def chat_ids(tok, question):
-    return list(tok.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False))
+    """The prompt by the chat template, which must be what training has seen."""
+    ids = list(tok.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False))
+    assert ids == [BEGIN, USER, *tok(question, add_special_tokens=False)["input_ids"], END, ASSISTANT]
+    return ids
 
 
 def answers(model, tok, questions, reference):

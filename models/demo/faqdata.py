@@ -7,6 +7,7 @@ variation whose normal form equals that of a held-out question.
 import json
 import re
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -99,6 +100,11 @@ def normal(text):
     return " ".join(re.findall(r"\w+", bare))
 
 
+def bare(word):
+    """A word without its punctuation, in lower case."""
+    return word.lower().strip("?!.,;:`\"'")
+
+
 def load():
     """(faq rows, held-out rows); asserts that ids match and that no held-out question is a training question."""
     faq, held = read("faq.jsonl"), read("paraphrases.jsonl")
@@ -118,17 +124,33 @@ def load():
 class Augmenter:
     """Seeded variations of training questions."""
 
-    def __init__(self, held, rng):
+    def __init__(self, faq, held, rng):
         self.held = {normal(row["question"]) for row in held}
         self.rng = rng
+        # Words that many rows of a language use carry no topic; how questions begin before the first topic word
+        # gives frames, into which the rest of any other question fits.
+        self.common, self.frames = {}, {}
+        for lang in FORMS:
+            rows = [[q.split() for q in (r["question"], *r["paraphrases"])] for r in faq if r["lang"] == lang]
+            seen = Counter(w for row in rows for w in {bare(w) for q in row for w in q})
+            self.common[lang] = {w for w, n in seen.items() if n >= 12}
+            starts = Counter(s for row in rows for s in {" ".join(q[: self.topic_at(q, lang)]) for q in row})
+            self.frames[lang] = sorted(s for s, n in starts.items() if s and n >= 2)
+
+    def topic_at(self, words, lang):
+        """Index of the first word that carries the topic; the number of words where none does."""
+        return next((i for i, w in enumerate(words) if bare(w) not in self.common[lang]), len(words))
 
     def vary(self, row):
         """One training question for a FAQ row; never a held-out one."""
         sources = [row["question"], *row["paraphrases"]]
         for _ in range(20):
-            text = self.rng.choice(sources)
-            if self.rng.random() < 0.85:
-                text = self.reword(text, row["lang"], row["id"].startswith(PLAIN_IDS))
+            text = row["question"] if self.rng.random() < 0.1 else self.rng.choice(sources)
+            if self.rng.random() < 0.8:
+                plain = row["id"].startswith(PLAIN_IDS)
+                text = self.reword(text, row["lang"], plain)
+                if not plain and self.rng.random() < 0.35:
+                    text = self.shake(text, sources, row["lang"])
                 text = self.scruff(text)
             if normal(text) not in self.held and text.strip():
                 return text.strip()
@@ -156,6 +178,27 @@ class Augmenter:
             body, mark = re.match(r"(.*?)( ?\?)?$", text, re.DOTALL).groups()
             text = body + rng.choice(CLOSINGS[lang]) + (mark or "")
         return text
+
+    def shake(self, text, sources, lang):
+        """Keeps the topic words and disturbs the rest, so that the topic words alone decide the answer."""
+        rng, common = self.rng, self.common[lang]
+        words = text.split()
+        at = self.topic_at(words, lang)
+        kind = rng.random()
+        if kind < 0.5 and at < len(words):  # the topic in another question's frame
+            return f"{rng.choice(self.frames[lang])} {' '.join(words[at:])}"
+        if kind < 0.75:  # words get lost, mostly those without a topic; one of each sort stays
+            kept = [w for w in words if rng.random() > (0.35 if bare(w) in common else 0.12)]
+            sorts = {bare(w) in common for w in words}
+            return " ".join(kept) if {bare(w) in common for w in kept} == sorts else text
+        if kind < 0.85:  # two wordings in one message
+            return f"{text} {rng.choice(sources)}"
+        if kind < 0.95:  # words without a topic slip in
+            for _ in range(rng.randint(1, 2)):
+                words.insert(rng.randrange(len(words) + 1), rng.choice(sorted(common)))
+        else:
+            rng.shuffle(words)
+        return " ".join(words)
 
     def scruff(self, text):
         """Case, accents, punctuation, blanks and a rare slip of the finger."""

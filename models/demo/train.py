@@ -5,8 +5,9 @@ Needs a venv with torch, tokenizers, safetensors and numpy. Typical use, from `m
     python train.py all --corpus ../../../shared/data/corpus --work WORKDIR --out .
 
 Stages run alone too (`tokenizer`, `pretrain`, `tune`, `export`); each reads what the stage before left in WORKDIR.
-Everything is seeded. The pre-training budget is tokens and seconds, whichever ends first; the learning rate follows
-the share of the budget that is used, so a run cut short by its seconds still ends on a small rate.
+Everything is seeded. The budgets of pre-training (tokens) and tuning (FAQ turns) can be cut short by seconds; the
+learning rate follows the share of the budget that is used, so that such a run still ends on a small rate. To repeat a
+run exactly, use the same budgets on a machine that does not reach the seconds.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import platform
 import random
 import re
 import time
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +42,14 @@ NOVELS_SHARE = 0.65  # of the pre-training windows; law repeats itself much more
 CHAT_TEMPLATE = (
     "<|begin|>"
     "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}<|system|>"
+    "{%- if message['role'] in ['system', 'developer'] -%}<|system|>"
     "{%- elif message['role'] == 'user' -%}<|user|>"
     "{%- elif message['role'] == 'assistant' -%}<|assistant|>"
     "{%- else -%}{{- raise_exception('the demo model knows the roles system, user and assistant only') -}}"
     "{%- endif -%}"
-    "{{- (message['content'] or '') | trim -}}<|end|>"
+    "{%- if message['content'] is string -%}{{- message['content'] | trim -}}"
+    "{%- else -%}{%- for part in message['content'] or [] -%}{{- part['text'] or '' -}}{%- endfor -%}"
+    "{%- endif -%}<|end|>"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
 )
@@ -238,6 +243,19 @@ class Muon:
         self.adam.zero_grad(set_to_none=True)
 
 
+class Adam:
+    """Adam with the interface of Muon; cheaper a step where batches are small."""
+
+    def __init__(self, model, lr):
+        self.adam, self.lr = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.98)), lr
+
+    def step(self, scale):
+        torch.nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], 1.0)
+        self.adam.param_groups[0]["lr"] = scale * self.lr
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+
+
 # ---------------------------------------------------------------- pre-training
 
 
@@ -309,9 +327,14 @@ class Chats:
     def __init__(self, args, tok):
         self.tok, self.rng = tok, random.Random(args.seed + 1)
         self.faq, held = faqdata.load()
-        self.augment = faqdata.Augmenter(held, self.rng)
+        self.augment = faqdata.Augmenter(self.faq, held, self.rng)
         # An answer is encoded as the model will emit it: alone, right after <|assistant|>.
-        self.answers = {row["id"]: self.encode(row["answer"]) for row in self.faq}
+        self.answers = {row["id"]: [*self.encode(row["answer"]), END] for row in self.faq}
+        # Up to and with the first token that no other answer shares: the choice is made there, the rest is recital.
+        counts = Counter(tuple(a[:n]) for a in self.answers.values() for n in range(1, len(a) + 1))
+        self.choice = {
+            key: a[: 1 + next(n for n in range(1, len(a) + 1) if counts[tuple(a[:n])] == 1)] for key, a in self.answers.items()
+        }
         novels = documents(corpus_text(args.corpus, "novels-fr")[0])
         self.paragraphs = [p.strip() for d in novels for p in d.split("\n") if 200 <= len(p) <= 700]
 
@@ -319,20 +342,22 @@ class Chats:
         return self.tok.encode(text, add_special_tokens=False).ids
 
     def epoch(self, copies):
-        """FAQ conversations: each row appears `copies` times as a last turn, half of them after other turns."""
+        """FAQ conversations, each row `copies` times. Most are one question and its answer up to where the choice is
+        made, which costs half of a whole answer; the others have whole answers and one to three turns."""
         order = [row for row in self.faq for _ in range(copies)]
         self.rng.shuffle(order)
         i = 0
         while i < len(order):
-            turns = self.rng.choice([1, 1, 1, 2, 3])
-            yield self.conversation([(self.encode(self.augment.vary(r)), self.answers[r["id"]]) for r in order[i : i + turns]])
+            short = self.rng.random() < 0.85
+            turns = 1 if short else self.rng.choice([1, 1, 2, 3])
+            answers = self.choice if short else self.answers
+            yield self.conversation([(self.encode(self.augment.vary(r)), answers[r["id"]]) for r in order[i : i + turns]])
             i += turns
 
     def batches(self, epochs, copies, rows):
         """Lists of `rows` conversations; those of like length come together, to spare padding."""
-        queue = [row for _ in range(epochs) for row in self.epoch(copies)]
-        for at in range(0, len(queue), 4 * rows):
-            pool = sorted(queue[at : at + 4 * rows], key=lambda row: len(row[0]))
+        queue = (row for _ in range(epochs) for row in self.epoch(copies))
+        while pool := sorted(islice(queue, 16 * rows), key=lambda row: len(row[0])):
             cuts = [pool[i : i + rows] for i in range(0, len(pool), rows)]
             self.rng.shuffle(cuts)
             yield from cuts
@@ -344,11 +369,11 @@ class Chats:
             ids.extend(tokens)
             targets.extend(tokens if learn else [-100] * len(tokens))
 
-        if self.rng.random() < 0.25:
+        if self.rng.random() < 0.15:
             put([SYSTEM, *self.encode(self.rng.choice(faqdata.SYSTEMS)), END], False)
         for question, answer in turns:
             put([USER, *question, END, ASSISTANT], False)
-            put([*answer, END], True)
+            put(answer, True)
         return ids, targets
 
     def story(self):
@@ -362,7 +387,7 @@ class Chats:
             ask, answer = text[:cut], text[cut:].strip()
             if kind < 0.7:
                 ask = self.rng.choice(CONTINUE_ASKS) + ask
-        return self.conversation([(self.encode(ask), self.encode(answer))])
+        return self.conversation([(self.encode(ask), [*self.encode(answer), END])])
 
 
 STORY_ASKS = ["Raconte une histoire", "Raconte-moi une histoire.", "Écris un paragraphe", "Écris un texte en français.",
@@ -389,24 +414,30 @@ def stage_tune(args):
     tok = Tokenizer.from_file(str(args.work / "tokenizer.json"))
     model = Llama()
     model.load_state_dict(torch.load(args.start or args.work / "pretrain.pt"))
-    chats, data, opt = Chats(args, tok), Windows(args.work, args.seed + 2), Muon(model, 0.02, 0.004)
+    chats, data = Chats(args, tok), Windows(args.work, args.seed + 2)
+    opt = Adam(model, args.adam) if args.adam else Muon(model, 0.02, 0.004)
     start, log, step, done, seen = time.monotonic(), [], 0, 0, 0
     total = args.epochs * len(chats.faq) * args.copies  # FAQ turns
     for rows in chats.batches(args.epochs, args.copies, args.rows):
-        # Corpus text and stories keep the French alive beside the FAQ.
-        text = model(*data.batch(args.text_rows, 512))
-        (args.text_weight * text + 0.1 * model.answer_loss(*padded([chats.story()]))).backward()
+        if step % args.text_every == 0:  # corpus text and stories keep the French alive beside the FAQ
+            text = model(*data.batch(1, 512))
+            (args.text_weight * text + 0.1 * model.answer_loss(*padded([chats.story()]))).backward()
         x, y = padded(rows)
         loss = model.answer_loss(x, y)
         loss.backward()
-        opt.step(min(1.0, (step + 1) / 20) * args.tune_rate * (1 - done / total))
-        done, seen, step = done + int((x == ASSISTANT).sum()), seen + x.numel(), step + 1
-        log.append((loss.item(), text.item()))
-        if step % 20 == 0:
-            faq, text = np.mean(log[-20:], axis=0)
-            print(f"step {step} turns {done}/{total} faq {faq:.3f} text {text:.3f} seconds {time.monotonic() - start:.0f}", flush=True)
+        used = max(done / total, (time.monotonic() - start) / args.tune_seconds)
+        if used >= 1:
+            break
+        opt.step(min(1.0, (step + 1) / 20) * args.tune_rate * (1 - used))
+        turns = int((x == ASSISTANT).sum())
+        done, seen, step = done + turns, seen + x.numel(), step + 1
+        log.append((loss.item() * int((y != -100).sum()) / turns, text.item()))
+        if step % 50 == 0:
+            faq, lm = np.mean(log[-50:], axis=0)
+            torch.save(model.state_dict(), args.work / "tune-part.pt")
+            print(f"step {step} turns {done}/{total} nats a turn {faq:.3f} text {lm:.3f} seconds {time.monotonic() - start:.0f}", flush=True)
     torch.save(model.state_dict(), args.work / "tune.pt")
-    figures = dict(epochs=args.epochs, copies=args.copies, steps=step, faq_tokens=seen, corpus_tokens=step * args.text_rows * 512, seconds=round(time.monotonic() - start))
+    figures = dict(turns=done, steps=step, faq_tokens=seen, corpus_tokens=-(-step // args.text_every) * 512, seconds=round(time.monotonic() - start))
     note(args, "tune", figures)
 
 
@@ -452,12 +483,14 @@ def main():
     p.add_argument("--tokens", type=int, default=40_000_000, help="pre-training budget in tokens")
     p.add_argument("--seconds", type=float, default=2700, help="pre-training budget in seconds")
     p.add_argument("--start", type=Path, help="checkpoint that pretrain or tune continues")
-    p.add_argument("--epochs", type=int, default=5, help="tuning epochs")
+    p.add_argument("--epochs", type=int, default=7, help="tuning epochs")
     p.add_argument("--copies", type=int, default=10, help="variations of each FAQ question in an epoch")
-    p.add_argument("--rows", type=int, default=16, help="conversations a tuning step")
-    p.add_argument("--text-rows", type=int, default=4, help="corpus windows of 512 tokens beside them")
-    p.add_argument("--text-weight", type=float, default=0.7, help="weight of the corpus loss in tuning")
-    p.add_argument("--tune-rate", type=float, default=0.4, help="share of the pre-training rate at the start of tuning")
+    p.add_argument("--rows", type=int, default=24, help="conversations a tuning step")
+    p.add_argument("--tune-seconds", type=float, default=math.inf, help="tuning budget in seconds")
+    p.add_argument("--text-every", type=int, default=4, help="steps from one corpus window beside them to the next")
+    p.add_argument("--adam", type=float, help="tune with Adam at this rate instead of Muon")
+    p.add_argument("--text-weight", type=float, default=0.4, help="weight of the corpus loss in tuning")
+    p.add_argument("--tune-rate", type=float, default=0.7, help="share of the pre-training rate at the start of tuning")
     args = p.parse_args()
     stages = dict(tokenizer=stage_tokenizer, pretrain=stage_pretrain, tune=stage_tune, export=stage_export)
     for name in stages if args.stage == "all" else [args.stage]:

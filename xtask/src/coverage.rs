@@ -123,7 +123,9 @@ fn compare(measured: &BTreeMap<String, Lines>, ratchet: &BTreeMap<String, f64>) 
 
 /// The ratchet with every measured value that is higher, rounded down to a tenth.
 fn raised(measured: &BTreeMap<String, Lines>, ratchet: &BTreeMap<String, f64>) -> String {
-    let mut text = String::from("# Least line coverage of each crate in percent. It only rises: cargo xtask coverage --raise\n");
+    let mut text = String::from(
+        "# Least line coverage of each crate in percent. It only rises: cargo xtask coverage --raise\n",
+    );
     for (name, lines) in measured {
         let now = (lines.percent() * 10.0).floor() / 10.0;
         let least = ratchet.get(name).copied().unwrap_or(0.0).max(now);
@@ -174,7 +176,8 @@ mod tests {
     #[test]
     fn the_ratchet_rises_and_never_falls() {
         let crates =
-            by_crate(&report(&[("crates/engine/src/a.rs", 1000, 957), ("crates/text/src/a.rs", 10, 9)])).unwrap();
+            by_crate(&report(&[("crates/engine/src/a.rs", 1000, 957), ("crates/text/src/a.rs", 10, 9)]))
+                .unwrap();
         let text = raised(&crates, &read_ratchet("engine = 90.0\ntext = 95.0").unwrap());
         let ratchet = read_ratchet(&text).unwrap();
         assert!((ratchet["engine"] - 95.7).abs() < 1e-9);

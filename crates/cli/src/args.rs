@@ -8,7 +8,9 @@ use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
 use toml::Value;
 
-use crate::config::{Config, ConfigError, Device, Flag, KeySources, LoadFormat, LogFormat, Quantization, load};
+use crate::config::{
+    Config, ConfigError, Device, Flag, KeySources, LoadFormat, LogFormat, Quantization, load,
+};
 
 /// Serves open-weight language models behind an OpenAI-compatible HTTP API.
 #[derive(Parser)]
@@ -216,12 +218,52 @@ mod tests {
     #[test]
     fn every_flag_names_a_setting_that_exists() {
         let args = serve(&[
-            "--model", "m", "--served-model-name", "a", "b", "--device", "cpu", "--load-format", "dummy",
-            "--quantization", "q4_k", "--max-model-len", "9", "--max-num-seqs", "3", "--max-num-batched-tokens",
-            "64", "--kv-cache-memory-bytes", "1000", "--no-enable-prefix-caching", "--max-num-queued-reqs", "5",
-            "--batch-invariant", "--threads", "2", "--host", "::1", "--port", "0", "--metrics-listen",
-            "127.0.0.1:0", "--insecure-no-auth", "--ssl-certfile", "c", "--ssl-keyfile", "k", "--ssl-ca-certs",
-            "a", "--drain-delay", "1.5", "--shutdown-timeout", "2", "--log-format", "json", "--log-level", "debug",
+            "--model",
+            "m",
+            "--served-model-name",
+            "a",
+            "b",
+            "--device",
+            "cpu",
+            "--load-format",
+            "dummy",
+            "--quantization",
+            "q4_k",
+            "--max-model-len",
+            "9",
+            "--max-num-seqs",
+            "3",
+            "--max-num-batched-tokens",
+            "64",
+            "--kv-cache-memory-bytes",
+            "1000",
+            "--no-enable-prefix-caching",
+            "--max-num-queued-reqs",
+            "5",
+            "--batch-invariant",
+            "--threads",
+            "2",
+            "--host",
+            "::1",
+            "--port",
+            "0",
+            "--metrics-listen",
+            "127.0.0.1:0",
+            "--insecure-no-auth",
+            "--ssl-certfile",
+            "c",
+            "--ssl-keyfile",
+            "k",
+            "--ssl-ca-certs",
+            "a",
+            "--drain-delay",
+            "1.5",
+            "--shutdown-timeout",
+            "2",
+            "--log-format",
+            "json",
+            "--log-level",
+            "debug",
         ]);
         let config = load(None, std::iter::empty(), args.flags()).unwrap();
         assert_eq!(config.model.served_names, ["a", "b"]);

@@ -93,8 +93,8 @@ pub(crate) struct EngineConfig {
     /// Tokens of one step: decoding sequences first, then chunks of prompts. More of them make prefill cheaper and
     /// running streams wait longer.
     pub(crate) max_num_batched_tokens: u32,
-    /// Memory for keys and values in bytes. Default: a quarter of the machine's memory, at most what
-    /// `max_num_seqs` full contexts need.
+    /// Memory for keys and values in bytes; never more than `max_num_seqs` full contexts need. Default: a quarter of
+    /// the machine's memory, at most 4 GiB.
     pub(crate) kv_cache_memory_bytes: Option<u64>,
     /// Whether prompts reuse the computed blocks of earlier ones.
     pub(crate) enable_prefix_caching: bool,

@@ -72,6 +72,9 @@ mod tests {
         assert_eq!(Failure::usage("x").code(), 2);
         assert_eq!(Failure::environment("x").code(), 3);
         assert_eq!(Failure::model("x").code(), 4);
-        assert_eq!(Failure::model("weights.safetensors: too short").to_string(), "weights.safetensors: too short");
+        assert_eq!(
+            Failure::model("weights.safetensors: too short").to_string(),
+            "weights.safetensors: too short"
+        );
     }
 }

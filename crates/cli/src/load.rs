@@ -61,7 +61,15 @@ pub(crate) fn load(config: &Config, server: &ServerHandle) -> Result<ServedModel
         let LoadedModel { executor, spec, cache, tokenizer, .. } = model;
         let (chat_template, generation_config) = (model.chat_template, model.generation_config);
         let (eos_ids, unused_tensors) = (model.eos_ids, model.unused_tensors);
-        send.send(Described { spec, cache, tokenizer, chat_template, generation_config, eos_ids, unused_tensors })?;
+        send.send(Described {
+            spec,
+            cache,
+            tokenizer,
+            chat_template,
+            generation_config,
+            eos_ids,
+            unused_tensors,
+        })?;
         Ok(Box::new(executor))
     };
     let (handle, events) = mirai_engine::start(engine, make).map_err(start_failure)?;
@@ -116,7 +124,8 @@ fn percent(phase: Phase, share: f32) -> u8 {
 /// Where the model is, and what it is called if nobody says otherwise.
 fn source(config: &Config) -> Result<(ModelSource, String), Failure> {
     let Some(given) = &config.model.path else {
-        let demo = demo::model().ok_or_else(|| Failure::usage("this build has no demo model: pass --model"))?;
+        let demo =
+            demo::model().ok_or_else(|| Failure::usage("this build has no demo model: pass --model"))?;
         let files: [(&str, &'static [u8]); 5] = [
             ("config.json", demo.config),
             ("generation_config.json", demo.generation_config),
@@ -208,7 +217,8 @@ fn served(
             .map_err(|e| Failure::model(format!("generation_config.json: {e}")))?,
         None => GenerationDefaults::default(),
     };
-    let names = if config.model.served_names.is_empty() { vec![own_name] } else { config.model.served_names.clone() };
+    let names =
+        if config.model.served_names.is_empty() { vec![own_name] } else { config.model.served_names.clone() };
     Ok(ServedModel {
         names,
         max_model_len,

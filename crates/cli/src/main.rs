@@ -21,7 +21,6 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::args::{Cli, Command};
-use crate::exit::Failure;
 
 fn main() -> ExitCode {
     // clap ends with 0 after --help and --version, and with 2 on a wrong command line.

@@ -207,7 +207,10 @@ pub fn plan_cache(spec: &ModelSpec, request: &CacheRequest) -> Result<(Grouping,
         CacheBudget::Bytes(bytes) => (bytes / page.max(1)).saturating_sub(1),
         CacheBudget::Tokens(tokens) => tokens.div_ceil(BLOCK_TOKENS as u64).saturating_mul(groups),
     };
-    let pages = pages.min(MAX_BLOCKS);
+    // More pages than all running sequences can fill would only make memory grow without an end.
+    let useful =
+        (request.slots as u64).saturating_mul(wanted.div_ceil(BLOCK_TOKENS) as u64).saturating_mul(groups);
+    let pages = pages.min(useful).min(MAX_BLOCKS);
     let fits = longest(&grouping, wanted, request.max_step_tokens, pages);
     if fits == 0 || (request.max_model_len.is_some() && fits < wanted) {
         let why = format!(

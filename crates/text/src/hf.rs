@@ -47,6 +47,7 @@ pub(crate) fn check_size(bytes: u64) -> Result<(), TokenizerError> {
     Ok(())
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "is itself an argument of map_err")]
 fn invalid(reason: impl ToString) -> TokenizerError {
     TokenizerError::Invalid { file: FILE, reason: reason.to_string() }
 }

@@ -21,7 +21,7 @@ pub(crate) const MAX_VOCAB: usize = 1 << 22;
 
 pub(crate) enum Encoder {
     Hf(Box<HfEncoder>),
-    Spm(SpmEncoder),
+    Spm(Box<SpmEncoder>),
 }
 
 /// What a loader hands over.

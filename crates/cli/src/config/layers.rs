@@ -75,7 +75,8 @@ pub(crate) fn load(
         set(&mut table, &path, flag.value);
         check(&table).map_err(|message| ConfigError::Flag { name: flag.name, message })?;
     }
-    config(&table).map_err(|message| ConfigError::File { path: file.unwrap_or(Path::new("")).to_owned(), message })
+    config(&table)
+        .map_err(|message| ConfigError::File { path: file.unwrap_or(Path::new("")).to_owned(), message })
 }
 
 fn read_file(path: &Path) -> Result<Table, ConfigError> {
@@ -97,8 +98,9 @@ fn find_secret(table: &Table) -> Option<&str> {
         Value::Table(inner) => find_secret(inner),
         _ => {
             let name = key.to_lowercase();
-            let secret = ["api_key", "api-key", "password", "secret", "token"].iter().any(|w| name.ends_with(w))
-                || name == "api_keys";
+            let secret =
+                ["api_key", "api-key", "password", "secret", "token"].iter().any(|w| name.ends_with(w))
+                    || name == "api_keys";
             secret.then_some(key.as_str())
         }
     })
@@ -149,7 +151,9 @@ fn set(table: &mut Table, path: &[&str], value: Value) {
 }
 
 fn config(table: &Table) -> Result<Config, String> {
-    Value::Table(table.clone()).try_into().map_err(|e: toml::de::Error| e.to_string().trim().replace('\n', " "))
+    Value::Table(table.clone())
+        .try_into()
+        .map_err(|e: toml::de::Error| e.to_string().trim().replace('\n', " "))
 }
 
 fn check(table: &Table) -> Result<(), String> {
@@ -183,7 +187,10 @@ mod tests {
         assert_eq!(with(file, &both[..2], vec![]).unwrap().server.port, 2);
         assert_eq!(with(file, &both, vec![]).unwrap().server.port, 3);
         let config = with(file, &both, vec![port(4)]).unwrap();
-        assert_eq!((config.server.port, config.engine.max_num_seqs, config.model.device), (4, 7, Device::Cpu));
+        assert_eq!(
+            (config.server.port, config.engine.max_num_seqs, config.model.device),
+            (4, 7, Device::Cpu)
+        );
     }
 
     #[test]

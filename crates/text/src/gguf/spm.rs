@@ -115,7 +115,7 @@ pub(super) fn load(vocab: GgufVocab) -> Result<Parts, TokenizerError> {
         bytes,
         space_prefix,
     };
-    Ok(Parts { encoder: Encoder::Spm(encoder), table, leading: rule.leading, prefix, suffix })
+    Ok(Parts { encoder: Encoder::Spm(Box::new(encoder)), table, leading: rule.leading, prefix, suffix })
 }
 
 /// A stretch of the text during merging. `len` 0 means that it was merged into its left neighbour.

@@ -16,6 +16,7 @@ use serde_json::ser::{CompactFormatter, Formatter, Serializer};
 const BYTES_PER_FUEL: usize = 4;
 
 /// The filter `tojson(indent=None, separators=None, sort_keys=False, ensure_ascii=False)`.
+#[allow(clippy::needless_pass_by_value, reason = "the signature of a minijinja filter")]
 pub(super) fn tojson(
     state: &State<'_, '_>,
     value: &Value,

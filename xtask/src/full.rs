@@ -1,0 +1,179 @@
+//! The long versions: more simulated steps, the release binary's promises, the speeds that have a bar.
+//!
+//! Owns the list and the report `benches/results/full.md`; each check is a command that can be run alone.
+
+use std::fmt::Write as _;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::shell::{self, root};
+
+const REPORT: &str = "benches/results/full.md";
+/// Simulated steps of the long run.
+const STEPS: &str = "10000000";
+/// Largest release binary with the demo model inside, in bytes.
+const MAX_BINARY: u64 = 60_000_000;
+/// Longest time from process start to ready with the demo model.
+const MAX_START: Duration = Duration::from_secs(2);
+/// Least tokens a second through HTTP with the simulated executor and 256 streams.
+const MIN_HTTP: f64 = 60_000.0;
+
+/// Runs all of it and writes the report; fails at the first bar that is missed.
+pub(crate) fn run() -> Result<()> {
+    let mut report = Report::new()?;
+    simulate(&mut report)?;
+    http_throughput(&mut report)?;
+    release_binary(&mut report)?;
+    report.write()
+}
+
+struct Report(String);
+
+impl Report {
+    fn new() -> Result<Self> {
+        let commit = shell::output("git", &["rev-parse", "HEAD"])?;
+        let dirty = !shell::output("git", &["status", "--porcelain"])?.trim().is_empty();
+        let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let model = cpu.lines().find_map(|l| l.strip_prefix("model name")).unwrap_or("unknown");
+        let cores = std::thread::available_parallelism().map_or(0, usize::from);
+        let mut text =
+            String::from("# Long checks\n\n`cargo xtask ci --full`, which runs `cargo xtask ci` first.\n\n");
+        let state = if dirty { " with uncommitted changes" } else { "" };
+        writeln!(
+            text,
+            "Commit `{}`{state}. {} cores, {}.\n",
+            commit.trim(),
+            cores,
+            model.trim_matches([' ', '\t', ':'])
+        )?;
+        text.push_str("| check | bar | seen |\n|---|---|---|\n");
+        Ok(Self(text))
+    }
+
+    fn row(&mut self, check: &str, bar: &str, seen: &str) -> Result<()> {
+        println!("{check}: {seen} (bar: {bar})");
+        writeln!(self.0, "| {check} | {bar} | {seen} |").context("report")
+    }
+
+    fn write(self) -> Result<()> {
+        std::fs::write(root().join(REPORT), self.0).context(REPORT)
+    }
+}
+
+fn simulate(report: &mut Report) -> Result<()> {
+    let start = Instant::now();
+    let mut command =
+        shell::command("cargo", &["test", "--release", "-p", "mirai-engine", "--test", "simulation"]);
+    command.env("MIRAI_SIM_STEPS", STEPS);
+    shell::run_command(command)?;
+    let seconds = start.elapsed().as_secs();
+    report.row("simulated engine steps, all invariants", STEPS, &format!("{STEPS} in {seconds} s"))
+}
+
+/// The server with a simulated executor, and the benchmark client, on this machine.
+fn http_throughput(report: &mut Report) -> Result<()> {
+    shell::run("cargo", &["build", "--release", "--features", "test-hooks"])?;
+    let binary = root().join("target/release/mirai-hooks");
+    std::fs::copy(root().join("target/release/mirai"), &binary).context("copy of the hooked binary")?;
+    let server = Server::start(&binary, &["--simulate", "--max-num-seqs", "256", "--log-level", "warn"])?;
+    let mut best: f64 = 0.0;
+    for _ in 0..3 {
+        let out = root().join("target/http-bench.json");
+        let mut command = Command::new(&binary);
+        command.args(["bench", "--url", &server.url, "--endpoint", "completions", "--dataset", "random"]);
+        command.args([
+            "--input-len",
+            "16",
+            "--output-len",
+            "500",
+            "--num-prompts",
+            "1024",
+            "--concurrency",
+            "256",
+        ]);
+        command.arg("--json").arg(&out);
+        shell::run_command(command)?;
+        let json: Value = serde_json::from_str(&std::fs::read_to_string(&out)?)?;
+        ensure!(json["failed"] == 0, "requests failed: {}", json["failed"]);
+        best = best.max(json["output_throughput"].as_f64().context("output_throughput")?);
+    }
+    report.row(
+        "HTTP, simulated executor, 256 streams, one event a token, client on the same cores",
+        ">= 60,000 tokens/s",
+        &format!("{best:.0} tokens/s (best of 3)"),
+    )?;
+    ensure!(best >= MIN_HTTP, "{best:.0} tokens/s");
+    Ok(())
+}
+
+/// What people get: size, start, and nothing that only tests need.
+fn release_binary(report: &mut Report) -> Result<()> {
+    shell::run("cargo", &["build", "--release"])?;
+    let binary = root().join("target/release/mirai");
+    let size = std::fs::metadata(&binary)?.len();
+    report.row("release binary with the demo model", "< 60 MB", &format!("{:.1} MB", size as f64 / 1e6))?;
+    ensure!(size < MAX_BINARY, "{size} bytes");
+    let hooked = Command::new(&binary).args(["serve", "--simulate"]).output()?;
+    let refused = hooked.status.code() == Some(2);
+    report.row("test hooks in it", "none", if refused { "`--simulate` is refused" } else { "present" })?;
+    ensure!(refused, "the release binary has test hooks");
+    let mut starts = Vec::new();
+    for _ in 0..5 {
+        let server = Server::start(&binary, &[])?;
+        starts.push(server.started);
+        server.stop()?;
+    }
+    starts.sort();
+    let median = starts[starts.len() / 2];
+    report.row(
+        "process start to ready, demo model",
+        "< 2 s",
+        &format!("{:.2} s (median of 5, slowest {:.2} s)", median.as_secs_f64(), starts[4].as_secs_f64()),
+    )?;
+    ensure!(median < MAX_START, "{median:?}");
+    Ok(())
+}
+
+/// A running `mirai serve`, killed when dropped.
+struct Server {
+    child: Child,
+    url: String,
+    started: Duration,
+}
+
+impl Server {
+    fn start(binary: &PathBuf, args: &[&str]) -> Result<Self> {
+        let start = Instant::now();
+        let mut command = Command::new(binary);
+        command.args(["serve", "--port", "0"]).args(args).stdout(Stdio::piped());
+        let mut child = command.spawn().with_context(|| binary.display().to_string())?;
+        let mut lines = BufReader::new(child.stdout.take().context("standard output")?).lines();
+        let mut next = || lines.next().context("the server ended")?.context("standard output");
+        let first = next()?;
+        let url = first.strip_prefix("listening on ").with_context(|| first.clone())?.to_owned();
+        let second = next()?;
+        if !second.starts_with("ready in ") {
+            bail!("second line is `{second}`");
+        }
+        Ok(Self { child, url, started: start.elapsed() })
+    }
+
+    fn stop(mut self) -> Result<()> {
+        shell::output("kill", &["-s", "TERM", &self.child.id().to_string()])?;
+        let status = self.child.wait()?;
+        ensure!(status.success(), "after SIGTERM the server ended with {status}");
+        Ok(())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
