@@ -51,7 +51,7 @@ fn main() -> ExitCode {
         Task::Ci { full } => ci::run().and_then(|()| if full { full::run() } else { Ok(()) }),
         Task::Coverage { report, raise } => coverage::check(&report, raise),
         Task::Golden { python } => {
-            shell::run(&python.to_string_lossy(), &["crates/model/golden/make_golden.py"])
+            shell::run(&python.to_string_lossy(), &["crates/model/golden/make.py"])
         }
     };
     match result {

@@ -61,3 +61,41 @@ fn it_answers_its_questions_and_most_paraphrases() {
     assert!(questions >= 0.95, "{questions}");
     assert!(paraphrases >= 0.80, "{paraphrases}");
 }
+
+/// One greedy answer with its log-probabilities, exactly as the server wrote them.
+fn answer_with_logprobs(server: &Server, prompt: &str) -> (Value, Value) {
+    let body = serde_json::json!({
+        "model": "mirai-demo", "prompt": prompt, "max_tokens": 48, "temperature": 0, "ignore_eos": true,
+        "logprobs": 3, "return_token_ids": true,
+    });
+    let reply = server.post("/v1/completions", &body);
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    let choice = reply.json()["choices"][0].clone();
+    (choice["token_ids"].clone(), choice["logprobs"].clone())
+}
+
+#[test]
+fn thirty_two_at_once_answer_bit_for_bit_as_each_alone() {
+    let seed = 20_261_123_u64;
+    println!("seed {seed}");
+    let words: Vec<String> = lines("faq.jsonl").iter().map(|f| text(&f["question"])).collect();
+    // Lengths from a word to several chunks of a prompt, in a fixed shuffled order.
+    let prompts: Vec<String> = (0..32_u64)
+        .map(|i| {
+            let mixed = seed.wrapping_add(i).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
+            let from = mixed as usize % (words.len() - 32);
+            words[from..=from + i as usize].join(" ")
+        })
+        .collect();
+    let args = ["--batch-invariant", "--max-num-batched-tokens", "48", "--no-enable-prefix-caching"];
+    let server = Server::start(&args);
+    let alone: Vec<_> = prompts.iter().map(|p| answer_with_logprobs(&server, p)).collect();
+    assert!(alone.iter().all(|(ids, _)| ids.as_array().is_some_and(|ids| ids.len() == 48)));
+    std::thread::scope(|scope| {
+        let together: Vec<_> =
+            prompts.iter().map(|p| scope.spawn(|| answer_with_logprobs(&server, p))).collect();
+        for (i, (handle, alone)) in together.into_iter().zip(&alone).enumerate() {
+            assert_eq!(&handle.join().unwrap(), alone, "prompt {i}");
+        }
+    });
+}

@@ -426,7 +426,9 @@ fn fit(
         let text = format!(
             "the prompt has {length} tokens and {needed} output tokens are asked for, but the context has {context}"
         );
-        return Err(ApiError::context_length(text).param(input.param));
+        // The field to change: the prompt if it leaves no room at all, else the cap.
+        let param = if room == 0 { input.param } else { "max_tokens" };
+        return Err(ApiError::context_length(text).param(param));
     }
     let server_cap = rules.limits.max_output_tokens.unwrap_or(u32::MAX).max(min_tokens).max(1);
     let default = rules.model.defaults.max_new_tokens.unwrap_or(u32::MAX).max(min_tokens).max(1);
