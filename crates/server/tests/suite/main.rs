@@ -10,6 +10,7 @@ mod doors;
 mod faults;
 mod life;
 mod load;
+mod log;
 mod metrics;
 mod slow;
 mod support;
