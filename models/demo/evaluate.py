@@ -32,7 +32,7 @@ def greedy(model, tok, prompts, limit):
     for length, members in by_length.items():
         x = torch.tensor([prompts[i] for i in members])
         # The model's own defaults are greedy; they are said again here so that the figures do not hang on them.
-        out = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=limit, do_sample=False, temperature=None, pad_token_id=PAD)
+        out = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=limit, do_sample=False, pad_token_id=PAD)
         for i, row in zip(members, out):
             texts[i] = tok.decode(row[length:], skip_special_tokens=True)
     return texts
