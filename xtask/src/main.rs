@@ -50,9 +50,7 @@ fn main() -> ExitCode {
     let result = match Args::parse().task {
         Task::Ci { full } => ci::run().and_then(|()| if full { full::run() } else { Ok(()) }),
         Task::Coverage { report, raise } => coverage::check(&report, raise),
-        Task::Golden { python } => {
-            shell::run(&python.to_string_lossy(), &["crates/model/golden/make.py"])
-        }
+        Task::Golden { python } => shell::run(&python.to_string_lossy(), &["crates/model/golden/make.py"]),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -101,10 +101,10 @@ fn random_damage_never_panics() {
         let floor = |mut i: usize| { while !good.is_char_boundary(i) { i -= 1; } i };
         let (begin, end) = (floor(begin), floor((begin + len).min(good.len())));
         let text = [&good[..begin], &with, &good[end.max(begin)..]].concat();
-        if let Ok(tokenizer) = load(&text) {
-            if let Ok(ids) = tokenizer.encode("Hello é 🦙", true, true) {
-                tokenizer.decode(&ids, false).unwrap();
-            }
+        if let Ok(tokenizer) = load(&text)
+            && let Ok(ids) = tokenizer.encode("Hello é 🦙", true, true)
+        {
+            tokenizer.decode(&ids, false).unwrap();
         }
     });
 }
