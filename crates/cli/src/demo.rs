@@ -15,6 +15,7 @@ pub(crate) struct Embedded {
 pub(crate) const NAME: &str = "mirai-demo";
 
 /// The demo model, if this build carries it.
+#[cfg_attr(feature = "demo-model", allow(clippy::unnecessary_wraps, reason = "None without the feature"))]
 pub(crate) const fn model() -> Option<Embedded> {
     #[cfg(feature = "demo-model")]
     {

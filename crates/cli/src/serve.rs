@@ -87,7 +87,7 @@ where
         tracing::info!(%address, "metrics have an address of their own");
     }
     let handle = server.handle();
-    listen_to_signals(handle.clone())?;
+    listen_to_signals(&handle)?;
     let for_load = handle.clone();
     let loading = tokio::task::spawn_blocking(move || {
         let model = load(&config, &for_load)?;
@@ -126,7 +126,7 @@ fn ended(reason: Result<ExitReason, tokio::task::JoinError>) -> Result<(), Failu
 }
 
 /// SIGTERM and SIGINT drain; a second one ends at once.
-fn listen_to_signals(handle: ServerHandle) -> Result<(), Failure> {
+fn listen_to_signals(handle: &ServerHandle) -> Result<(), Failure> {
     for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
         let mut signals = signal(kind).map_err(Failure::environment)?;
         let handle = handle.clone();
