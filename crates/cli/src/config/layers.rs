@@ -223,7 +223,9 @@ mod tests {
 
     #[test]
     fn a_bad_value_names_its_layer_and_its_field() {
-        let cases: [(&str, &[(&str, &str)], Vec<Flag>, &[&str]); 8] = [
+        /// File, environment, flags, words of the error.
+        type Case<'a> = (&'a str, &'a [(&'a str, &'a str)], Vec<Flag>, &'a [&'a str]);
+        let cases: [Case<'_>; 8] = [
             ("[server]\nprot = 1", &[], vec![], &["mirai.toml", "prot"]),
             ("[server]\nport = \"x\"", &[], vec![], &["mirai.toml", "port"]),
             ("[server", &[], vec![], &["mirai.toml"]),
