@@ -10,7 +10,7 @@ use mirai_cpu::{CpuBackend, CpuOptions};
 use mirai_engine::{EngineHandle, Event, Executor, StartError};
 use mirai_hub::{ModelRef, StoreOptions};
 use mirai_model::loader::{Phase, TokenizerData};
-use mirai_model::{CacheBudget, CacheReport, LoadOptions, LoadedModel, ModelError, ModelSource, ModelSpec};
+use mirai_model::{CacheBudget, LoadOptions, LoadedModel, ModelError, ModelSource};
 use mirai_server::{FimTokens, GenerationDefaults, ServedModel, ServerHandle};
 use mirai_text::{ChatTemplate, GgufVocab, SpecialTokens, Tokenizer, TokenizerConfig};
 
@@ -25,13 +25,10 @@ const DEFAULT_CACHE_BYTES: u64 = 4 << 30;
 
 /// What loading a model yields besides the executor, which stays on the engine's thread.
 struct Described {
-    spec: ModelSpec,
-    cache: CacheReport,
     tokenizer: TokenizerData,
     chat_template: Option<String>,
     generation_config: Option<serde_json::Map<String, serde_json::Value>>,
     eos_ids: Vec<u32>,
-    unused_tensors: Vec<String>,
 }
 
 /// Says whether the device can be had, before anything is bound or loaded.
@@ -58,18 +55,10 @@ pub(crate) fn load(config: &Config, server: &ServerHandle) -> Result<ServedModel
     let make = move || -> Result<Box<dyn Executor>, mirai_engine::BoxError> {
         let mut report = |phase, share| told.loading(phase_name(phase), percent(phase, share));
         let model = mirai_model::load(&source, &options, CpuBackend::new(&cpu), &mut report)?;
-        let LoadedModel { executor, spec, cache, tokenizer, .. } = model;
+        let LoadedModel { executor, tokenizer, .. } = model;
         let (chat_template, generation_config) = (model.chat_template, model.generation_config);
-        let (eos_ids, unused_tensors) = (model.eos_ids, model.unused_tensors);
-        send.send(Described {
-            spec,
-            cache,
-            tokenizer,
-            chat_template,
-            generation_config,
-            eos_ids,
-            unused_tensors,
-        })?;
+        let eos_ids = model.eos_ids;
+        send.send(Described { tokenizer, chat_template, generation_config, eos_ids })?;
         Ok(Box::new(executor))
     };
     let (handle, events) = mirai_engine::start(engine, make).map_err(start_failure)?;
@@ -200,18 +189,6 @@ fn served(
             "the tokenizer has more tokens than the model; those beyond are refused"
         );
     }
-    for name in &described.unused_tensors {
-        tracing::warn!(tensor = name.as_str(), "a tensor of the file is not used");
-    }
-    tracing::info!(
-        architecture = described.spec.architecture,
-        layers = described.spec.layers.len(),
-        context = max_model_len,
-        kv_blocks = described.cache.blocks,
-        kv_bytes = described.cache.bytes,
-        kv_tokens = described.cache.tokens,
-        "model loaded"
-    );
     let generation_defaults = match described.generation_config {
         Some(map) => serde_json::from_value(serde_json::Value::Object(map))
             .map_err(|e| Failure::model(format!("generation_config.json: {e}")))?,
