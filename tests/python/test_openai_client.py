@@ -67,10 +67,17 @@ class OpenAIClient(unittest.TestCase):
         self.assertEqual(len({c.id for c in chunks}), 1)
 
     def test_three_choices(self):
-        answer = self.chat(n=3, temperature=1.0, seed=7, max_tokens=24)
+        free = dict(
+            messages=[{"role": "user", "content": "La nuit tombait sur la ville"}],
+            n=3,
+            temperature=1.5,
+            seed=7,
+            max_tokens=24,
+        )
+        answer = self.chat(**free)
         self.assertEqual([c.index for c in answer.choices], [0, 1, 2])
         self.assertGreater(len({c.message.content for c in answer.choices}), 1)
-        again = self.chat(n=3, temperature=1.0, seed=7, max_tokens=24)
+        again = self.chat(**free)
         self.assertEqual(
             [c.message.content for c in answer.choices], [c.message.content for c in again.choices]
         )
@@ -104,7 +111,9 @@ class OpenAIClient(unittest.TestCase):
         self.assertEqual(answer.choices[0].message.content, whole[: whole.index(stop)])
 
     def test_seed(self):
-        texts = [self.chat(temperature=1.2, seed=s).choices[0].message.content for s in (1, 1, 2)]
+        # Free text: what the model knows by heart it says at any temperature.
+        free = dict(prompt="La nuit tombait sur la ville", temperature=1.2, max_tokens=24)
+        texts = [self.complete(**free, seed=s).choices[0].text for s in (1, 1, 2)]
         self.assertEqual(texts[0], texts[1])
         self.assertNotEqual(texts[0], texts[2])
 
