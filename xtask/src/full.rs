@@ -27,6 +27,7 @@ const MIN_HTTP: f64 = 60_000.0;
 pub(crate) fn run() -> Result<()> {
     let mut report = Report::new()?;
     simulate(&mut report)?;
+    demo_model(&mut report)?;
     http_throughput(&mut report)?;
     release_binary(&mut report)?;
     report.write()
@@ -73,6 +74,15 @@ fn simulate(report: &mut Report) -> Result<()> {
     shell::run_command(command)?;
     let seconds = start.elapsed().as_secs();
     report.row("simulated engine steps, all invariants", STEPS, &format!("{STEPS} in {seconds} s"))
+}
+
+/// Every question and every held-out paraphrase.
+fn demo_model(report: &mut Report) -> Result<()> {
+    let mut command =
+        shell::command("cargo", &["test", "--release", "-p", "mirai-cli", "--test", "demo_model"]);
+    command.env("MIRAI_DEMO_ALL", "1");
+    shell::run_command(command)?;
+    report.row("demo model, all questions and held-out paraphrases", "its ratchet", "held")
 }
 
 /// The server with a simulated executor, and the benchmark client, on this machine.

@@ -61,6 +61,9 @@ fn it_answers_its_questions_and_most_paraphrases() {
             assert!(!held_out.iter().any(|(h, _)| Some(h.as_str()) == q.as_str()), "trained on {q}");
         }
     }
+    // Instrumented kernels are slow: CI asks every fourth paraphrase, the long checks ask all.
+    let step = if std::env::var_os("MIRAI_DEMO_ALL").is_some() { 1 } else { 4 };
+    let held_out: Vec<_> = held_out.into_iter().step_by(step).collect();
     let server = Server::start(&[]);
     let (questions, paraphrases) = (share(&server, &asked), share(&server, &held_out));
     println!("questions {:.1} %, held-out paraphrases {:.1} %", 100.0 * questions, 100.0 * paraphrases);
