@@ -113,7 +113,7 @@ fn http_throughput(report: &mut Report) -> Result<()> {
         best = best.max(json["output_throughput"].as_f64().context("output_throughput")?);
     }
     report.row(
-        "HTTP, simulated executor, 256 streams, one event a token, client on the same cores",
+        "HTTP, simulated executor, 256 streams, an event for each token with text, client on the same cores",
         ">= 60,000 tokens/s",
         &format!("{best:.0} tokens/s (best of 3)"),
     )?;
