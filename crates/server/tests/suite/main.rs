@@ -10,7 +10,6 @@ mod doors;
 mod faults;
 mod life;
 mod load;
-mod log;
 mod metrics;
 mod slow;
 mod support;

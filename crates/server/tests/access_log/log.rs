@@ -22,13 +22,12 @@ impl Write for Lines {
     }
 }
 
-// One thread runs everything, so that this thread's subscriber sees it all.
 #[tokio::test]
 async fn each_request_is_one_line_without_its_text() {
     let lines = Lines::default();
     let writer = lines.clone();
     let subscriber = tracing_subscriber::fmt().json().with_writer(move || writer.clone()).finish();
-    let _guard = tracing::subscriber::set_default(subscriber);
+    tracing::subscriber::set_global_default(subscriber).unwrap();
     let server = TestServer::plain().await;
     let canary = "k4n4ry-0123456789abcdef";
     let body = chat(canary, &json!({"stop": [canary], "user": canary, "stream": true})).to_string();
