@@ -3,7 +3,7 @@
 //! Owns the limits and the arithmetic of what a sequence can need at most; it never looks at what is running,
 //! so it can be asked from any thread.
 
-use crate::handle::EngineConfig;
+use crate::config::EngineConfig;
 use crate::ids::{BLOCK_TOKENS, TokenId};
 use crate::request::EngineRequest;
 use crate::step::{Geometry, GroupKind};

@@ -2,6 +2,7 @@
 //!
 //! Knows tokens and blocks; never a tensor, never HTTP, never text.
 
+mod config;
 mod door;
 mod executor;
 mod fair;
@@ -22,9 +23,10 @@ mod stats;
 mod step;
 mod thread;
 
+pub use config::EngineConfig;
 pub use door::{AdmissionError, MAX_CHOICES};
 pub use executor::{DeviceFault, Executor};
-pub use handle::{BoxError, EngineConfig, EngineHandle, EngineHealth, StartError, start};
+pub use handle::{BoxError, EngineHandle, EngineHealth, StartError, start};
 pub use ids::{BLOCK_TOKENS, BlockId, RequestId, SeqId, SlotId, SnapshotId, TenantId, TokenId};
 pub use request::{EngineRequest, Event, FinishReason, SamplingParams, SeqUsage, Time};
 pub use scheduler::{CommitError, HashKey, IntegrityError, MAX_PREEMPTIONS, Scheduler};

@@ -12,8 +12,9 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
+use crate::config::EngineConfig;
 use crate::executor::{DeviceFault, Executor};
-use crate::handle::{BoxError, EngineConfig, EngineHandle, Shared, StartError};
+use crate::handle::{BoxError, EngineHandle, Shared, StartError};
 use crate::mailbox::Letters;
 use crate::request::{Event, FinishReason, SeqUsage, Time};
 use crate::scheduler::{CommitError, HashKey, Scheduler};

@@ -23,9 +23,9 @@ mod preempt;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
+use crate::config::EngineConfig;
 use crate::door::{AdmissionError, Door, chunk_limit};
 use crate::fair::{FairShare, Place};
-use crate::handle::EngineConfig;
 use crate::ids::{BLOCK_TOKENS, RequestId, SeqId, SlotId, SnapshotId};
 use crate::pool::PagePool;
 use crate::prefix::{NodeId, PrefixIndex, Room};
