@@ -51,6 +51,9 @@ fn simulated(config: &Config, step_time: Duration) -> Result<ServedModel, Failur
         max_step_tokens: config.engine.max_num_batched_tokens,
         max_context: context,
         vocab: tokenizer.vocab_size() as u32,
+        generates: true,
+        pools: false,
+        whole_prompts: false,
     };
     let vocab = geometry.vocab;
     let make = move || -> Result<Box<dyn Executor>, mirai_engine::BoxError> {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use mirai_engine::{
     EngineConfig, EngineRequest, Event, Geometry, GroupKind, HashKey, RequestId, RowOutcome, RowOutput,
-    SamplingParams, Scheduler, StepOutcome, StepPlan, TenantId,
+    SamplingParams, Scheduler, StepOutcome, StepPlan, Task, TenantId,
 };
 
 struct Loop {
@@ -33,6 +33,9 @@ impl Loop {
             max_step_tokens: 8192,
             max_context: 1 << 20,
             vocab: 32_000,
+            generates: true,
+            pools: false,
+            whole_prompts: false,
             groups,
         };
         let config = EngineConfig { max_step_tokens: 8192, max_running: running, ..EngineConfig::default() };
@@ -54,6 +57,7 @@ impl Loop {
         let prompt = (0..prompt_tokens).map(|i| 3 + (i * 7 + salted) % 31_000).collect();
         let request = EngineRequest {
             id: RequestId(id),
+            task: Task::Generate,
             tenant: TenantId(id % 8),
             weight: 1,
             cache_salt: 0,

@@ -5,7 +5,7 @@
 
 use crate::config::EngineConfig;
 use crate::ids::{BLOCK_TOKENS, TokenId};
-use crate::request::EngineRequest;
+use crate::request::{EngineRequest, Task};
 use crate::step::{Geometry, GroupKind};
 
 /// Most choices of one request: what is kept for a choice is allocated when the request arrives.
@@ -49,6 +49,27 @@ pub enum AdmissionError {
         needed: u32,
         /// Blocks of the pool.
         have: u32,
+    },
+    /// The model sees a prompt only as a whole, and a step has no room for it.
+    #[error(
+        "{prompt} prompt tokens do not fit into one step of {limit}, and this model computes prompts whole"
+    )]
+    PromptTooLong {
+        /// Prompt length.
+        prompt: usize,
+        /// Most tokens of a step.
+        limit: u32,
+    },
+    /// The model can do only the other.
+    #[error("the model cannot {}", match .0 { Task::Generate => "generate", Task::Pool => "pool" })]
+    WrongTask(Task),
+    /// Pooling draws nothing and has one answer.
+    #[error("a pooling request with {max_tokens} output tokens and {choices} choices, not 0 and 1")]
+    PoolingShape {
+        /// Output tokens asked for.
+        max_tokens: u32,
+        /// Choices asked for.
+        choices: u32,
     },
     /// The prompt is empty.
     #[error("the prompt has no tokens")]
@@ -110,8 +131,11 @@ pub(crate) fn final_tokens(prompt: usize, max_tokens: u32) -> u32 {
 }
 
 /// Longest chunk of one row: short enough that the windows of one sequence, which cannot let go of blocks
-/// while two chunks are under way, take at most half of the pool.
+/// while two chunks are under way, take at most half of the pool. A prompt that is computed whole has one chunk.
 pub(crate) fn chunk_limit(geometry: &Geometry, budget: u32) -> u32 {
+    if geometry.whole_prompts {
+        return budget;
+    }
     let usable = geometry.blocks.saturating_sub(1);
     let windows: Vec<GroupKind> =
         geometry.groups.iter().copied().filter(|group| matches!(group, GroupKind::Window(_))).collect();
@@ -127,11 +151,9 @@ pub(crate) fn chunk_limit(geometry: &Geometry, budget: u32) -> u32 {
 pub(crate) struct Door {
     pub(crate) max_queued_requests: usize,
     pub(crate) max_queued_tokens: usize,
-    groups: Vec<GroupKind>,
-    usable_blocks: u32,
-    max_context: u32,
-    vocab: u32,
+    /// Longest chunk of one row.
     chunk: u32,
+    geometry: Geometry,
 }
 
 impl Door {
@@ -140,33 +162,42 @@ impl Door {
         Self {
             max_queued_requests: config.max_queued_requests,
             max_queued_tokens: config.max_queued_tokens,
-            groups: geometry.groups.clone(),
-            usable_blocks: geometry.blocks.saturating_sub(1),
-            max_context: geometry.max_context,
-            vocab: geometry.vocab,
             chunk: chunk_limit(geometry, budget),
+            geometry: geometry.clone(),
         }
     }
 
     /// Whether the request could be served by this engine if nothing else ran.
     pub(crate) fn check(&self, request: &EngineRequest) -> Result<(), AdmissionError> {
         let prompt = request.prompt.len();
+        let geometry = &self.geometry;
+        if !geometry.serves(request.task) {
+            return Err(AdmissionError::WrongTask(request.task));
+        }
         if prompt == 0 {
             return Err(AdmissionError::EmptyPrompt);
+        }
+        if request.task == Task::Pool && (request.max_tokens, request.choices) != (0, 1) {
+            let (max_tokens, choices) = (request.max_tokens, request.choices);
+            return Err(AdmissionError::PoolingShape { max_tokens, choices });
         }
         if request.choices == 0 || request.choices > MAX_CHOICES {
             return Err(AdmissionError::Choices { choices: request.choices, limit: MAX_CHOICES });
         }
-        if prompt as u64 + u64::from(request.max_tokens) > u64::from(self.max_context) {
-            let (max_tokens, limit) = (request.max_tokens, self.max_context);
+        if prompt as u64 + u64::from(request.max_tokens) > u64::from(geometry.max_context) {
+            let (max_tokens, limit) = (request.max_tokens, geometry.max_context);
             return Err(AdmissionError::TooLong { prompt, max_tokens, limit });
         }
-        if let Some(&token) = request.prompt.iter().find(|&&token| token >= self.vocab) {
-            return Err(AdmissionError::UnknownToken { token, vocab: self.vocab });
+        if geometry.whole_prompts && prompt > self.chunk as usize {
+            return Err(AdmissionError::PromptTooLong { prompt, limit: self.chunk });
         }
-        let needed = peak_blocks(&self.groups, final_tokens(prompt, request.max_tokens), self.chunk);
-        if needed > self.usable_blocks {
-            return Err(AdmissionError::NeverFits { needed, have: self.usable_blocks });
+        if let Some(&token) = request.prompt.iter().find(|&&token| token >= geometry.vocab) {
+            return Err(AdmissionError::UnknownToken { token, vocab: geometry.vocab });
+        }
+        let needed = peak_blocks(&geometry.groups, final_tokens(prompt, request.max_tokens), self.chunk);
+        let have = geometry.blocks.saturating_sub(1);
+        if needed > have {
+            return Err(AdmissionError::NeverFits { needed, have });
         }
         Ok(())
     }
@@ -206,6 +237,9 @@ mod tests {
             max_step_tokens: 512,
             max_context: 4096,
             vocab: 10,
+            generates: true,
+            pools: false,
+            whole_prompts: false,
         };
         let chunk = chunk_limit(&geometry, 512);
         assert!(window_blocks(32, chunk) <= 10, "chunk {chunk}");

@@ -28,7 +28,7 @@ pub use door::{AdmissionError, MAX_CHOICES};
 pub use executor::{DeviceFault, Executor};
 pub use handle::{BoxError, EngineHandle, EngineHealth, StartError, start};
 pub use ids::{BLOCK_TOKENS, BlockId, RequestId, SeqId, SlotId, SnapshotId, TenantId, TokenId};
-pub use request::{EngineRequest, Event, FinishReason, SamplingParams, SeqUsage, Time};
+pub use request::{EngineRequest, Event, FinishReason, SamplingParams, SeqUsage, Task, Time};
 pub use scheduler::{CommitError, HashKey, IntegrityError, MAX_PREEMPTIONS, Scheduler};
 pub use stats::{Counters, EngineStats};
 pub use step::{

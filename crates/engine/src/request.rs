@@ -70,11 +70,24 @@ impl Default for SamplingParams {
     }
 }
 
-/// One request: a prompt and `choices` continuations of it.
+/// What is wanted of a prompt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Task {
+    /// Continuations.
+    #[default]
+    Generate,
+    /// The numbers that the model's pooling head makes of it ([`Event::Pooled`]). Such a request has
+    /// `max_tokens` 0 and `choices` 1, and its sampling parameters are ignored.
+    Pool,
+}
+
+/// One request: a prompt, and `choices` continuations of it or what the model's pooling head makes of it.
 #[derive(Clone, Debug)]
 pub struct EngineRequest {
     /// Unique among the requests of this engine.
     pub id: RequestId,
+    /// What is wanted.
+    pub task: Task,
     /// Who is charged in the fair share.
     pub tenant: TenantId,
     /// The tenant's share relative to others; at least 1.
@@ -104,6 +117,8 @@ pub enum FinishReason {
     Stopped,
     /// `max_tokens` were drawn.
     Length,
+    /// The prompt was computed and its [`Event::Pooled`] sent.
+    Pooled,
     /// The caller cancelled it.
     Cancelled,
     /// Its deadline passed.
@@ -157,6 +172,14 @@ pub enum Event {
         token: TokenId,
         /// If they were asked for.
         logprobs: Option<Box<TokenLogprobs>>,
+    },
+    /// What the pooling head gave for the prompt of a [`Task::Pool`]. Comes once, after [`Event::Prefilled`] and
+    /// before [`Event::Finished`]; every number is finite.
+    Pooled {
+        /// The request.
+        request: RequestId,
+        /// See [`crate::RowOutcome::pooled`].
+        values: Box<[f32]>,
     },
     /// The sequence is over. Sent exactly once for each choice of each accepted request, after all its tokens.
     Finished {

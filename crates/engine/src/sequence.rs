@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use crate::ids::{BLOCK_TOKENS, BlockId, RequestId, SeqId, SlotId, TokenId};
 use crate::prefix::{BlockKey, NodeId, ROOT, Room};
-use crate::request::{EngineRequest, SamplingParams, SeqUsage, Time};
-use crate::step::TokenLogprobs;
+use crate::request::{EngineRequest, SamplingParams, SeqUsage, Task, Time};
+use crate::step::{RowOutput, TokenLogprobs};
 
 /// Where a sequence is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +31,7 @@ pub(crate) struct Sequence {
     /// The request's id, and how it draws: here for the inner loops.
     pub(crate) request_id: RequestId,
     pub(crate) sampling: Arc<SamplingParams>,
+    pub(crate) task: Task,
     /// Index of the tenant.
     pub(crate) tenant: u32,
     pub(crate) choice: u32,
@@ -103,6 +104,7 @@ impl Sequence {
             request,
             request_id: body.id,
             sampling: Arc::clone(&body.sampling),
+            task: body.task,
             tenant,
             choice,
             stage: Stage::Held,
@@ -159,6 +161,16 @@ impl Sequence {
     /// Whether the next row computes the token drawn last, and only that.
     pub(crate) fn decodes(&self) -> bool {
         self.slot_drew
+    }
+
+    /// What comes out of a row that computes known tokens up to `end`.
+    pub(crate) fn output_at(&self, end: u32) -> RowOutput {
+        match self.task {
+            _ if end < self.known() => RowOutput::Nothing,
+            Task::Pool => RowOutput::Pool,
+            Task::Generate if self.drawn() < self.max_tokens => RowOutput::Sample,
+            Task::Generate => RowOutput::Nothing,
+        }
     }
 
     /// A known token by position.

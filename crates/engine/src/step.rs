@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::ids::{BlockId, SeqId, SlotId, SnapshotId, TokenId};
-use crate::request::SamplingParams;
+use crate::request::{SamplingParams, Task};
 
 /// What a group of layers keeps of a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -39,8 +39,27 @@ pub struct Geometry {
     pub max_step_tokens: u32,
     /// Most tokens, prompt and output together, of one sequence.
     pub max_context: u32,
-    /// Width of the logits.
+    /// Width of the logits; token ids are below it.
     pub vocab: u32,
+    /// Whether the model can continue a prompt ([`RowOutput::Sample`]).
+    pub generates: bool,
+    /// Whether it can answer with numbers about the prompt ([`RowOutput::Pool`]).
+    pub pools: bool,
+    /// Every token of a prompt sees every other, as in a bidirectional encoder: a prompt is computed as one row
+    /// or not at all, takes nothing from the prefix index and enters nothing. Only then may `groups` be empty
+    /// and `blocks` 0. Excludes `generates`.
+    pub whole_prompts: bool,
+}
+
+impl Geometry {
+    /// Whether requests with this task can be served.
+    #[must_use]
+    pub fn serves(&self, task: Task) -> bool {
+        match task {
+            Task::Generate => self.generates,
+            Task::Pool => self.pools,
+        }
+    }
 }
 
 /// Everything the executor needs for one step. Executed in the order of the fields.
@@ -138,6 +157,8 @@ pub enum RowOutput {
     Nothing,
     /// A token, drawn for position `start + len`. The RNG key is (seed, choice, that position).
     Sample,
+    /// What the model's pooling head makes of the sequence, whose last token this row computes.
+    Pool,
 }
 
 /// What the executor answers to one plan.
@@ -158,6 +179,9 @@ pub struct StepOutcome {
 pub struct RowOutcome {
     /// Its tokens in [`StepOutcome::tokens`]: empty, or one (several once drafts are verified).
     pub tokens: Range<u32>,
+    /// What the pooling head gave, for rows with [`RowOutput::Pool`], which have no tokens: an embedding, before
+    /// any normalisation, or a classifier's logits. All of one model have the same length.
+    pub pooled: Option<Box<[f32]>>,
     /// Set if the row failed. It then has no tokens, and the sequence ends.
     pub fault: Option<RowFault>,
     /// Only where they were asked for.
@@ -190,8 +214,8 @@ pub struct TokenLogprobs {
 /// Why one row failed while the device is fine.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RowFault {
-    /// A logit was NaN or infinite where no mask put it.
-    #[error("a logit is not finite")]
+    /// A logit was NaN or infinite where no mask put it, or a pooled number was.
+    #[error("a number that the model computed is not finite")]
     NonFinite,
     /// Every token was made impossible by bias, allowed ids, bad words or min_tokens.
     #[error("no token is possible")]

@@ -8,7 +8,7 @@ use mirai_engine::sim::{Check, SimConfig, SimExecutor, default_draw, reference};
 use mirai_engine::{
     AdmissionError, CommitError, Counters, EngineConfig, EngineRequest, Event, Executor, FinishReason,
     Geometry, GroupKind, HashKey, RequestId, RowInput, SamplingParams, Scheduler, SeqUsage, StepOutcome,
-    StepPlan, TenantId, TokenId,
+    StepPlan, Task, TenantId, TokenId,
 };
 
 struct Bed {
@@ -31,6 +31,9 @@ fn room(groups: &[GroupKind]) -> Geometry {
         max_step_tokens: 64,
         max_context: 4096,
         vocab: 1000,
+        generates: true,
+        pools: true,
+        whole_prompts: false,
     }
 }
 
@@ -82,7 +85,7 @@ impl Bed {
                     self.ends.push((request, choice, reason, usage));
                 }
                 Event::Token { request, choice, token, .. } => self.tokens.push((request, choice, token)),
-                Event::Prefilled { .. } => {}
+                Event::Prefilled { .. } | Event::Pooled { .. } => {}
             }
         }
     }
@@ -118,6 +121,7 @@ impl Bed {
 fn request(id: u64, prompt: usize, max_tokens: u32) -> EngineRequest {
     EngineRequest {
         id: RequestId(id),
+        task: Task::Generate,
         tenant: TenantId(0),
         weight: 1,
         cache_salt: 0,

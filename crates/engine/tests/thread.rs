@@ -11,7 +11,7 @@ use mirai_engine::sim::{Check, SimConfig, SimExecutor, default_draw, reference};
 use mirai_engine::{
     AdmissionError, DeviceFault, EngineConfig, EngineHandle, EngineHealth, EngineRequest, Event, Executor,
     FinishReason, Geometry, GroupKind, RequestId, RowFault, SamplingParams, SeqUsage, StartError,
-    StepOutcome, StepPlan, TenantId, TokenId, start,
+    StepOutcome, StepPlan, Task, TenantId, TokenId, start,
 };
 
 /// Long enough that only a hang reaches it.
@@ -26,6 +26,9 @@ fn geometry() -> Geometry {
         max_step_tokens: 64,
         max_context: 512,
         vocab: 1000,
+        generates: true,
+        pools: true,
+        whole_prompts: false,
     }
 }
 
@@ -38,6 +41,7 @@ fn launch(config: EngineConfig, change: impl FnOnce(&mut SimConfig)) -> (EngineH
 fn request(id: u64, prompt: usize, max_tokens: u32) -> EngineRequest {
     EngineRequest {
         id: RequestId(id),
+        task: Task::Generate,
         tenant: TenantId(id % 3),
         weight: 1,
         cache_salt: 0,
@@ -66,7 +70,7 @@ fn listen(events: &Receiver<Vec<Event>>, count: usize) -> Ends {
                     let got = tokens.remove(&(request, choice)).unwrap_or_default();
                     assert!(ends.insert((request, choice), (got, reason, usage)).is_none(), "ended twice");
                 }
-                Event::Prefilled { .. } => {}
+                Event::Prefilled { .. } | Event::Pooled { .. } => {}
             }
         }
     }
@@ -184,7 +188,7 @@ fn a_stop_keeps_what_the_caller_says() {
                     }
                 }
                 Event::Finished { reason, usage, .. } => end = Some((reason, usage)),
-                Event::Prefilled { .. } => {}
+                Event::Prefilled { .. } | Event::Pooled { .. } => {}
             }
         }
     }

@@ -79,6 +79,9 @@ impl<B: Backend> ModelExecutor<B> {
                 }
             }
             batch.positions.extend(row.start..row.start + row.len);
+            if row.output == RowOutput::Pool {
+                return Err(format!("row {index} pools, and this model has no pooling head"));
+            }
             let sample = row.output == RowOutput::Sample;
             let outputs_from = batch.outputs.len();
             if self.prompt_logprobs[row.slot.0 as usize] {

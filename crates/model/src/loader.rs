@@ -240,6 +240,9 @@ pub fn load<B: Backend>(
         max_step_tokens,
         max_context: cache.max_context as u32,
         vocab: spec.vocab as u32,
+        generates: true,
+        pools: false,
+        whole_prompts: false,
     };
     let weight_bytes = model.weight_bytes();
     tracing::info!(

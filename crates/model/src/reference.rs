@@ -129,6 +129,7 @@ impl Reference {
             let wanted = params.logprobs.is_some() || params.prompt_logprobs.is_some();
             out.rows.push(RowOutcome {
                 tokens: from..out.tokens.len() as u32,
+                pooled: None,
                 fault: failed,
                 logprobs: wanted.then(|| Box::new(logprobs)),
             });

@@ -36,6 +36,10 @@ impl Scheduler {
         self.fair.begin_round();
         while left > 0 && !self.slots.is_empty() && self.running.len() < self.max_running {
             let Some(s) = self.fair.next() else { break };
+            if self.least_chunk(&self.seqs[s]) > left {
+                // The next step begins with it.
+                break;
+            }
             if self.try_admit(s, now, plan) {
                 left -= self.plan_chunk(s, left, plan, flight);
                 for &other in &blocked {
@@ -52,6 +56,11 @@ impl Scheduler {
             blocked.push(s);
         }
         left
+    }
+
+    /// Fewest tokens that make a row of a sequence which is not yet running.
+    fn least_chunk(&self, seq: &Sequence) -> u32 {
+        if self.geometry.whole_prompts { seq.known() } else { 1 }
     }
 
     fn try_admit(&mut self, s: u32, now: Time, plan: &mut StepPlan) -> bool {

@@ -36,6 +36,9 @@ impl Scheduler {
         self.index.check().map_err(IntegrityError)?;
         self.audit_blocks()?;
         self.audit_snapshots()?;
+        if self.geometry.whole_prompts {
+            self.audit_whole_prompts()?;
+        }
         self.audit_sequences()
     }
 
@@ -96,6 +99,17 @@ impl Scheduler {
     fn audit_snapshots(&self) -> Result<(), IntegrityError> {
         let saving = self.inflight.iter().map(|flight| flight.saves.len() as u32).sum();
         equal("snapshots being saved", self.snapshots.used(), saving)
+    }
+
+    /// A sequence runs only while the one row that computes it is under way, and leaves nothing behind.
+    fn audit_whole_prompts(&self) -> Result<(), IntegrityError> {
+        equal("nodes of the index", self.index.len(), 0)?;
+        let running = self.seqs.iter().filter(|(_, seq)| seq.stage == Stage::Running);
+        for (s, seq) in running {
+            equal(format_args!("planned tokens of sequence {s}"), seq.planned, seq.known())?;
+            equal(format_args!("rows of sequence {s}"), seq.inflight, 1)?;
+        }
+        Ok(())
     }
 
     fn audit_sequences(&self) -> Result<(), IntegrityError> {

@@ -4,9 +4,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::{FlightRow, Scheduler};
 use crate::ids::{BLOCK_TOKENS, TokenId};
-use crate::request::{Event, FinishReason};
+use crate::request::{Event, FinishReason, Task};
 use crate::sequence::{Sequence, Stage};
-use crate::step::{RowFault, RowLogprobs, RowOutcome, StepOutcome, TokenLogprobs};
+use crate::step::{RowFault, RowLogprobs, RowOutcome, RowOutput, StepOutcome, TokenLogprobs};
 
 /// The executor broke the contract: nothing it says can be trusted any more.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -35,14 +35,27 @@ pub enum CommitError {
 }
 
 /// What a row means for its sequence.
+#[derive(Default)]
 struct Verdict {
     token: Option<TokenId>,
     logprobs: Option<Box<TokenLogprobs>>,
+    pooled: Option<Box<[f32]>>,
+    prompt_logprobs: Vec<TokenLogprobs>,
     ends: Option<FinishReason>,
 }
 
+/// Whether the sequence ends with this token, its next.
+fn end_after(seq: &Sequence, token: TokenId) -> Option<FinishReason> {
+    let index = seq.output.len() as u32;
+    if index >= seq.sampling.min_tokens && seq.sampling.stop_token_ids.binary_search(&token).is_ok() {
+        return Some(FinishReason::StopToken(token));
+    }
+    (index + 1 >= seq.max_tokens).then_some(FinishReason::Length)
+}
+
 impl Scheduler {
-    /// Takes in the outcome of the oldest submitted step. Log-probabilities are moved out of it.
+    /// Takes in the outcome of the oldest submitted step. Log-probabilities and pooled numbers
+    /// are moved out of it.
     ///
     /// # Errors
     /// The outcome does not belong to that step; the engine cannot go on.
@@ -77,7 +90,7 @@ impl Scheduler {
         let s = row.seq;
         let seq = &mut self.seqs[s];
         seq.inflight -= 1;
-        seq.drawing -= u8::from(row.draws);
+        seq.drawing -= u8::from(row.output == RowOutput::Sample);
         // Rows are committed in order, each from where the last one ended.
         let computed = row.end - seq.committed;
         seq.committed = row.end;
@@ -87,16 +100,15 @@ impl Scheduler {
             }
             return computed;
         }
-        let logprobs = outcome.logprobs.take();
         let verdict = match outcome.fault.take() {
             Some(fault) => Err(fault),
             // What looks at the request's own parameters is kept apart and changes nothing, so that a panic in
             // it leaves the scheduler whole.
-            None => catch_unwind(AssertUnwindSafe(|| self.judge(s, row, outcome, tokens, logprobs)))
+            None => catch_unwind(AssertUnwindSafe(|| self.judge(s, row, outcome, tokens)))
                 .unwrap_or_else(|panic| Err(RowFault::Panic(crate::thread::panic_text(panic.as_ref())))),
         };
         match verdict {
-            Ok((verdict, prompt)) => self.apply(s, verdict, prompt),
+            Ok(verdict) => self.apply(s, verdict),
             Err(fault) => self.end(s, FinishReason::Fault(fault)),
         }
         computed
@@ -106,40 +118,50 @@ impl Scheduler {
         &self,
         s: u32,
         row: FlightRow,
-        outcome: &RowOutcome,
+        outcome: &mut RowOutcome,
         tokens: &[TokenId],
-        logprobs: Option<Box<RowLogprobs>>,
-    ) -> Result<(Verdict, Vec<TokenLogprobs>), RowFault> {
+    ) -> Result<Verdict, RowFault> {
         let seq = &self.seqs[s];
-        let (drawn, prompt) = match logprobs {
-            Some(logprobs) => {
-                let RowLogprobs { drawn, prompt } = *logprobs;
-                (drawn.into_iter().next().map(Box::new), prompt)
+        let RowLogprobs { drawn, prompt } = outcome.logprobs.take().map_or_else(Default::default, |all| *all);
+        let mut verdict = Verdict { prompt_logprobs: prompt, ..Verdict::default() };
+        match row.output {
+            RowOutput::Nothing => {
+                let over = row.end >= seq.prompt_len() && seq.task == Task::Generate && seq.max_tokens == 0;
+                verdict.ends = over.then_some(FinishReason::Length);
             }
-            None => (None, Vec::new()),
-        };
-        if !row.draws {
-            let ends = (row.end >= seq.prompt_len() && seq.max_tokens == 0).then_some(FinishReason::Length);
-            return Ok((Verdict { token: None, logprobs: None, ends }, prompt));
+            RowOutput::Sample => {
+                self.inject(seq)?;
+                let token = self.drawn_token(outcome, tokens)?;
+                verdict.token = Some(token);
+                verdict.logprobs = drawn.into_iter().next().map(Box::new);
+                verdict.ends = end_after(seq, token);
+            }
+            RowOutput::Pool => {
+                self.inject(seq)?;
+                let values = outcome.pooled.take().filter(|values| !values.is_empty());
+                let nothing = || RowFault::Panic(String::from("no numbers for a row that pools"));
+                let values = values.ok_or_else(nothing)?;
+                if values.iter().any(|value| !value.is_finite()) {
+                    return Err(RowFault::NonFinite);
+                }
+                verdict.pooled = Some(values);
+                verdict.ends = Some(FinishReason::Pooled);
+            }
         }
-        self.inject(seq)?;
+        Ok(verdict)
+    }
+
+    /// The one token of a row that draws one.
+    fn drawn_token(&self, outcome: &RowOutcome, tokens: &[TokenId]) -> Result<TokenId, RowFault> {
         let range = outcome.tokens.start as usize..outcome.tokens.end as usize;
         let &[token] = tokens.get(range).unwrap_or_default() else {
             return Err(RowFault::Panic(format!("{} tokens for a row that draws one", outcome.tokens.len())));
         };
-        if token >= self.geometry.vocab {
-            let vocab = self.geometry.vocab;
+        let vocab = self.geometry.vocab;
+        if token >= vocab {
             return Err(RowFault::Panic(format!("token {token} is outside the vocabulary of {vocab}")));
         }
-        let index = seq.output.len() as u32;
-        let ends = if index >= seq.sampling.min_tokens
-            && seq.sampling.stop_token_ids.binary_search(&token).is_ok()
-        {
-            Some(FinishReason::StopToken(token))
-        } else {
-            (index + 1 >= seq.max_tokens).then_some(FinishReason::Length)
-        };
-        Ok((Verdict { token: Some(token), logprobs: drawn, ends }, prompt))
+        Ok(token)
     }
 
     #[cfg(feature = "test-hooks")]
@@ -160,10 +182,10 @@ impl Scheduler {
         Ok(())
     }
 
-    fn apply(&mut self, s: u32, verdict: Verdict, prompt_logprobs: Vec<TokenLogprobs>) {
+    fn apply(&mut self, s: u32, verdict: Verdict) {
         let seq = &mut self.seqs[s];
-        if !seq.prefilled && !prompt_logprobs.is_empty() {
-            seq.prompt_logprobs.extend(prompt_logprobs);
+        if !seq.prefilled && !verdict.prompt_logprobs.is_empty() {
+            seq.prompt_logprobs.extend(verdict.prompt_logprobs);
         }
         if seq.committed / BLOCK_TOKENS as u32 > seq.cursor_blocks {
             self.index_blocks(s);
@@ -197,6 +219,9 @@ impl Scheduler {
             });
             seq.output.push(token);
             self.counters.generated_tokens += 1;
+        }
+        if let Some(values) = verdict.pooled {
+            self.events.push(Event::Pooled { request: seq.request_id, values });
         }
         if let Some(reason) = verdict.ends {
             self.end(s, reason);

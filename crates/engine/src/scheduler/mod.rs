@@ -22,6 +22,7 @@ mod plan;
 mod preempt;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
 
 use crate::config::EngineConfig;
 use crate::door::{AdmissionError, Door, chunk_limit};
@@ -29,11 +30,11 @@ use crate::fair::{FairShare, Place};
 use crate::ids::{BLOCK_TOKENS, RequestId, SeqId, SlotId, SnapshotId};
 use crate::pool::PagePool;
 use crate::prefix::{NodeId, PrefixIndex, Room};
-use crate::request::{EngineRequest, Event, Time};
+use crate::request::{EngineRequest, Event, SamplingParams, Task, Time};
 use crate::sequence::{Request, Sequence, Stage};
 use crate::slab::Slab;
 use crate::stats::Counters;
-use crate::step::{Geometry, GroupKind};
+use crate::step::{Geometry, GroupKind, RowOutput};
 
 pub use audit::IntegrityError;
 pub use commit::CommitError;
@@ -62,7 +63,7 @@ struct FlightRow {
     seq: u32,
     /// Position after its last token.
     end: u32,
-    draws: bool,
+    output: RowOutput,
 }
 
 /// A submitted step.
@@ -154,7 +155,16 @@ impl Scheduler {
         if max_running == 0 || geometry.max_context == 0 {
             return Err(format!("{budget} tokens a step, {} slots", geometry.slots));
         }
-        if geometry.blocks <= u32::try_from(paged.len()).unwrap_or(u32::MAX) {
+        if !(geometry.generates || geometry.pools) || (geometry.generates && geometry.whole_prompts) {
+            return Err(String::from(
+                "a model generates or pools, and one that needs whole prompts only pools",
+            ));
+        }
+        if geometry.groups.is_empty() && !geometry.whole_prompts {
+            return Err(String::from("without layer groups a prompt can only be computed whole"));
+        }
+        let pages = geometry.blocks.saturating_sub(1);
+        if !paged.is_empty() && pages < u32::try_from(paged.len()).unwrap_or(u32::MAX) {
             return Err(format!(
                 "{} blocks for {} groups and the reserved block",
                 geometry.blocks,
@@ -173,7 +183,7 @@ impl Scheduler {
             budget,
             max_running: max_running as usize,
             chunk: chunk_limit(geometry, budget),
-            prefix_caching: config.prefix_caching,
+            prefix_caching: config.prefix_caching && !geometry.whole_prompts,
             snapshot_interval: if recurrent && geometry.snapshots > 0 { interval } else { 0 },
             windows: (0..)
                 .zip(&geometry.groups)
@@ -183,7 +193,7 @@ impl Scheduler {
                 })
                 .collect(),
             paged,
-            pool: PagePool::new(1, geometry.blocks - 1),
+            pool: PagePool::new(1, pages),
             snapshots: PagePool::new(0, if recurrent { geometry.snapshots } else { 0 }),
             index: PrefixIndex::new(&geometry.groups, hash.key, hash.mask, max_nodes),
             reserved: 0,
@@ -206,7 +216,7 @@ impl Scheduler {
             next_step: 0,
             plans: 0,
             events: Vec::new(),
-            counters: Counters { blocks_total: u64::from(geometry.blocks - 1), ..Counters::default() },
+            counters: Counters { blocks_total: u64::from(pages), ..Counters::default() },
             path: Vec::new(),
             prefilling: Vec::new(),
             #[cfg(feature = "test-hooks")]
@@ -226,8 +236,11 @@ impl Scheduler {
     /// # Errors
     /// It can never be served, or its id is being served already. The length of the queue is not checked here
     /// but at the handle, which must know it without asking this thread.
-    pub fn add(&mut self, body: EngineRequest, now: Time) -> Result<(), AdmissionError> {
+    pub fn add(&mut self, mut body: EngineRequest, now: Time) -> Result<(), AdmissionError> {
         self.door.check(&body)?;
+        if body.task == Task::Pool {
+            body.sampling = Arc::new(SamplingParams::default());
+        }
         if self.by_id.contains_key(&body.id) {
             return Err(AdmissionError::DuplicateId(body.id));
         }

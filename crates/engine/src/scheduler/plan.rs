@@ -80,7 +80,7 @@ impl Scheduler {
             seq.planned += 1;
             seq.inflight += 1;
             seq.drawing += 1;
-            flight.rows.push(FlightRow { seq: s, end: seq.planned, draws: true });
+            flight.rows.push(FlightRow { seq: s, end: seq.planned, output: RowOutput::Sample });
             self.fair.charge(seq.tenant, 1);
         }
     }
@@ -144,6 +144,7 @@ impl Scheduler {
             let blocks = self.takeable(seq) / self.paged.len() as u32;
             end = end.min((self.table_len(seq) + blocks).saturating_mul(block));
         }
+        debug_assert!(!self.geometry.whole_prompts || end == known, "a prompt is computed whole");
         if end <= start {
             return 0;
         }
@@ -151,20 +152,21 @@ impl Scheduler {
         let offset = plan.tokens.len() as u32;
         let seq = &mut self.seqs[s];
         seq.copy_tokens(start, end, &mut plan.tokens);
-        let draws = end == known && seq.drawn() < seq.max_tokens;
+        let output = seq.output_at(end);
+        let draws = output == RowOutput::Sample;
         plan.rows.push(Row {
             seq: seq.id,
             slot: seq.slot,
             start,
             len: end - start,
             input: RowInput::Tokens(offset),
-            output: if draws { RowOutput::Sample } else { RowOutput::Nothing },
+            output,
         });
         seq.planned = end;
         seq.inflight += 1;
         seq.drawing += u8::from(draws);
         seq.slot_drew = draws;
-        flight.rows.push(FlightRow { seq: s, end, draws });
+        flight.rows.push(FlightRow { seq: s, end, output });
         let tenant = seq.tenant;
         self.fair.charge(tenant, end - start);
         if end == known {

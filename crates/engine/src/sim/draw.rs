@@ -1,4 +1,4 @@
-//! The simulated model: which token follows which prefix.
+//! The simulated model: which token follows which prefix, and which numbers a prompt has.
 
 use std::sync::Arc;
 
@@ -27,6 +27,9 @@ pub struct Draw<'a> {
 
 /// A rule that draws tokens. Must give the same token for the same arguments.
 pub type DrawFn = Arc<dyn Fn(&Draw<'_>) -> TokenId + Send + Sync>;
+
+/// A rule that pools a prompt. Must give the same numbers for the same prompt.
+pub type PoolFn = Arc<dyn Fn(&[TokenId]) -> Box<[f32]> + Send + Sync>;
 
 /// The finaliser of splitmix64: every bit of the result depends on every bit of `value`.
 fn mix(value: u64) -> u64 {
@@ -74,6 +77,14 @@ pub fn default_draw(draw: &Draw<'_>) -> TokenId {
         .map(|step| (first + step) % draw.vocab)
         .find(|token| !early || draw.sampling.stop_token_ids.binary_search(token).is_err())
         .unwrap_or(first)
+}
+
+/// `width` numbers in [-1, 1) that depend on every token and on their order.
+#[must_use]
+pub fn default_pool(prompt: &[TokenId], width: usize) -> Box<[f32]> {
+    let context = Context::of(prompt).value();
+    // The upper 24 bits: a float holds them exactly.
+    (0..width as u64).map(|at| (mix(context ^ at) >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
 }
 
 /// Every token is as likely as any other, and the lowest ids are called the most likely.

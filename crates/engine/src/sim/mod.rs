@@ -9,9 +9,10 @@ mod memory;
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub use draw::{Draw, DrawFn, default_draw, reference};
+pub use draw::{Draw, DrawFn, PoolFn, default_draw, default_pool, reference};
 
 use crate::executor::{DeviceFault, Executor};
 use crate::sim::draw::logprobs_of;
@@ -42,6 +43,8 @@ pub struct SimConfig {
     pub check: Check,
     /// Draws tokens; [`default_draw`] unless a test wants certain ones.
     pub draw: DrawFn,
+    /// Pools prompts; [`default_pool`] with 8 numbers unless a test wants others.
+    pub pool: PoolFn,
 }
 
 impl SimConfig {
@@ -54,7 +57,8 @@ impl SimConfig {
             step_time: Duration::ZERO,
             token_time: Duration::ZERO,
             check: Check::Some,
-            draw: std::sync::Arc::new(default_draw),
+            draw: Arc::new(default_draw),
+            pool: Arc::new(|prompt| default_pool(prompt, 8)),
         }
     }
 }
@@ -120,11 +124,14 @@ impl SimExecutor {
                     );
                 }
             }
+            if geometry.whole_prompts {
+                assert_eq!((row.start, end), (0, slot.prompt_len), "{} is not computed whole", row.seq);
+            }
             self.memory.write(geometry, slot, row.start, row.start + row.len);
         }
     }
 
-    /// Reads what the rows attend to and draws their tokens.
+    /// Reads what the rows attend to, draws their tokens and pools.
     fn read(&mut self, plan: &StepPlan, outcome: &mut StepOutcome) {
         for row in &plan.rows {
             let slot = self.slots[row.slot.0 as usize].as_mut().expect("checked when written");
@@ -140,13 +147,17 @@ impl SimExecutor {
                 }
             }
             let from = outcome.tokens.len() as u32;
+            if row.output != RowOutput::Nothing {
+                let all = slot.tokens.len();
+                assert_eq!(end as usize, all, "{} answers before all its tokens are computed", row.seq);
+            }
+            let mut pooled = None;
+            if row.output == RowOutput::Pool {
+                assert!(self.config.geometry.pools && all_prompt(slot), "{} cannot pool", row.seq);
+                pooled = Some((self.config.pool)(&slot.tokens));
+            }
             if row.output == RowOutput::Sample {
-                assert_eq!(
-                    end as usize,
-                    slot.tokens.len(),
-                    "{} draws before all its tokens are computed",
-                    row.seq
-                );
+                assert!(self.config.geometry.generates, "{} cannot draw", row.seq);
                 let draw = Draw {
                     prompt: &slot.tokens[..slot.prompt_len],
                     output: &slot.tokens[slot.prompt_len..],
@@ -168,11 +179,16 @@ impl SimExecutor {
             let wanted = !logprobs.drawn.is_empty() || !logprobs.prompt.is_empty();
             outcome.rows.push(RowOutcome {
                 tokens: Range { start: from, end: outcome.tokens.len() as u32 },
+                pooled,
                 fault: None,
                 logprobs: wanted.then(|| Box::new(logprobs)),
             });
         }
     }
+}
+
+fn all_prompt(slot: &Slot) -> bool {
+    slot.tokens.len() == slot.prompt_len
 }
 
 impl Executor for SimExecutor {

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mirai_engine::hooks::{Injection, TestHooks, Victim};
-use mirai_engine::sim::{Check, SimConfig, SimExecutor, default_draw, reference};
+use mirai_engine::sim::{Check, SimConfig, SimExecutor, default_draw, default_pool, reference};
 use mirai_engine::{
     EngineConfig, EngineRequest, Event, Executor, FinishReason, Geometry, GroupKind, HashKey,
-    MAX_PREEMPTIONS, RequestId, RowFault, RowInput, SamplingParams, Scheduler, StepOutcome, StepPlan,
-    TenantId, TokenId,
+    MAX_PREEMPTIONS, RequestId, RowFault, RowInput, RowOutput, SamplingParams, Scheduler, StepOutcome,
+    StepPlan, Task, TenantId, TokenId,
 };
 use rng::Rng;
 
@@ -44,6 +44,11 @@ pub struct Seen {
     pub restores: u64,
     pub refused: u64,
     pub wasted: u64,
+    pub pooled: u64,
+    /// Pooled prompts that were computed whole, and those that took blocks from the index or were preempted.
+    pub pooled_whole: u64,
+    pub pooled_cached: u64,
+    pub pooled_preempted: u64,
 }
 
 impl Seen {
@@ -62,6 +67,10 @@ impl Seen {
         self.restores += other.restores;
         self.refused += other.refused;
         self.wasted += other.wasted;
+        self.pooled += other.pooled;
+        self.pooled_whole += other.pooled_whole;
+        self.pooled_cached += other.pooled_cached;
+        self.pooled_preempted += other.pooled_preempted;
     }
 
     pub fn assert_everything_happened(&self) {
@@ -79,6 +88,10 @@ impl Seen {
             self.restores,
             self.refused,
             self.wasted,
+            self.pooled,
+            self.pooled_whole,
+            self.pooled_cached,
+            self.pooled_preempted,
         ];
         assert!(all.iter().all(|&count| count > 0), "something never happened: {self:?}");
     }
@@ -92,6 +105,7 @@ struct Tape {
     prefilled: bool,
     finished: Option<FinishReason>,
     stop_at: Option<u32>,
+    pooled: bool,
 }
 
 struct Client {
@@ -124,8 +138,20 @@ pub struct World {
     pub seen: Seen,
 }
 
+fn window(rng: &mut Rng) -> GroupKind {
+    GroupKind::Window(1 + rng.below(40) as u32)
+}
+
+/// What a model that sees prompts whole keeps of them: mostly nothing.
+fn groups_of_encoder(rng: &mut Rng) -> Vec<GroupKind> {
+    match rng.below(6) {
+        0 => vec![GroupKind::Full],
+        1 => vec![window(rng), GroupKind::Recurrent],
+        _ => Vec::new(),
+    }
+}
+
 fn groups(rng: &mut Rng) -> Vec<GroupKind> {
-    let window = |rng: &mut Rng| GroupKind::Window(1 + rng.below(40) as u32);
     match rng.below(8) {
         0 | 1 => vec![GroupKind::Full],
         2 => vec![window(rng)],
@@ -140,19 +166,29 @@ fn groups(rng: &mut Rng) -> Vec<GroupKind> {
 impl World {
     pub fn new(seed: u64, options: Options) -> Self {
         let mut rng = Rng::new(seed);
-        let groups = groups(&mut rng);
+        let whole_prompts = rng.one_in(6);
+        let groups = if whole_prompts { groups_of_encoder(&mut rng) } else { groups(&mut rng) };
         let most_blocks = if rng.one_in(3) { 12 } else { 60 };
+        // Steps of an encoder take whole prompts; where they do not, the door says so.
+        let most_step = if whole_prompts { 400 } else { 80 };
+        let generates = !whole_prompts && !rng.one_in(8);
         let geometry = Geometry {
-            blocks: groups.len() as u32 + 1 + rng.below(most_blocks) as u32,
+            blocks: match groups.len() as u32 {
+                0 => rng.below(2) as u32,
+                groups => groups + 1 + rng.below(most_blocks) as u32,
+            },
             slots: 1 + rng.below(8) as u32,
             snapshots: rng.below(5) as u32,
-            max_step_tokens: 1 + rng.below(80) as u32,
+            max_step_tokens: 1 + rng.below(most_step) as u32,
             max_context: 20 + rng.below(200) as u32,
             vocab: 3 + rng.below(40) as u32,
+            generates,
+            pools: !generates || rng.one_in(2),
+            whole_prompts,
             groups,
         };
         let config = EngineConfig {
-            max_step_tokens: 1 + rng.below(80) as u32,
+            max_step_tokens: 1 + rng.below(most_step) as u32,
             max_running: 1 + rng.below(8) as u32,
             prefix_caching: !rng.one_in(4),
             snapshot_interval: 16 * (1 + rng.below(4) as u32),
@@ -285,23 +321,29 @@ impl World {
         sampling.stop_token_ids.sort_unstable();
         sampling.stop_token_ids.dedup();
         let calm = self.options.calm;
+        let geometry = &self.geometry;
+        // A few ask for what the model cannot do.
+        let pools = if geometry.generates && geometry.pools { rng.one_in(3) } else { geometry.pools };
+        let task = if pools != rng.one_in(40) { Task::Pool } else { Task::Generate };
         let request = EngineRequest {
             id,
+            task,
             tenant: TenantId(rng.below(3)),
             weight: 1 + rng.below(4) as u32,
             cache_salt: rng.below(2),
             priority: rng.below(3) as i32,
             deadline: (rng.one_in(12) && !calm).then(|| self.now + Duration::from_millis(rng.below(80))),
             prompt: prompt.into(),
-            max_tokens: rng.below(40) as u32,
-            choices: if rng.one_in(4) { 1 + rng.below(12) as u32 } else { 1 },
+            max_tokens: if task == Task::Generate { rng.below(40) as u32 } else { 0 },
+            choices: if task == Task::Generate && rng.one_in(4) { 1 + rng.below(12) as u32 } else { 1 },
             sampling: Arc::new(sampling),
         };
         let may_fault = rng.one_in(15) && !calm;
         if may_fault {
             let injection =
                 if rng.one_in(2) { Injection::Panic } else { Injection::Fault(RowFault::NonFinite) };
-            self.hooks.inject(Victim::Request(id), rng.below(20) as u32, injection);
+            let index = if task == Task::Generate { rng.below(20) as u32 } else { 0 };
+            self.hooks.inject(Victim::Request(id), index, injection);
         }
         if self.scheduler.add(request.clone(), self.now).is_err() {
             self.seen.refused += 1;
@@ -310,8 +352,12 @@ impl World {
         self.seen.choices += u64::from(request.choices - 1);
         let tapes = (0..request.choices)
             .map(|choice| {
-                let (expected, ends) = reference(&request, choice, self.geometry.vocab, default_draw);
-                Tape { expected, ends, got: Vec::new(), prefilled: false, finished: None, stop_at: None }
+                let (expected, ends) = match task {
+                    Task::Generate => reference(&request, choice, self.geometry.vocab, default_draw),
+                    Task::Pool => (Vec::new(), FinishReason::Pooled),
+                };
+                let got = Vec::new();
+                Tape { expected, ends, got, prefilled: false, finished: None, stop_at: None, pooled: false }
             })
             .collect();
         self.clients.insert(id, Client { request, tapes, preemptions: 0, may_fault });
@@ -341,6 +387,8 @@ impl World {
         let tokens: u32 = self.plan.rows.iter().map(|row| row.len).sum();
         assert!(tokens <= self.budget, "{tokens} tokens in a step of at most {}", self.budget);
         for row in &self.plan.rows {
+            let whole = self.geometry.whole_prompts;
+            assert!(!whole || (row.start, row.output) == (0, RowOutput::Pool), "a part of a prompt: {row:?}");
             let from = if let RowInput::Tokens(offset) = row.input { offset } else { u32::MAX };
             (row.seq, row.slot, row.start, row.len, from).hash(&mut self.history);
         }
@@ -367,6 +415,7 @@ impl World {
                         .request
                         .sampling
                         .prompt_logprobs
+                        .filter(|_| client.request.task == Task::Generate)
                         .map_or(0, |_| client.request.prompt.len() - 1);
                     let tokens: Vec<TokenId> = prompt_logprobs.iter().map(|entry| entry.token).collect();
                     assert_eq!(tokens, client.request.prompt[1..=wanted]);
@@ -383,6 +432,14 @@ impl World {
                         client.request.sampling.logprobs.map(|_| token)
                     );
                     tape.got.push(token);
+                }
+                Event::Pooled { request, values } => {
+                    let client = self.clients.get_mut(&request).unwrap();
+                    let tape = &mut client.tapes[0];
+                    assert!(tape.prefilled && !tape.pooled && tape.finished.is_none());
+                    assert_eq!(client.request.task, Task::Pool);
+                    assert_eq!(values, default_pool(&client.request.prompt, 8), "{request}");
+                    tape.pooled = true;
                 }
                 Event::Finished { request, choice, reason, usage } => {
                     self.finish(request, choice, reason, usage);
@@ -411,6 +468,14 @@ impl World {
                 self.seen.stopped += 1;
                 assert_eq!(Some(usage.completion_tokens), tape.stop_at);
                 assert!(usage.wasted_tokens >= got - usage.completion_tokens);
+            }
+            FinishReason::Pooled => {
+                assert!(tape.pooled && tape.ends == FinishReason::Pooled && tape.prefilled);
+                self.seen.pooled += 1;
+                self.seen.pooled_whole += u64::from(self.geometry.whole_prompts);
+                self.seen.pooled_cached += u64::from(usage.cached_tokens > 0);
+                self.seen.pooled_preempted += u64::from(usage.preemptions > 0);
+                assert!(!self.geometry.whole_prompts || (usage.cached_tokens, usage.preemptions) == (0, 0));
             }
             FinishReason::StopToken(_) | FinishReason::Length => {
                 assert_eq!((&reason, &tape.got), (&tape.ends, &tape.expected), "{id} choice {choice}");

@@ -164,6 +164,7 @@ impl Group {
             Event::Prefilled { choice, .. }
             | Event::Token { choice, .. }
             | Event::Finished { choice, .. } => *choice,
+            Event::Pooled { .. } => 0,
         };
         let index = (prompt * self.n + choice) as usize;
         if index >= self.choices.len() {
@@ -184,6 +185,7 @@ impl Group {
                 self.start(index, cx);
                 self.token(index, *token, logprobs.as_deref(), cx, now);
             }
+            Event::Pooled { .. } => {}
             Event::Finished { reason, usage, .. } => self.finished(index, reason, usage, cx, now),
         }
     }
@@ -498,7 +500,7 @@ fn outcome(
             Ok(Finish { reason: "stop", stop: (!own).then_some(StopReason::Token(*id)) })
         }
         FinishReason::Stopped => Ok(Finish { reason: "stop", stop: None }),
-        FinishReason::Length => Ok(Finish { reason: "length", stop: None }),
+        FinishReason::Length | FinishReason::Pooled => Ok(Finish { reason: "length", stop: None }),
         FinishReason::Deadline if tokens > 0 => Ok(Finish { reason: "length", stop: None }),
         FinishReason::Deadline => {
             Err(ApiError::deadline("the time for this request ended before its first token")

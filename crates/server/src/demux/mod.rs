@@ -202,6 +202,7 @@ impl Thread {
         for event in batch {
             let request = match event {
                 Event::Prefilled { request, .. }
+                | Event::Pooled { request, .. }
                 | Event::Token { request, .. }
                 | Event::Finished { request, .. } => request,
             };

@@ -154,6 +154,7 @@ fn engine_requests(
     (0..)
         .zip(&judged.prompts)
         .map(|(i, prompt)| EngineRequest {
+            task: mirai_engine::Task::Generate,
             id: RequestId(first.0 + i),
             tenant,
             weight: 1,
@@ -183,6 +184,11 @@ fn refusal(state: &State, live: &Live, error: &AdmissionError) -> ApiError {
         }
         AdmissionError::EmptyPrompt | AdmissionError::UnknownToken { .. } => {
             ApiError::invalid_value(error.to_string()).param("prompt")
+        }
+        AdmissionError::PromptTooLong { .. } => ApiError::context_length(error.to_string()).param("input"),
+        AdmissionError::WrongTask(_) => ApiError::invalid_value(error.to_string()).param("model"),
+        AdmissionError::PoolingShape { .. } => {
+            ApiError::internal("this request failed; others are not affected")
         }
         AdmissionError::Choices { .. } => ApiError::invalid_value(error.to_string()).param("n"),
         AdmissionError::DuplicateId(_) => ApiError::internal("this request failed; others are not affected"),

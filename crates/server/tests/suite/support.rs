@@ -127,6 +127,9 @@ pub fn model(options: &Options) -> ServedModel {
         max_step_tokens: 2048,
         max_context: CONTEXT,
         vocab: VOCAB,
+        generates: true,
+        pools: false,
+        whole_prompts: false,
     };
     let mut sim = SimConfig::new(geometry);
     sim.step_time = options.step;
