@@ -1,138 +1,17 @@
 //! Decisions of the scheduler, one at a time, on a simulated device.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, unreachable_pub, missing_docs)]
+
+mod bed;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use mirai_engine::sim::{Check, SimConfig, SimExecutor, default_draw, reference};
+use bed::{Bed, request, room};
+use mirai_engine::sim::{default_draw, reference};
 use mirai_engine::{
-    AdmissionError, CommitError, Counters, EngineConfig, EngineRequest, Event, Executor, FinishReason,
-    Geometry, GroupKind, HashKey, RequestId, RowInput, SamplingParams, Scheduler, SeqUsage, StepOutcome,
-    StepPlan, Task, TenantId, TokenId,
+    AdmissionError, CommitError, EngineConfig, EngineRequest, Event, FinishReason, Geometry, GroupKind,
+    RequestId, RowInput, SamplingParams, StepOutcome, TenantId, TokenId,
 };
-
-struct Bed {
-    scheduler: Scheduler,
-    executor: SimExecutor,
-    plan: StepPlan,
-    outcome: StepOutcome,
-    now: Duration,
-    look_ahead: bool,
-    ends: Vec<(RequestId, u32, FinishReason, SeqUsage)>,
-    tokens: Vec<(RequestId, u32, TokenId)>,
-}
-
-fn room(groups: &[GroupKind]) -> Geometry {
-    Geometry {
-        groups: groups.to_vec(),
-        blocks: 200,
-        slots: 16,
-        snapshots: 8,
-        max_step_tokens: 64,
-        max_context: 4096,
-        vocab: 1000,
-        generates: true,
-        pools: true,
-        whole_prompts: false,
-    }
-}
-
-impl Bed {
-    fn new(geometry: Geometry, config: &EngineConfig) -> Self {
-        let scheduler = Scheduler::new(config, &geometry, HashKey::default()).unwrap();
-        let executor = SimExecutor::new(SimConfig { check: Check::All, ..SimConfig::new(geometry) });
-        Self {
-            scheduler,
-            executor,
-            plan: StepPlan::default(),
-            outcome: StepOutcome::default(),
-            now: Duration::ZERO,
-            look_ahead: false,
-            ends: Vec::new(),
-            tokens: Vec::new(),
-        }
-    }
-
-    fn with(groups: &[GroupKind]) -> Self {
-        Self::new(room(groups), &EngineConfig::default())
-    }
-
-    fn add(&mut self, request: EngineRequest) {
-        self.scheduler.add(request, self.now).unwrap();
-    }
-
-    /// One turn of the loop.
-    fn step(&mut self) {
-        self.now += Duration::from_millis(1);
-        self.scheduler.plan(self.now, &mut self.plan);
-        let planned = !self.plan.rows.is_empty();
-        if planned {
-            self.executor.submit(&self.plan).unwrap();
-        }
-        let flying = self.scheduler.steps_in_flight();
-        if flying == 2 || (flying == 1 && !(planned && self.look_ahead)) {
-            self.executor.collect(&mut self.outcome).unwrap();
-            self.scheduler.commit(&mut self.outcome).unwrap();
-        }
-        self.listen();
-        self.scheduler.audit().unwrap();
-    }
-
-    fn listen(&mut self) {
-        for event in self.scheduler.take_events() {
-            match event {
-                Event::Finished { request, choice, reason, usage } => {
-                    self.ends.push((request, choice, reason, usage));
-                }
-                Event::Token { request, choice, token, .. } => self.tokens.push((request, choice, token)),
-                Event::Prefilled { .. } | Event::Pooled { .. } => {}
-            }
-        }
-    }
-
-    /// Until nothing is left; returns the steps.
-    fn finish(&mut self) -> usize {
-        let mut steps = 0;
-        while !self.scheduler.is_idle() {
-            self.step();
-            steps += 1;
-            assert!(steps < 100_000, "no end in sight");
-        }
-        self.listen();
-        self.scheduler.audit_idle().unwrap();
-        steps
-    }
-
-    fn tokens_of(&self, id: u64, choice: u32) -> Vec<TokenId> {
-        let own =
-            self.tokens.iter().filter(|(request, number, _)| *request == RequestId(id) && *number == choice);
-        own.map(|(_, _, token)| *token).collect()
-    }
-
-    fn usage(&self, id: u64) -> SeqUsage {
-        self.ends.iter().find(|end| end.0 == RequestId(id)).unwrap().3
-    }
-
-    fn counters(&self) -> Counters {
-        self.scheduler.counters()
-    }
-}
-
-fn request(id: u64, prompt: usize, max_tokens: u32) -> EngineRequest {
-    EngineRequest {
-        id: RequestId(id),
-        task: Task::Generate,
-        tenant: TenantId(0),
-        weight: 1,
-        cache_salt: 0,
-        priority: 0,
-        deadline: None,
-        prompt: (0..prompt as u32).map(|i| i * 7 % 1000).collect(),
-        max_tokens,
-        choices: 1,
-        sampling: Arc::new(SamplingParams::default()),
-    }
-}
 
 /// koboldcpp 2493: a prompt as long as the batch plus a few tokens never ended.
 #[test]

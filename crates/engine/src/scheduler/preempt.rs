@@ -97,4 +97,19 @@ impl Scheduler {
             self.fair.tenant_mut(seq.tenant).preemptible -= 1;
         }
     }
+
+    /// Preempts what runs of a request, as if memory were short. Returns how many sequences that met: neither
+    /// secured ones nor those that a submitted step names.
+    #[cfg(feature = "test-hooks")]
+    pub fn preempt_now(&mut self, id: crate::ids::RequestId) -> usize {
+        self.tidy();
+        let met = |s: &u32| {
+            let seq = &self.seqs[*s];
+            seq.request_id == id && seq.inflight == 0 && !seq.secured
+        };
+        let victims: Vec<u32> = self.running.iter().copied().filter(met).collect();
+        victims.iter().for_each(|&s| self.preempt(s));
+        self.tidy();
+        victims.len()
+    }
 }
