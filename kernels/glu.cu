@@ -1,0 +1,61 @@
+// The gate of a feed-forward layer where the matmul before has not applied it.
+//
+//   out[r][i] = activate(gate[r][i], up[r][i])      rows of x are [gate | up]
+//
+// Shapes: x [rows, 2 width], out [rows, width] bf16; width a multiple of 8. Activations: see `tile.cuh`, `Gate`.
+// The e4m3 form writes codes and a scale for each `group` elements (64, 128 or 256, or any number for the whole row,
+// which is then held in shared memory: `width` singles of dynamic shared memory).
+// One block a row. Bytes: 4 rows width read, 2 (1) written; the floor is 6 rows width over the bandwidth.
+
+#include "tile.cuh"
+
+PORT_FN Eight gated8(const bf16* row, int i, int width, const GateSpec& gate) {
+    const Eight g = widen8(load16(row + i)), u = widen8(load16(row + width + i));
+    Eight out;
+#pragma unroll
+    for (int j = 0; j < 8; j++) out.x[j] = activate(g.x[j], u.x[j], gate);
+    return out;
+}
+
+extern "C" __global__ void __launch_bounds__(256) glu_bf16(const bf16* x, bf16* out, int width, GateSpec gate) {
+    let_dependents_start();
+    dependency_wait();
+    const size_t row = blockIdx.x;
+    for (int i = static_cast<int>(threadIdx.x) * 8; i < width; i += static_cast<int>(blockDim.x) * 8) {
+        store16(out + row * width + i, narrow8(gated8(x + row * 2 * width, i, width, gate)));
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) glu_e4m3(const bf16* x, e4m3* out, float* out_scales, int width,
+                                                           int group, GateSpec gate) {
+    PORT_SHARED(float, scratch, 32);
+    PORT_DYNAMIC_SHARED(shared);
+    float* held = reinterpret_cast<float*>(shared);
+    let_dependents_start();
+    dependency_wait();
+    const size_t row = blockIdx.x;
+    const int t = static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x) * 8;
+    float peak = 0.0f;
+    for (int i = t * 8; i < width; i += step) {
+        const Eight v = gated8(x + row * 2 * width, i, width, gate);
+        peak = fmaxf(peak, largest_magnitude(v));
+#pragma unroll
+        for (int j = 0; j < 8; j++) held[i + j] = v.x[j];
+    }
+    const bool whole_row = group == width;
+    if (whole_row) peak = block_max(peak, scratch);
+    // All lanes take part in the shuffles of the last, partial round.
+    for (int start = 0; start < width; start += step) {
+        const int i = start + t * 8;
+        Eight v{};
+        if (i < width) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) v.x[j] = held[i + j];
+        }
+        const float mine = whole_row ? peak : group_max(largest_magnitude(v), group);
+        if (i >= width) continue;
+        const float scale = mine > 0.0f ? mine / kE4m3Max : 1.0f;
+        *reinterpret_cast<uint2*>(out + row * width + i) = quantize8(v, 1.0f / scale);
+        if (i % group == 0) out_scales[row * (width / group) + i / group] = scale;
+    }
+}
