@@ -333,16 +333,8 @@ PORT_FN void copy_wait() {
 #endif
 }
 
-// This thread's writes become visible to the GPU before its later ones.
-PORT_FN void device_fence() {
-#ifdef __CUDACC__
-    __threadfence();
-#else
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
-#endif
-}
-
-// Adds to a counter in global memory and returns what was there. It orders this thread's accesses before and after.
+// Adds to a counter in global memory and returns what was there. What this thread wrote or saw before it, other threads'
+// writes that a barrier ordered included, is seen by whoever counts later, and by those it meets at a barrier then.
 PORT_FN unsigned count_arrival(unsigned* counter) {
 #ifdef __CUDACC__
     unsigned before;
