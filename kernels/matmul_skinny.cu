@@ -22,48 +22,7 @@
 //
 // Bytes: out * in * (2 or 1) + rows * in * 2 * tiles, the second from L2. Floor: out * in * (2 or 1) / bandwidth.
 
-#include "tile.cuh"
-
-constexpr int kTile = 128;        // outputs of a block
-constexpr int kChunk = 64;        // k of a stage
-constexpr int kResultStride = kTile + 4;
-
-struct SkinnyArgs {
-    const unsigned char* weight;
-    const float* scales;
-    const bf16* x;
-    const bf16* bias;
-    void* y;
-    float* partial;
-    unsigned* counters;
-    const uint32_t* experts;   // null: one weight. Else [1 + n]: how many have rows, then which
-    const uint32_t* offsets;   // [experts + 1]: places of each expert's pairs
-    const uint32_t* pairs;     // [places]: token * top_k + slot
-    unsigned long long weight_stride;  // bytes from expert to expert
-    uint32_t scale_stride;             // scales from expert to expert
-    int rows;
-    int in;
-    int out;
-    int scale_rows;
-    int scale_blocks;
-    int top_k;
-    int gather;
-    int single_out;
-    int gated;
-    float scale;
-    float cap;
-    GateSpec gate;
-};
-
-// What one block works on.
-struct SkinnyTask {
-    const unsigned char* weight;
-    const float* scales;
-    const bf16* bias;
-    uint32_t first;   // place of its first row
-    int rows;
-    int chunk_first, chunk_end;
-};
+#include "matmul.cuh"
 
 template <bool kE4m3, int kMTiles, int kNTiles>
 struct Skinny {
@@ -75,18 +34,7 @@ struct Skinny {
     static constexpr int kXStage = kNTiles * 8 * kChunk * 2;
     static constexpr int kElement = kE4m3 ? 1 : 2;
 
-    // Row of the weight for output `r` of the tile; negative if there is none.
-    PORT_FN static int weight_row(const SkinnyArgs& a, int r) {
-        const int tile = static_cast<int>(blockIdx.x);
-        if (!a.gated) {
-            const int row = tile * kTile + r;
-            return row < a.out ? row : -1;
-        }
-        const int i = tile * (kTile / 2) + r % (kTile / 2);
-        return i < a.out / 2 ? i + (r < kTile / 2 ? 0 : a.out / 2) : -1;
-    }
-
-    PORT_FN static void fetch_weights(const SkinnyArgs& a, const SkinnyTask& task, int chunk, unsigned char* ring) {
+    PORT_FN static void fetch_weights(const MatmulArgs& a, const MatmulTask& task, int chunk, unsigned char* ring) {
         const int warp = static_cast<int>(threadIdx.x >> 5), g = static_cast<int>(lane_id() >> 2);
         const int t = static_cast<int>(lane_id() & 3);
         constexpr int kHalves = kE4m3 ? 1 : 2;
@@ -111,16 +59,12 @@ struct Skinny {
     // Chunk of 16 bytes within a row of x, moved so that a quarter warp never meets in a bank.
     PORT_FN static int swizzled(int row, int chunk) { return chunk ^ (kE4m3 ? row & 1 : (row & 1) << 2); }
 
-    PORT_FN static void fetch_x(const SkinnyArgs& a, const SkinnyTask& task, int chunk, unsigned char* stage) {
+    PORT_FN static void fetch_x(const MatmulArgs& a, const MatmulTask& task, int chunk, unsigned char* stage) {
         const int rows = (task.rows + 7) / 8 * 8;
         for (int i = static_cast<int>(threadIdx.x); i < rows * 8; i += kThreads) {
             const int row = i / 8, c = i % 8, k = chunk * kChunk + c * 8;
             const bool inside = row < task.rows && k < a.in;
-            size_t source = 0;
-            if (inside) {
-                source = task.first + static_cast<uint32_t>(row);
-                if (a.experts && a.gather) source = a.pairs[source] / static_cast<uint32_t>(a.top_k);
-            }
+            const size_t source = inside ? source_row(a, task, row) : 0;
             copy_async(stage + (row * 8 + swizzled(row, c)) * 16, a.x + source * a.in + (inside ? k : 0), inside ? 16u : 0u);
         }
     }
@@ -164,18 +108,16 @@ struct Skinny {
     }
 
     // Adds the sums of one block of 128 k, times their scale, to the totals.
-    PORT_FN static void apply_scales(const SkinnyArgs& a, const SkinnyTask& task, int chunk,
+    PORT_FN static void apply_scales(const MatmulArgs& a, const MatmulTask& task, int chunk,
                                      float (&sums)[kMTiles][kNTiles][4], float (&totals)[kMTiles][kNTiles][4]) {
         const int warp = static_cast<int>(threadIdx.x >> 5), g = static_cast<int>(lane_id() >> 2);
-        const int blocks = a.scale_blocks ? ceil_div(a.in, kTile) : 1;
-        const int column = a.scale_blocks ? chunk * kChunk / kTile : 0;
 #pragma unroll
         for (int m = 0; m < kMTiles; m++) {
             float scale[2];
 #pragma unroll
             for (int low = 0; low < 2; low++) {
                 const int row = weight_row(a, (warp * kMTiles + m) * 16 + low * 8 + g);
-                scale[low] = row < 0 ? 0.0f : task.scales[static_cast<size_t>(row / a.scale_rows) * blocks + column];
+                scale[low] = weight_scale(a, task, row, chunk * kChunk);
             }
 #pragma unroll
             for (int n = 0; n < kNTiles; n++) {
@@ -188,44 +130,8 @@ struct Skinny {
         }
     }
 
-    PORT_FN static void finish_pair(const SkinnyArgs& a, const SkinnyTask& task, int row, int r, float v0, float v1) {
-        const int w = weight_row(a, r);
-        const size_t place = task.first + static_cast<uint32_t>(row);
-        if (task.bias) {
-            v0 += to_float(task.bias[w]);
-            v1 += to_float(task.bias[w + 1]);
-        }
-        v0 *= a.scale;
-        v1 *= a.scale;
-        if (a.cap > 0.0f) {
-            v0 = a.cap * tanhf(v0 / a.cap);
-            v1 = a.cap * tanhf(v1 / a.cap);
-        }
-        if (a.single_out) {
-            *reinterpret_cast<float2*>(static_cast<float*>(a.y) + place * a.out + w) = float2{v0, v1};
-        } else {
-            *reinterpret_cast<uint32_t*>(static_cast<bf16*>(a.y) + place * a.out + w) = pack_bf16(v0, v1);
-        }
-    }
-
-    PORT_FN static void finish_gated(const SkinnyArgs& a, const SkinnyTask& task, const float* results, int row, int r) {
-        const int w = weight_row(a, r), width = a.out / 2;
-        float y[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float g = results[row * kResultStride + r + i], u = results[row * kResultStride + r + kTile / 2 + i];
-            if (task.bias) {
-                g += to_float(task.bias[w + i]);
-                u += to_float(task.bias[width + w + i]);
-            }
-            y[i] = activate(g, u, a.gate);
-        }
-        const size_t place = task.first + static_cast<uint32_t>(row);
-        *reinterpret_cast<uint32_t*>(static_cast<bf16*>(a.y) + place * width + w) = pack_bf16(y[0], y[1]);
-    }
-
     // Adds up the splits in their order. True for the block that arrived last and holds the whole sum in `results`.
-    PORT_FN static bool merge_splits(const SkinnyArgs& a, const SkinnyTask& task, float* results, unsigned* last) {
+    PORT_FN static bool merge_splits(const MatmulArgs& a, const MatmulTask& task, float* results, unsigned* last) {
         const size_t tile = blockIdx.x + static_cast<size_t>(gridDim.x) * blockIdx.z;
         const size_t size = static_cast<size_t>(a.rows) * kTile;
         float* mine = a.partial + (tile * gridDim.y + blockIdx.y) * size;
@@ -246,34 +152,21 @@ struct Skinny {
         return true;
     }
 
-    PORT_FN static void finish(const SkinnyArgs& a, const SkinnyTask& task, const float* results) {
-        const int width = a.gated ? kTile / 2 : kTile;
-        for (int i = static_cast<int>(threadIdx.x); i < task.rows * width / 2; i += kThreads) {
-            const int row = i / (width / 2), r = i % (width / 2) * 2;
-            if (weight_row(a, r) < 0) continue;
-            if (a.gated) {
-                finish_gated(a, task, results, row, r);
-            } else {
-                const float* v = results + row * kResultStride + r;
-                finish_pair(a, task, row, r, v[0], v[1]);
-            }
-        }
-    }
-
-    PORT_FN static void run(const SkinnyArgs& a) {
+    PORT_FN static void run(const MatmulArgs& a) {
         PORT_DYNAMIC_SHARED(shared);
         PORT_SHARED(unsigned, last, 1);
         // Two chunks are the least part: a scale's block.
         const int blocks = ceil_div(ceil_div(a.in, kChunk), 2), splits = static_cast<int>(gridDim.y);
         const int split = static_cast<int>(blockIdx.y);
-        SkinnyTask task{a.weight, a.scales, a.bias, 0, a.rows, split * blocks / splits * 2, (split + 1) * blocks / splits * 2};
-        task.chunk_end = smaller(task.chunk_end, ceil_div(a.in, kChunk));
+        const int chunk_first = split * blocks / splits * 2;
+        const int chunk_end = smaller((split + 1) * blocks / splits * 2, ceil_div(a.in, kChunk));
+        MatmulTask task = dense_task(a, 0, a.rows);
         unsigned char* x_ring = shared + kStages * kWeightStage;
 
         if (!a.experts) {
             for (int s = 0; s < kStages - 1; s++) {
-                if (task.chunk_first + s < task.chunk_end) {
-                    fetch_weights(a, task, task.chunk_first + s, shared + s * kWeightStage);
+                if (chunk_first + s < chunk_end) {
+                    fetch_weights(a, task, chunk_first + s, shared + s * kWeightStage);
                 }
             }
         }
@@ -282,15 +175,11 @@ struct Skinny {
         if (a.experts) {
             if (blockIdx.z >= a.experts[0]) return;
             const uint32_t expert = a.experts[1 + blockIdx.z];
-            task.weight += expert * a.weight_stride;
-            if (task.scales) task.scales += static_cast<size_t>(expert) * a.scale_stride;
-            if (task.bias) task.bias += static_cast<size_t>(expert) * a.out;
-            task.first = a.offsets[expert];
-            task.rows = static_cast<int>(a.offsets[expert + 1] - task.first);
+            task = expert_task(a, expert, a.offsets[expert], static_cast<int>(a.offsets[expert + 1] - a.offsets[expert]));
         }
         for (int s = 0; s < kStages - 1; s++) {
-            const int chunk = task.chunk_first + s;
-            if (chunk < task.chunk_end) {
+            const int chunk = chunk_first + s;
+            if (chunk < chunk_end) {
                 if (a.experts) fetch_weights(a, task, chunk, shared + s * kWeightStage);
                 fetch_x(a, task, chunk, x_ring + s * kXStage);
             }
@@ -298,17 +187,17 @@ struct Skinny {
         }
 
         float sums[kMTiles][kNTiles][4] = {}, totals[kMTiles][kNTiles][4] = {};
-        for (int chunk = task.chunk_first, stage = 0; chunk < task.chunk_end; chunk++, stage = (stage + 1) % kStages) {
+        for (int chunk = chunk_first, stage = 0; chunk < chunk_end; chunk++, stage = (stage + 1) % kStages) {
             copy_wait<kStages - 2>();
             block_sync();  // all threads' copies of this stage are here, and the stage before is free
             const int next = chunk + kStages - 1, free_stage = (stage + kStages - 1) % kStages;
-            if (next < task.chunk_end) {
+            if (next < chunk_end) {
                 fetch_weights(a, task, next, shared + free_stage * kWeightStage);
                 fetch_x(a, task, next, x_ring + free_stage * kXStage);
             }
             copy_commit();
             multiply(shared + stage * kWeightStage, x_ring + stage * kXStage, task.rows, sums);
-            if (kE4m3 && (chunk % 2 == 1 || chunk + 1 == task.chunk_end)) apply_scales(a, task, chunk, sums, totals);
+            if (kE4m3 && (chunk % 2 == 1 || chunk + 1 == chunk_end)) apply_scales(a, task, chunk, sums, totals);
         }
         copy_wait<0>();
         block_sync();  // the ring becomes the results
@@ -329,13 +218,13 @@ struct Skinny {
         }
         block_sync();
         if (splits > 1 && !merge_splits(a, task, results, last)) return;
-        finish(a, task, results);
+        finish_results(a, task, results);
     }
 };
 
 // Dynamic shared memory: kStages * (kWeightStage + kXStage), at least the results' rows * 132 * 4.
 #define SKINNY(name, e4m3, m_tiles, n_tiles)                                                              \
-    extern "C" __global__ void __launch_bounds__(Skinny<e4m3, m_tiles, n_tiles>::kThreads, 1) name(SkinnyArgs args) { \
+    extern "C" __global__ void __launch_bounds__(Skinny<e4m3, m_tiles, n_tiles>::kThreads, 1) name(MatmulArgs args) { \
         Skinny<e4m3, m_tiles, n_tiles>::run(args);                                                        \
     }
 

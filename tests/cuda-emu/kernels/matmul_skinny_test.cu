@@ -8,7 +8,7 @@ using namespace harness;
 
 namespace {
 
-using Kernel = void (*)(SkinnyArgs);
+using Kernel = void (*)(MatmulArgs);
 
 template <bool kE4m3, int kM, int kN>
 constexpr size_t shared_bytes() {
@@ -38,7 +38,7 @@ Variant pick(bool codes, int rows) {
 #undef VARIANT
 }
 
-void run_variant(const Variant& v, dim3 grid, const SkinnyArgs& args) {
+void run_variant(const Variant& v, dim3 grid, const MatmulArgs& args) {
     harness::launch(v.name, v.kernel, grid, v.threads, v.shared, args);
 }
 
@@ -114,7 +114,7 @@ void run(const Case& c) {
     Buffer<float> d_scales(w.scales), d_single(c.single ? c.rows * width : 0);
     Buffer<float> d_partial(c.splits > 1 ? static_cast<size_t>(tiles) * c.splits * c.rows * 128 : 0);
     Buffer<unsigned> d_counters(std::vector<unsigned>(tiles, 0));
-    SkinnyArgs args{};
+    MatmulArgs args{};
     args.weight = c.codes ? reinterpret_cast<unsigned char*>(d_codes.get()) : reinterpret_cast<unsigned char*>(d_halves.get());
     args.scales = d_scales.get();
     args.x = d_x.get();
@@ -192,7 +192,7 @@ void run_experts(bool codes, int tokens, int experts, int top_k, int in, int wid
     Buffer<e4m3> d_codes(all.codes);
     Buffer<float> d_scales(all.scales);
     Buffer<uint32_t> d_active(active), d_offsets(offsets), d_pairs(pairs);
-    SkinnyArgs args{};
+    MatmulArgs args{};
     args.weight = codes ? reinterpret_cast<unsigned char*>(d_codes.get()) : reinterpret_cast<unsigned char*>(d_halves.get());
     args.scales = d_scales.get();
     args.x = d_x.get();
