@@ -76,6 +76,28 @@ pub enum TokenizerError {
     Encode(String),
 }
 
+/// Why a format of reasoning cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReasoningError {
+    /// No format has this name.
+    #[error("unknown reasoning format `{name}`; known: {known}")]
+    UnknownFormat {
+        /// The name.
+        name: String,
+        /// All names, separated by commas.
+        known: String,
+    },
+    /// The format is made of tokens, and the vocabulary has not all of them.
+    #[error("reasoning format `{format}` needs the token `{token}`, which the tokenizer has not")]
+    MissingToken {
+        /// The format.
+        format: &'static str,
+        /// The token.
+        token: &'static str,
+    },
+}
+
 /// Why a chat template could not be compiled or rendered.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

@@ -1,5 +1,5 @@
-//! Everything between text and token ids, and nothing else: tokenizers (`tokenizer.json` and GGUF
-//! vocabularies), incremental detokenization, stop strings, and chat templates.
+//! Everything between text and token ids, and nothing else: tokenizers (`tokenizer.json`, `tekken.json` and
+//! GGUF vocabularies), incremental detokenization, stop strings, reasoning, and chat templates.
 //!
 //! This crate knows no tensor, no HTTP and no scheduler. All of it is synchronous and takes its
 //! limits as values, so that a caller may run it on any worker thread. Model files and requests
@@ -11,19 +11,24 @@ mod detokenizer;
 mod error;
 mod gguf;
 mod hf;
+mod reasoning;
 mod special;
 mod stop;
+mod tekken;
 mod template;
 mod tokenizer;
 mod utf8_stream;
 
 pub use detokenizer::Detokenizer;
-pub use error::{TemplateError, TokenizerError};
+pub use error::{ReasoningError, TemplateError, TokenizerError};
 pub use gguf::{GgufVocab, KNOWN_PRE_TOKENIZERS};
+pub use reasoning::{Part, REASONING_NAMES, ReasoningFormat, ReasoningParser, ReasoningStart};
 pub use special::{SpecialTokens, TokenizerConfig};
 pub use stop::{StopMatcher, StopOutput};
+pub use tekken::tekken_special_tokens;
 pub use template::{
-    ALLOWED_KWARGS, ArgumentStyle, ChatTemplate, ContentStyle, RenderInput, TemplateCaps, TemplateLimits,
+    ALLOWED_KWARGS, ArgumentStyle, ChatTemplate, ContentStyle, ReasoningStyle, RenderInput, TemplateCaps,
+    TemplateLimits,
 };
 pub use tokenizer::{DEFAULT_MAX_INPUT_BYTES, Tokenizer};
 

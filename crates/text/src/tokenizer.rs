@@ -1,7 +1,7 @@
-//! The public tokenizer: one type over `tokenizer.json` and GGUF vocabularies.
+//! The public tokenizer: one type over `tokenizer.json`, `tekken.json` and GGUF vocabularies.
 //!
-//! Owns the byte table, the special ids added around a text, and the input limit. The two encoders
-//! behind it are in [`crate::hf`] and [`crate::gguf`].
+//! Owns the byte table, the special ids added around a text, and the input limit. The encoders
+//! behind it are in [`crate::hf`], [`crate::gguf`] and [`crate::tekken`].
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use crate::byte_table::{ByteTable, TokenBytes};
 use crate::decode_rule::Leading;
 use crate::gguf::{GgufVocab, SpmEncoder};
 use crate::hf::HfEncoder;
+use crate::tekken::TekkenEncoder;
 use crate::{TokenId, TokenizerError};
 
 /// Input limit of a new tokenizer, in bytes of UTF-8. Encoding takes memory in proportion (about
@@ -22,6 +23,7 @@ pub(crate) const MAX_VOCAB: usize = 1 << 22;
 pub(crate) enum Encoder {
     Hf(Box<HfEncoder>),
     Spm(Box<SpmEncoder>),
+    Tekken(Box<TekkenEncoder>),
 }
 
 /// What a loader hands over.
@@ -79,6 +81,15 @@ impl Tokenizer {
         let bytes = std::fs::metadata(path).map_err(io)?.len();
         crate::hf::check_size(bytes)?;
         Self::from_json_bytes(&std::fs::read(path).map_err(io)?)
+    }
+
+    /// Reads the contents of a `tekken.json`, Mistral's own tokenizer file. `<s>` is put before a text that is
+    /// encoded with special tokens.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Invalid`] naming the field, or a size beyond the limits.
+    pub fn from_tekken_bytes(bytes: &[u8]) -> Result<Self, TokenizerError> {
+        crate::tekken::load(bytes).map(Self::from_parts)
     }
 
     /// Builds a tokenizer from the vocabulary of a GGUF file.
@@ -153,6 +164,7 @@ impl Tokenizer {
         match &self.inner.encoder {
             Encoder::Hf(hf) => hf.encode(text, parse_special, &mut ids)?,
             Encoder::Spm(spm) => spm.encode(text, parse_special, &mut ids)?,
+            Encoder::Tekken(tekken) => tekken.encode(text, parse_special, &mut ids)?,
         }
         if add_special {
             ids.extend_from_slice(&self.suffix);
@@ -189,6 +201,7 @@ impl Tokenizer {
         match &self.inner.encoder {
             Encoder::Hf(hf) => hf.token_text(id),
             Encoder::Spm(spm) => spm.token_text(id),
+            Encoder::Tekken(tekken) => tekken.token_text(id),
         }
     }
 
@@ -198,6 +211,7 @@ impl Tokenizer {
         match &self.inner.encoder {
             Encoder::Hf(hf) => hf.token_to_id(token),
             Encoder::Spm(spm) => spm.token_to_id(token),
+            Encoder::Tekken(tekken) => tekken.token_to_id(token),
         }
     }
 

@@ -34,6 +34,21 @@ pub enum ArgumentStyle {
     Text,
 }
 
+/// How a template takes the reasoning of an assistant's earlier message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ReasoningStyle {
+    /// Not at all: it is left out.
+    #[default]
+    Dropped,
+    /// In a field of that name beside `content`. The template still decides in which turns it shows it.
+    Field(&'static str),
+    /// As `{"type": "thinking", "thinking": ...}` among the parts of `content`.
+    Part,
+}
+
+/// Names of that field, most widely used first.
+pub(super) const REASONING_FIELDS: [&str; 3] = ["reasoning_content", "reasoning", "thinking"];
+
 /// What a template can take.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TemplateCaps {
@@ -55,6 +70,8 @@ pub struct TemplateCaps {
     pub tool_messages: bool,
     /// Without tools the template wants an empty list, not `none`.
     pub empty_tools: bool,
+    /// How earlier reasoning is passed.
+    pub reasoning: ReasoningStyle,
 }
 
 impl Default for TemplateCaps {
@@ -69,6 +86,7 @@ impl Default for TemplateCaps {
             tools: false,
             tool_messages: false,
             empty_tools: false,
+            reasoning: ReasoningStyle::Dropped,
         }
     }
 }
@@ -114,6 +132,7 @@ pub(super) fn probe(template: &ChatTemplate, source: &str) -> Result<TemplateCap
         tools,
         tool_messages,
         empty_tools: prober.empty_tools,
+        reasoning: prober.find_reasoning_style(arguments),
     })
 }
 
@@ -223,6 +242,45 @@ impl Prober<'_> {
             }
         }
         (ArgumentStyle::Object, false)
+    }
+}
+
+impl Prober<'_> {
+    /// Looks in which form reasoning appears: in the turn of a tool call, which is where most templates keep it, or
+    /// in an earlier answer.
+    fn find_reasoning_style(&self, arguments: ArgumentStyle) -> ReasoningStyle {
+        for field in REASONING_FIELDS {
+            let mut calling = tool_conversation(&json!(""), arguments);
+            let mut plain =
+                json!([msg("user", "zquser"), msg("assistant", "zqanswer"), msg("user", "zqagain")]);
+            // Up to the tool's result, so that the model is still in the turn.
+            if let Some(list) = calling.as_array_mut() {
+                list.truncate(3);
+            }
+            calling[1][field] = "zqreason".into();
+            plain[1][field] = "zqreason".into();
+            if [calling, plain].iter().any(|messages| self.shows(messages, &["zqreason"])) {
+                return ReasoningStyle::Field(field);
+            }
+        }
+        let parts =
+            json!([{"type": "thinking", "thinking": "zqreason"}, {"type": "text", "text": "zqanswer"}]);
+        let messages = json!([
+            msg("user", "zquser"),
+            {"role": "assistant", "content": parts},
+            msg("user", "zqagain"),
+        ]);
+        // A template that does not look into the list writes it out as it is.
+        let accepted = |text: String| {
+            text.contains("zqreason")
+                && text.contains("zqanswer")
+                && !text.contains("\"thinking\"")
+                && !text.contains("'thinking'")
+        };
+        match self.render(&messages, None).is_ok_and(accepted) {
+            true => ReasoningStyle::Part,
+            false => ReasoningStyle::Dropped,
+        }
     }
 }
 

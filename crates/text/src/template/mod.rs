@@ -21,7 +21,7 @@ use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind, Value};
 use serde_json::Value as Json;
 
-pub use caps::{ArgumentStyle, ContentStyle, TemplateCaps};
+pub use caps::{ArgumentStyle, ContentStyle, ReasoningStyle, TemplateCaps};
 
 use crate::{SpecialTokens, TemplateError};
 
@@ -154,7 +154,7 @@ impl ChatTemplate {
 
     /// Renders a conversation after adapting it to what the template can take: system messages
     /// merged, the `developer` role renamed, content as text or parts, tool-call arguments as an
-    /// object or as text.
+    /// object or as text, earlier reasoning where the template looks for it.
     ///
     /// # Errors
     /// Every variant of [`TemplateError`] except those of compiling.

@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value as Json};
 
-use super::caps::{ArgumentStyle, ContentStyle, TemplateCaps};
+use super::caps::{ArgumentStyle, ContentStyle, REASONING_FIELDS, ReasoningStyle, TemplateCaps};
 use crate::TemplateError;
 
 /// Between two system messages that become one.
@@ -27,6 +27,7 @@ pub(super) fn prepare(messages: &Json, caps: &TemplateCaps) -> Result<Json, Temp
         }
         flatten_content(&mut message, caps).map_err(|reason| bad(index, reason))?;
         convert_arguments(&mut message, caps.arguments);
+        place_reasoning(&mut message, caps.reasoning);
         out.push(message);
     }
     if !caps.multiple_system {
@@ -36,12 +37,7 @@ pub(super) fn prepare(messages: &Json, caps: &TemplateCaps) -> Result<Json, Temp
         fold_system_into_user(&mut out);
     }
     if caps.content == ContentStyle::Parts {
-        for message in &mut out {
-            if let Some(Json::String(text)) = message.get_mut("content") {
-                let part = serde_json::json!({"type": "text", "text": std::mem::take(text)});
-                message.insert("content".to_owned(), Json::Array(vec![part]));
-            }
-        }
+        out.iter_mut().for_each(|message| into_parts(message, None));
     }
     Ok(out.into_iter().map(Json::Object).collect())
 }
@@ -100,6 +96,47 @@ fn convert_arguments(message: &mut Map<String, Json>, style: ArgumentStyle) {
             _ => {}
         }
     }
+}
+
+/// Clients give reasoning back under the names that servers have for it; the template sees it under its own.
+fn place_reasoning(message: &mut Map<String, Json>, style: ReasoningStyle) {
+    let mut given = None;
+    for field in REASONING_FIELDS {
+        match message.shift_remove(field) {
+            Some(Json::String(text)) if !text.is_empty() && given.is_none() => given = Some(text),
+            _ => {}
+        }
+    }
+    let Some(text) = given.filter(|_| message.get("role").and_then(Json::as_str) == Some("assistant")) else {
+        return;
+    };
+    match style {
+        ReasoningStyle::Dropped => {}
+        // gpt-oss, the one that names it so, refuses both before a tool call; what the user has seen stays.
+        ReasoningStyle::Field("thinking") if calls_tools(message) && !text_of(message).is_empty() => {}
+        ReasoningStyle::Field(field) => {
+            message.insert(field.to_owned(), text.into());
+        }
+        ReasoningStyle::Part => into_parts(message, Some(text)),
+    }
+}
+
+fn calls_tools(message: &Map<String, Json>) -> bool {
+    message.get("tool_calls").and_then(Json::as_array).is_some_and(|calls| !calls.is_empty())
+}
+
+/// Makes a text a list: the reasoning, and the text behind it.
+fn into_parts(message: &mut Map<String, Json>, reasoning: Option<String>) {
+    let Some(Json::String(text)) = message.get_mut("content") else { return };
+    let text = std::mem::take(text);
+    let mut parts = Vec::with_capacity(2);
+    if let Some(reasoning) = reasoning {
+        parts.push(serde_json::json!({"type": "thinking", "thinking": reasoning}));
+    }
+    if parts.is_empty() || !text.is_empty() {
+        parts.push(serde_json::json!({"type": "text", "text": text}));
+    }
+    message.insert("content".to_owned(), Json::Array(parts));
 }
 
 fn is_system(message: &Map<String, Json>) -> bool {

@@ -29,7 +29,7 @@ fn expected(tokenizer: &Tokenizer, ids: &[TokenId], prompt: usize, skip: bool) -
     whole.strip_prefix(before).unwrap().to_owned()
 }
 
-fn check(tokenizer: &Tokenizer, ids: &[TokenId], prompt: usize) {
+pub(crate) fn check(tokenizer: &Tokenizer, ids: &[TokenId], prompt: usize) {
     for skip in [false, true] {
         assert_eq!(
             incremental(tokenizer, ids, prompt, skip),
