@@ -57,6 +57,9 @@ pub(crate) struct ServeArgs {
     /// Longest sequence, prompt and output, in tokens [default: the model's own].
     #[arg(long, value_name = "TOKENS", help_heading = "Model")]
     max_model_len: Option<u32>,
+    /// How the model marks its reasoning: auto, none, or the name of a format [default: auto].
+    #[arg(long, value_name = "NAME", help_heading = "Model")]
+    reasoning_parser: Option<String>,
 
     /// Sequences that run at once [default: 256].
     #[arg(long, value_name = "N", help_heading = "Engine")]
@@ -156,6 +159,7 @@ impl ServeArgs {
         add("load-format", "model.load_format", value(self.load_format.as_ref()));
         add("quantization", "model.quantization", value(self.quantization.as_ref()));
         add("max-model-len", "model.max_len", value(self.max_model_len.as_ref()));
+        add("reasoning-parser", "model.reasoning_parser", value(self.reasoning_parser.as_ref()));
         add("max-num-seqs", "engine.max_num_seqs", value(self.max_num_seqs.as_ref()));
         let tokens = value(self.max_num_batched_tokens.as_ref());
         add("max-num-batched-tokens", "engine.max_num_batched_tokens", tokens);
@@ -231,6 +235,8 @@ mod tests {
             "q4_k",
             "--max-model-len",
             "9",
+            "--reasoning-parser",
+            "qwen3",
             "--max-num-seqs",
             "3",
             "--max-num-batched-tokens",
@@ -267,6 +273,7 @@ mod tests {
         ]);
         let config = load(None, std::iter::empty(), args.flags()).unwrap();
         assert_eq!(config.model.served_names, ["a", "b"]);
+        assert_eq!(config.model.reasoning_parser, "qwen3");
         assert_eq!(config.model.quantization, Some(Quantization::Q4K));
         assert!(config.engine.batch_invariant && !config.engine.enable_prefix_caching);
         assert_eq!(config.server.port, 0);

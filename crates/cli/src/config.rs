@@ -29,7 +29,7 @@ pub(crate) struct Config {
 }
 
 /// Which model, and how it is loaded.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct ModelConfig {
     /// A folder, a GGUF file, or ORG/NAME in the local store; without one, the embedded demo model.
@@ -44,6 +44,23 @@ pub(crate) struct ModelConfig {
     pub(crate) quantization: Option<Quantization>,
     /// Longest sequence, prompt and output. Default: what the model was made for, and memory allows.
     pub(crate) max_len: Option<u32>,
+    /// How the model marks its reasoning: `auto` (by its template and vocabulary), `none` (all output is the
+    /// answer), or the name of a format.
+    pub(crate) reasoning_parser: String,
+}
+
+impl Default for ModelConfig {
+    fn default() -> Self {
+        Self {
+            path: None,
+            served_names: Vec::new(),
+            device: Device::default(),
+            load_format: LoadFormat::default(),
+            quantization: None,
+            max_len: None,
+            reasoning_parser: "auto".to_owned(),
+        }
+    }
 }
 
 /// What computes.

@@ -12,7 +12,10 @@ use mirai_hub::{ModelRef, StoreOptions};
 use mirai_model::loader::{Phase, TokenizerData};
 use mirai_model::{CacheBudget, LoadOptions, LoadedModel, ModelError, ModelSource};
 use mirai_server::{FimTokens, GenerationDefaults, ServedModel, ServerHandle};
-use mirai_text::{ChatTemplate, GgufVocab, SpecialTokens, Tokenizer, TokenizerConfig};
+use mirai_text::{
+    ChatTemplate, GgufVocab, ReasoningFormat, SpecialTokens, Tokenizer, TokenizerConfig,
+    tekken_special_tokens,
+};
 
 use crate::config::{Config, Device, LoadFormat, Quantization};
 use crate::demo;
@@ -175,6 +178,7 @@ fn served(
 ) -> Result<ServedModel, Failure> {
     let (tokenizer, special) = tokenizer(described.tokenizer)?;
     let template = described.chat_template.as_deref();
+    let reasoning = reasoning(&config.model.reasoning_parser, template, &tokenizer)?;
     let template = template.map(|source| ChatTemplate::compile(source, special.clone()));
     let template = template.transpose().map_err(|e| Failure::model(format!("chat template: {e}")))?;
     let token = |text: &Option<String>| text.as_deref().and_then(|t| tokenizer.token_to_id(t));
@@ -203,6 +207,7 @@ fn served(
         fim: fim_tokens(&tokenizer),
         tokenizer,
         template,
+        reasoning,
         eos_token_ids,
         generation_defaults,
         vocab,
@@ -212,17 +217,45 @@ fn served(
     })
 }
 
+/// How the model marks its reasoning, as told or as found.
+fn reasoning(
+    wanted: &str,
+    template: Option<&str>,
+    tokenizer: &Tokenizer,
+) -> Result<Option<ReasoningFormat>, Failure> {
+    let format = match wanted {
+        "none" => None,
+        "auto" => ReasoningFormat::detect(template, tokenizer),
+        name => {
+            let named = ReasoningFormat::named(name, tokenizer);
+            Some(named.map_err(|e| Failure::usage(format!("--reasoning-parser (or auto, none): {e}")))?)
+        }
+    };
+    let name = format.as_ref().map_or("none", ReasoningFormat::name);
+    tracing::info!(reasoning_parser = name, asked = wanted, "reasoning in chats");
+    Ok(format)
+}
+
 fn tokenizer(data: TokenizerData) -> Result<(Tokenizer, SpecialTokens), Failure> {
     match data {
         TokenizerData::Files(files) => {
-            let json = files.get("tokenizer.json").ok_or_else(|| {
-                let found: Vec<&str> = files.keys().map(String::as_str).collect();
-                Failure::model(format!("the model has no tokenizer.json (found: {})", found.join(", ")))
-            })?;
-            let tokenizer = Tokenizer::from_json_bytes(json).map_err(Failure::model)?;
             let config = files.get("tokenizer_config.json").map(|b| TokenizerConfig::from_json_bytes(b));
-            let config = config.transpose().map_err(Failure::model)?.unwrap_or_default();
-            Ok((tokenizer, config.special))
+            let config = config.transpose().map_err(Failure::model)?;
+            // Where a folder has both, both say the same, and the first also says what surrounds a text.
+            if let Some(json) = files.get("tokenizer.json") {
+                let tokenizer = Tokenizer::from_json_bytes(json).map_err(Failure::model)?;
+                return Ok((tokenizer, config.unwrap_or_default().special));
+            }
+            if let Some(json) = files.get("tekken.json") {
+                let tokenizer = Tokenizer::from_tekken_bytes(json).map_err(Failure::model)?;
+                let special =
+                    config.map_or_else(|| tekken_special_tokens(&tokenizer), |config| config.special);
+                return Ok((tokenizer, special));
+            }
+            let found: Vec<&str> = files.keys().map(String::as_str).collect();
+            let found = found.join(", ");
+            let text = format!("the model has neither tokenizer.json nor tekken.json (found: {found})");
+            Err(Failure::model(text))
         }
         TokenizerData::Gguf(vocab) => {
             let text = |id: Option<u32>| id.and_then(|id| vocab.tokens.get(id as usize).cloned());
@@ -262,4 +295,72 @@ fn fim_tokens(tokenizer: &Tokenizer) -> Option<FimTokens> {
         let [prefix, suffix, middle] = names.map(|name| tokenizer.token_to_id(name));
         Some(FimTokens { prefix: prefix?, suffix: suffix?, middle: middle? })
     })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// A `tekken.json` of the bytes and four special tokens.
+    fn tekken() -> Vec<u8> {
+        const ALPHABET: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+        let digit = |six: u8| char::from(ALPHABET[usize::from(six)]);
+        let vocab: Vec<Value> = (0..=255u8)
+            .map(|byte| {
+                let bytes = format!("{}{}==", digit(byte >> 2), digit((byte & 3) << 4));
+                json!({"rank": byte, "token_bytes": bytes, "token_str": null})
+            })
+            .collect();
+        let special: Vec<Value> = ["<s>", "</s>", "[THINK]", "[/THINK]"]
+            .iter()
+            .enumerate()
+            .map(|(rank, name)| json!({"rank": rank, "token_str": name, "is_control": true}))
+            .collect();
+        let config = json!({"pattern": ".+", "default_vocab_size": 260, "default_num_special_tokens": 4});
+        json!({"config": config, "vocab": vocab, "special_tokens": special}).to_string().into_bytes()
+    }
+
+    fn files(list: &[(&str, &[u8])]) -> TokenizerData {
+        let files: BTreeMap<String, Vec<u8>> =
+            list.iter().map(|(name, bytes)| ((*name).to_owned(), bytes.to_vec())).collect();
+        TokenizerData::Files(files)
+    }
+
+    #[test]
+    fn a_folder_with_tekken_alone_has_a_tokenizer_and_its_special_tokens() {
+        let (tokens, special) = tokenizer(files(&[("tekken.json", &tekken())])).unwrap();
+        assert_eq!(tokens.encode("a", true, false).unwrap(), [0, 4 + 97]);
+        assert_eq!((special.bos.as_deref(), special.eos.as_deref()), (Some("<s>"), Some("</s>")));
+        assert_eq!(special.pad, None);
+        let named =
+            files(&[("tekken.json", &tekken()), ("tokenizer_config.json", br#"{"bos_token": "</s>"}"#)]);
+        assert_eq!(tokenizer(named).unwrap().1.bos.as_deref(), Some("</s>"), "the configuration wins");
+    }
+
+    #[test]
+    fn tokenizer_json_wins_and_without_either_the_error_names_both() {
+        let both = files(&[("tekken.json", &tekken()), ("tokenizer.json", b"{}")]);
+        let error = format!("{:?}", tokenizer(both).unwrap_err());
+        assert!(error.contains("tokenizer.json is invalid"), "{error}");
+        let neither = format!("{:?}", tokenizer(files(&[("vocab.json", b"{}")])).unwrap_err());
+        assert!(neither.contains("neither tokenizer.json nor tekken.json (found: vocab.json)"), "{neither}");
+    }
+
+    #[test]
+    fn the_reasoning_format_is_found_named_or_none() {
+        let (tokens, _) = tokenizer(files(&[("tekken.json", &tekken())])).unwrap();
+        let name = |wanted: &str| reasoning(wanted, None, &tokens).map(|f| f.map(|f| f.name()));
+        assert_eq!(name("auto").unwrap(), Some("mistral"));
+        assert_eq!(name("none").unwrap(), None);
+        assert_eq!(name("deepseek_r1").unwrap(), Some("think"));
+        for wrong in ["openai_gptoss", "nothing"] {
+            let error = format!("{:?}", name(wrong).unwrap_err());
+            assert!(error.contains("--reasoning-parser"), "{error}");
+        }
+    }
 }

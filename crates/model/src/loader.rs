@@ -29,8 +29,9 @@ const MAX_ENTRIES: usize = 10_000;
 /// Largest tokenizer or template file.
 const MAX_TEXT_FILE: usize = 64 << 20;
 /// Files that make a tokenizer, as far as they are there.
-const TOKENIZER_FILES: [&str; 7] = [
+const TOKENIZER_FILES: [&str; 8] = [
     "tokenizer.json",
+    "tekken.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
 use mirai_engine::{EngineHandle, Event, TokenId};
-use mirai_text::{ChatTemplate, Tokenizer};
+use mirai_text::{ChatTemplate, ReasoningFormat, Tokenizer};
 use serde::Deserialize;
 
 /// Everything that loading a model yields. Handed to [`crate::Server`] once.
@@ -20,6 +20,8 @@ pub struct ServedModel {
     pub tokenizer: Tokenizer,
     /// Without one, chat is refused.
     pub template: Option<ChatTemplate>,
+    /// How the model marks its reasoning in chats; without one, all output is the answer.
+    pub reasoning: Option<ReasoningFormat>,
     /// Tokens with which the model ends its output.
     pub eos_token_ids: Vec<TokenId>,
     /// The token that begins a text; what an empty completion prompt becomes.
@@ -84,6 +86,7 @@ pub(crate) struct ModelInfo {
     pub(crate) max_model_len: u32,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) template: Option<ChatTemplate>,
+    pub(crate) reasoning: Option<ReasoningFormat>,
     /// Sorted, without repeats.
     pub(crate) eos_token_ids: Vec<TokenId>,
     pub(crate) bos_token_id: Option<TokenId>,
@@ -97,6 +100,7 @@ impl ModelInfo {
     /// Splits the model into what requests are judged by, and the engine's two ends.
     pub(crate) fn split(model: ServedModel) -> (Self, EngineHandle, Receiver<Vec<Event>>) {
         let mut eos_token_ids = model.eos_token_ids;
+        eos_token_ids.extend(model.reasoning.iter().flat_map(ReasoningFormat::end_token_ids));
         eos_token_ids.retain(|id| *id < model.vocab);
         eos_token_ids.sort_unstable();
         eos_token_ids.dedup();
@@ -108,6 +112,7 @@ impl ModelInfo {
             max_model_len: model.max_model_len,
             tokenizer: model.tokenizer.with_max_input_bytes(max_text),
             template: model.template,
+            reasoning: model.reasoning,
             eos_token_ids,
             bos_token_id: model.bos_token_id,
             defaults: model.generation_defaults,

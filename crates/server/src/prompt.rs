@@ -5,7 +5,7 @@
 
 use std::time::SystemTime;
 
-use mirai_text::{RenderInput, TemplateError, TokenizerError};
+use mirai_text::{ReasoningStart, RenderInput, TemplateError, TokenizerError};
 use serde_json::{Map, Value, json};
 
 use crate::api::chat::{ChatRequest, Content, Message};
@@ -23,6 +23,8 @@ pub(crate) struct Input {
     pub(crate) text: Option<String>,
     /// The field it came from.
     pub(crate) param: &'static str,
+    /// Where it leaves the model, if it is a chat with a model that marks its reasoning.
+    pub(crate) reasoning: Option<ReasoningStart>,
 }
 
 /// What of a chat body the template sees.
@@ -71,6 +73,7 @@ impl Conversation {
             return Err(ApiError::invalid_value(text).param("continue_final_message"));
         }
         let kwargs = kwargs(self.kwargs, self.reasoning_effort)?;
+        let continued = continues.then(|| self.messages.last().map(text_of_message).unwrap_or_default());
         let messages = self
             .messages
             .into_iter()
@@ -89,7 +92,17 @@ impl Conversation {
             .map_err(|e| rendering(&e))?;
         let special = self.add_special_tokens == Some(true);
         let ids = rules.model.tokenizer.encode(&text, special, true).map_err(|e| encoding("messages", &e))?;
-        finish(ids, None, "messages", rules)
+        let reasoning = rules.model.reasoning.as_ref().map(|f| f.start(&text, continued.as_deref()));
+        Ok(Input { reasoning, ..finish(ids, None, "messages", rules)? })
+    }
+}
+
+/// What a message says, its parts put together.
+fn text_of_message(message: &Message) -> String {
+    match &message.content {
+        None => String::new(),
+        Some(Content::Text(text)) => text.clone(),
+        Some(Content::Parts(parts)) => parts.iter().filter_map(|part| part.text.as_deref()).collect(),
     }
 }
 
@@ -159,11 +172,11 @@ fn to_json(index: usize, message: Message) -> Result<Value, ApiError> {
     let mut object = Map::new();
     object.insert("role".to_owned(), Value::String(role));
     object.insert("content".to_owned(), content);
-    for (key, value) in [
-        ("name", message.name),
-        ("tool_call_id", message.tool_call_id),
-        ("reasoning_content", message.reasoning_content),
-    ] {
+    // The text crate knows under which name the template looks for it.
+    let reasoning = message.reasoning.or(message.reasoning_content);
+    for (key, value) in
+        [("name", message.name), ("tool_call_id", message.tool_call_id), ("reasoning_content", reasoning)]
+    {
         if let Some(value) = value {
             object.insert(key.to_owned(), Value::String(value));
         }
@@ -269,7 +282,7 @@ fn finish(
         let text = format!("`{param}` has token {id}, but ids end at {}", vocab.saturating_sub(1));
         return Err(ApiError::invalid_value(text).param(param));
     }
-    Ok(Input { ids, text, param })
+    Ok(Input { ids, text, param, reasoning: None })
 }
 
 /// Text of ids of which some may lie outside the tokenizer's vocabulary (padded logits).

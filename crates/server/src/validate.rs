@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use mirai_engine::SamplingParams;
+use mirai_text::ReasoningStart;
 
 use crate::api::chat::ChatRequest;
 use crate::api::common::Common;
@@ -54,6 +55,8 @@ pub(crate) struct Prompt {
     pub(crate) echo: Option<String>,
     /// Most output tokens; at least 1.
     pub(crate) max_tokens: u32,
+    /// Where it leaves the model, if reasoning is to be told apart.
+    pub(crate) reasoning: Option<ReasoningStart>,
 }
 
 /// How the answer is written.
@@ -72,6 +75,8 @@ pub(crate) struct OutputOptions {
     pub(crate) stop: Vec<String>,
     pub(crate) include_stop: bool,
     pub(crate) skip_special: bool,
+    /// Reasoning is made and counted, but not shown.
+    pub(crate) hide_reasoning: bool,
 }
 
 /// What requests are judged by.
@@ -172,6 +177,7 @@ fn output_options(
         return Err(ApiError::invalid_value(text).param("stream_options.continuous_usage_stats"));
     }
     let echo = matches!(body, Body::Completion(c) if c.echo == Some(true));
+    let hide_reasoning = matches!(body, Body::Chat(chat) if chat.include_reasoning == Some(false));
     Ok(OutputOptions {
         stream,
         include_usage: options.include_usage == Some(true),
@@ -183,6 +189,7 @@ fn output_options(
         stop: stop(common, rules.limits)?,
         include_stop: common.include_stop_str_in_output == Some(true),
         skip_special: common.skip_special_tokens != Some(false),
+        hide_reasoning,
         ..OutputOptions::default()
     })
 }
@@ -434,6 +441,7 @@ fn fit(
     let default = rules.model.defaults.max_new_tokens.unwrap_or(u32::MAX).max(min_tokens).max(1);
     let wanted = if output.echo_only { 1 } else { cap.unwrap_or_else(|| room.min(default)) };
     Ok(Prompt {
+        reasoning: input.reasoning,
         ids: input.ids.into(),
         echo: output.echo.then_some(input.text).flatten(),
         max_tokens: wanted.min(server_cap).min(room),

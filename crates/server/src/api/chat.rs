@@ -36,6 +36,8 @@ generation_body! {
         /// Handed to the template.
         #[schema(max_length = 32)]
         reasoning_effort: Option<String>,
+        /// Whether the answer shows the reasoning. It is made, and counted, either way. Default true.
+        include_reasoning: Option<bool>,
         /// Refused: templates come with the model.
         #[serde(default)]
         #[schema(value_type = Option<String>)]
@@ -105,7 +107,9 @@ pub struct Message {
     pub tool_calls: Option<Bounded<ToolCall, { bounds::TOOL_CALLS }>>,
     /// Which call a `tool` message answers.
     pub tool_call_id: Option<String>,
-    /// The assistant's reasoning, for templates that use it.
+    /// The assistant's reasoning, as an answer gave it; left out for templates that do not use it.
+    pub reasoning: Option<String>,
+    /// Older name of `reasoning`.
     pub reasoning_content: Option<String>,
 }
 
@@ -235,8 +239,12 @@ pub struct ChatChoice {
 pub struct AnswerMessage {
     /// `assistant`.
     pub role: String,
-    /// The text.
+    /// The text; null if nothing but reasoning was made.
     pub content: Option<String>,
+    /// What the model thought before it, where the model marks that; else null.
+    pub reasoning: Option<String>,
+    /// The same, under its older name.
+    pub reasoning_content: Option<String>,
     /// Always null.
     pub refusal: Option<String>,
 }
@@ -245,7 +253,7 @@ pub struct AnswerMessage {
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct ChatLogprobs {
-    /// One for each token.
+    /// One for each token, those of the reasoning included.
     pub content: Vec<TokenLogprob>,
     /// Always null.
     pub refusal: Option<Vec<TokenLogprob>>,
@@ -330,4 +338,10 @@ pub struct Delta {
     /// Text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content: Option<String>,
+    /// Reasoning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<String>,
+    /// The same, under its older name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
 }

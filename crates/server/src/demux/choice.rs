@@ -1,31 +1,38 @@
-//! One choice: its text, as it grows.
+//! One choice: its output, as it grows.
 //!
-//! Owns detokenization, stop strings and what has not been sent yet; it never knows where output goes.
+//! Owns what has not been sent yet, and why the choice ended; it never knows where output goes.
 
 use mirai_engine::{SamplingParams, TokenLogprobs};
-use mirai_text::{Detokenizer, StopMatcher, Tokenizer};
 
+use super::text::Text;
 use crate::format::chunk::{Finish, StopReason};
 use crate::format::json;
 use crate::format::logprobs::{LogprobsBuffer, Names};
-use crate::validate::{Kind, OutputOptions};
+use crate::model::ModelInfo;
+use crate::validate::{Kind, OutputOptions, Prompt};
 
 /// Output that has not left yet.
 #[derive(Debug)]
 pub(crate) struct Pending {
     /// Escaped for JSON.
     pub(crate) text: Vec<u8>,
+    /// The same for the reasoning.
+    pub(crate) reasoning: Vec<u8>,
     pub(crate) logprobs: LogprobsBuffer,
     pub(crate) token_ids: Vec<u32>,
 }
 
 impl Pending {
     pub(crate) fn is_empty(&self) -> bool {
-        self.text.is_empty() && self.logprobs.is_empty() && self.token_ids.is_empty()
+        self.text.is_empty()
+            && self.reasoning.is_empty()
+            && self.logprobs.is_empty()
+            && self.token_ids.is_empty()
     }
 
     pub(crate) fn clear(&mut self) {
         self.text.clear();
+        self.reasoning.clear();
         self.logprobs.clear();
         self.token_ids.clear();
     }
@@ -33,11 +40,12 @@ impl Pending {
 
 /// State of one choice.
 pub(crate) struct Choice {
-    detokenizer: Option<Detokenizer>,
-    stop: Option<StopMatcher>,
+    text: Text,
     pub(crate) pending: Pending,
     /// Output tokens that belong to the answer.
     pub(crate) tokens: u32,
+    /// Reasoning tokens that the usage of the request counts already.
+    counted: u32,
     /// Its first event has been seen.
     pub(crate) started: bool,
     /// Set once nothing more belongs to the answer.
@@ -56,22 +64,17 @@ pub(crate) enum Pushed {
 }
 
 impl Choice {
-    pub(crate) fn new(kind: Kind, prompt: &[u32], output: &OutputOptions, tokenizer: &Tokenizer) -> Self {
-        let tail = &prompt[prompt.len().saturating_sub(8)..];
-        let detokenizer = Detokenizer::new(tokenizer, tail, output.skip_special)
-            // A prompt may name ids of padded logits, which have no text.
-            .or_else(|_| Detokenizer::new(tokenizer, &[], output.skip_special))
-            .ok();
-        let stop = (!output.stop.is_empty()).then(|| StopMatcher::new(&output.stop, output.include_stop));
+    pub(crate) fn new(kind: Kind, prompt: &Prompt, output: &OutputOptions, model: &ModelInfo) -> Self {
         Self {
-            detokenizer,
-            stop,
+            text: Text::new(prompt, output, model),
             pending: Pending {
                 text: Vec::with_capacity(64),
+                reasoning: Vec::new(),
                 logprobs: LogprobsBuffer::new(kind),
                 token_ids: Vec::new(),
             },
             tokens: 0,
+            counted: 0,
             started: false,
             finish: None,
             ended: false,
@@ -115,26 +118,10 @@ impl Choice {
         if sampling.stop_token_ids.binary_search(&token).is_ok() && !output.include_stop {
             return Pushed::Open;
         }
-        let Some(detokenizer) = &mut self.detokenizer else { return Pushed::Open };
-        // An id beyond the tokenizer's vocabulary (padded logits) has no text.
-        let text = detokenizer.push(token).unwrap_or_default();
-        let Some(matcher) = &mut self.stop else {
-            json::escape(&mut self.pending.text, text);
-            return Pushed::Open;
-        };
-        // Stop strings count only where stop tokens would.
-        if self.tokens < sampling.min_tokens.max(1) {
-            let held = matcher.finish();
-            json::escape(&mut self.pending.text, &held);
-            json::escape(&mut self.pending.text, text);
-            return Pushed::Open;
-        }
-        let found = matcher.push(text);
-        json::escape(&mut self.pending.text, &found.emit);
-        match found.stopped {
+        let may_stop = self.tokens >= sampling.min_tokens.max(1);
+        match self.text.push(token, may_stop, &mut self.pending) {
             Some(index) => {
-                let stop = output.stop.get(index).cloned().map(StopReason::Text);
-                self.finish = Some(Finish { reason: "stop", stop });
+                self.finish = Some(stopped(output, index));
                 Pushed::Stopped
             }
             None => Pushed::Open,
@@ -146,20 +133,17 @@ impl Choice {
         if self.finish.is_some() {
             return;
         }
-        let rest = self.detokenizer.as_mut().map(Detokenizer::finish).unwrap_or_default();
-        self.finish = Some(finish);
-        let Some(matcher) = &mut self.stop else {
-            json::escape(&mut self.pending.text, &rest);
-            return;
-        };
-        let found = matcher.push(&rest);
-        json::escape(&mut self.pending.text, &found.emit);
-        match found.stopped {
-            Some(index) => {
-                let stop = output.stop.get(index).cloned().map(StopReason::Text);
-                self.finish = Some(Finish { reason: "stop", stop });
-            }
-            None => json::escape(&mut self.pending.text, &matcher.finish()),
-        }
+        let found = self.text.finish(&mut self.pending);
+        self.finish = Some(found.map_or(finish, |index| stopped(output, index)));
     }
+
+    /// Reasoning tokens that have been found since this was last asked.
+    pub(crate) fn new_reasoning_tokens(&mut self) -> u32 {
+        let all = self.text.reasoning_tokens();
+        all - std::mem::replace(&mut self.counted, all)
+    }
+}
+
+fn stopped(output: &OutputOptions, index: usize) -> Finish {
+    Finish { reason: "stop", stop: output.stop.get(index).cloned().map(StopReason::Text) }
 }

@@ -11,9 +11,11 @@ use mirai_engine::{Event, FinishReason, RequestId, RowFault, SamplingParams, Seq
 
 use super::Context;
 use super::choice::{Choice, Pushed};
+use super::clock::Clock;
+use super::outcome::outcome;
 use super::sink::{Sink, Ticket};
 use crate::error::ApiError;
-use crate::format::chunk::{self, Events, Finish, Piece, StopReason, UsageCounts, UsageField};
+use crate::format::chunk::{self, Events, Finish, Piece, UsageCounts, UsageField};
 use crate::format::logprobs::{self, Names};
 use crate::format::whole::{self, Identity, PromptDetails, WholeChoice};
 use crate::metrics::Ended;
@@ -49,14 +51,6 @@ struct PromptState {
     entries: Vec<TokenLogprobs>,
     /// As JSON.
     logprobs: Option<Vec<u8>>,
-}
-
-/// When things happened to a choice.
-#[derive(Clone, Copy, Debug, Default)]
-struct Clock {
-    scheduled: Option<Instant>,
-    first: Option<Instant>,
-    last: Option<Instant>,
 }
 
 /// One request and its answer so far.
@@ -95,10 +89,9 @@ impl Group {
         let r = registration;
         let events = Events::new(r.kind, &r.id, r.created, &r.model);
         let count = r.prompts.len() as u32 * r.n;
-        let tokenizer = &cx.model.tokenizer;
         let mut choices = Vec::with_capacity(count as usize);
         for prompt in &r.prompts {
-            choices.extend((0..r.n).map(|_| Choice::new(r.kind, &prompt.ids, &r.output, tokenizer)));
+            choices.extend((0..r.n).map(|_| Choice::new(r.kind, prompt, &r.output, &cx.model)));
         }
         let streams = matches!(r.sink, Sink::Stream(_));
         let before_text =
@@ -174,7 +167,7 @@ impl Group {
             Event::Prefilled { cached_tokens, scheduled, prompt_logprobs, .. } => {
                 let waited = scheduled.saturating_sub(self.arrived_engine);
                 let scheduled = self.arrived + waited;
-                self.clocks[index].scheduled = Some(scheduled);
+                self.clocks[index].schedule(scheduled);
                 if choice == 0 {
                     cx.metrics.queue.observe_time(waited);
                     self.prefilled(prompt as usize, *cached_tokens, prompt_logprobs, cx);
@@ -232,8 +225,8 @@ impl Group {
                 let piece = Piece {
                     text: &pending.text,
                     logprobs: Some(&pending.logprobs),
-                    token_ids: None,
                     prompt_token_ids: ids,
+                    ..Piece::default()
                 };
                 let usage = usage_field(&self.output, self.usage);
                 self.events.text(&mut self.out, &self.before_text[index], &piece, usage);
@@ -256,38 +249,19 @@ impl Group {
             self.end_chunk(index);
             return;
         }
-        self.time_token(index, cx, now);
+        self.clocks[index].token(self.arrived, now, &self.ticket, &cx.metrics);
         self.usage.completion += 1;
         self.ticket.completion_tokens.store(self.usage.completion, Ordering::Relaxed);
         cx.metrics.generation_tokens.inc();
         let names = Names { tokenizer: &cx.model.tokenizer, as_ids: self.output.tokens_as_ids };
         let choice = &mut self.choices[index];
         let pushed = choice.push(token, entry, &self.sampling, &self.output, names);
+        self.usage.reasoning += u64::from(choice.new_reasoning_tokens());
         self.text_chunk(index);
         if pushed == Pushed::Stopped {
             cx.engine.stop(request, number, self.choices[index].tokens);
             self.end_chunk(index);
         }
-    }
-
-    fn time_token(&mut self, index: usize, cx: &Context, now: Instant) {
-        let clock = &mut self.clocks[index];
-        match clock.last {
-            Some(last) => cx.metrics.inter_token.observe_time(now - last),
-            None => {
-                clock.first = Some(now);
-                let since = now.saturating_duration_since(self.arrived);
-                cx.metrics.time_to_first_token.observe_time(since);
-                if let Some(scheduled) = clock.scheduled {
-                    cx.metrics.prefill.observe_time(now.saturating_duration_since(scheduled));
-                }
-                if self.ticket.first_token_micros.load(Ordering::Relaxed) == 0 {
-                    let micros = u64::try_from(since.as_micros()).unwrap_or(u64::MAX).max(1);
-                    self.ticket.first_token_micros.store(micros, Ordering::Relaxed);
-                }
-            }
-        }
-        clock.last = Some(now);
     }
 
     /// Sends what a choice has, if it streams.
@@ -298,6 +272,7 @@ impl Group {
         }
         let piece = Piece {
             text: &pending.text,
+            reasoning: &pending.reasoning,
             logprobs: Some(&pending.logprobs),
             token_ids: self.output.return_token_ids.then_some(&pending.token_ids),
             prompt_token_ids: None,
@@ -333,8 +308,9 @@ impl Group {
             match outcome(reason, &self.sampling, cx, self.choices[index].tokens) {
                 Ok(finish) => {
                     self.start(index, cx);
-                    let output = &self.output;
-                    self.choices[index].close(finish, output);
+                    let choice = &mut self.choices[index];
+                    choice.close(finish, &self.output);
+                    self.usage.reasoning += u64::from(choice.new_reasoning_tokens());
                     self.text_chunk(index);
                     self.end_chunk(index);
                 }
@@ -371,17 +347,7 @@ impl Group {
         metrics.wasted_tokens.add(u64::from(usage.wasted_tokens) + u64::from(beyond));
         metrics.preemptions.observe(f64::from(usage.preemptions));
         metrics.request_generation_tokens.observe(f64::from(choice.tokens));
-        let clock = self.clocks[index];
-        if let Some(scheduled) = clock.scheduled {
-            metrics.inference.observe_time(now.saturating_duration_since(scheduled));
-        }
-        if let (Some(first), Some(last)) = (clock.first, clock.last) {
-            metrics.decode.observe_time(now.saturating_duration_since(first));
-            if choice.tokens > 1 {
-                let mean = (last - first).as_secs_f64() / f64::from(choice.tokens - 1);
-                metrics.time_per_output_token.observe(mean);
-            }
-        }
+        self.clocks[index].end(choice.tokens, now, metrics);
     }
 
     /// The answer is complete.
@@ -416,6 +382,7 @@ impl Group {
             WholeChoice {
                 index: index as u32,
                 text: &choice.pending.text,
+                reasoning: &choice.pending.reasoning,
                 logprobs: self.output.logprobs.then_some(&choice.pending.logprobs),
                 finish: choice.finish.as_ref().unwrap_or(&ended),
                 token_ids: ids.then_some(&choice.pending.token_ids),
@@ -484,41 +451,3 @@ fn usage_field(output: &OutputOptions, usage: UsageCounts) -> UsageField {
         (true, true) => UsageField::SoFar(usage),
     }
 }
-
-/// What the engine's reason means for a client that has `tokens` tokens of the choice.
-fn outcome(
-    reason: &FinishReason,
-    sampling: &SamplingParams,
-    cx: &Context,
-    tokens: u32,
-) -> Result<Finish, ApiError> {
-    match reason {
-        FinishReason::StopToken(id) => {
-            // The model's own end is no reason that the request named.
-            let own =
-                cx.model.eos_token_ids.binary_search(id).is_ok() || !sampling.stop_token_ids.contains(id);
-            Ok(Finish { reason: "stop", stop: (!own).then_some(StopReason::Token(*id)) })
-        }
-        FinishReason::Stopped => Ok(Finish { reason: "stop", stop: None }),
-        FinishReason::Length | FinishReason::Pooled => Ok(Finish { reason: "length", stop: None }),
-        FinishReason::Deadline if tokens > 0 => Ok(Finish { reason: "length", stop: None }),
-        FinishReason::Deadline => {
-            Err(ApiError::deadline("the time for this request ended before its first token")
-                .retry_after(RETRY))
-        }
-        FinishReason::Cancelled => Err(ApiError::internal("the request was cancelled")),
-        FinishReason::Fault(RowFault::NothingAllowed) => {
-            Err(ApiError::no_token_possible("bias, allowed ids, bad words and min_tokens leave no token"))
-        }
-        FinishReason::Fault(RowFault::NonFinite) => {
-            Err(ApiError::numerical_fault("the model computed a number that is not finite for this request"))
-        }
-        FinishReason::Fault(RowFault::Panic(_)) => {
-            cx.metrics.panics.inc();
-            Err(ApiError::internal("this request failed; others are not affected"))
-        }
-        FinishReason::EngineStopped => Err(ApiError::engine_stopped("the engine stopped").retry_after(RETRY)),
-    }
-}
-
-const RETRY: Duration = Duration::from_secs(10);

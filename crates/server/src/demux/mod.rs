@@ -4,8 +4,11 @@
 //! each stream and batch, and survives a panic in the code of one request.
 
 mod choice;
+mod clock;
 mod group;
+mod outcome;
 pub(crate) mod sink;
+mod text;
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -93,11 +93,16 @@ pub(crate) struct Events {
     head: Vec<u8>,
 }
 
+/// How a chat's delta begins where it holds nothing but text.
+const CONTENT: &[u8] = b",\"delta\":{\"content\":\"";
+
 /// New output of one choice.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Piece<'a> {
     /// Escaped text.
     pub(crate) text: &'a [u8],
+    /// Escaped text of the reasoning; it comes before `text`.
+    pub(crate) reasoning: &'a [u8],
     pub(crate) logprobs: Option<&'a LogprobsBuffer>,
     pub(crate) token_ids: Option<&'a [u32]>,
     pub(crate) prompt_token_ids: Option<&'a [u32]>,
@@ -133,15 +138,27 @@ impl Events {
         out.extend_from_slice(b"{\"index\":");
         json::int(&mut out, index);
         out.extend_from_slice(match self.kind {
-            Kind::Chat => b",\"delta\":{\"content\":\"",
+            Kind::Chat => CONTENT,
             Kind::Completion => &b",\"text\":\""[..],
         });
         out
     }
 
-    /// A chunk with text.
+    /// A chunk with text, reasoning or both.
     pub(crate) fn text(&self, out: &mut Vec<u8>, before_text: &[u8], piece: &Piece<'_>, usage: UsageField) {
-        out.extend_from_slice(before_text);
+        match piece.reasoning {
+            [] => out.extend_from_slice(before_text),
+            reasoning => {
+                out.extend_from_slice(&before_text[..before_text.len() - CONTENT.len()]);
+                for name in [&b",\"delta\":{\"reasoning\":\""[..], b"\",\"reasoning_content\":\""] {
+                    out.extend_from_slice(name);
+                    out.extend_from_slice(reasoning);
+                }
+                if !piece.text.is_empty() {
+                    out.extend_from_slice(b"\",\"content\":\"");
+                }
+            }
+        }
         out.extend_from_slice(piece.text);
         out.extend_from_slice(if self.kind == Kind::Chat { b"\"}" } else { b"\"" });
         out.extend_from_slice(b",\"logprobs\":");
@@ -260,8 +277,7 @@ mod tests {
         let counts = UsageCounts { prompt: 5, cached: 2, completion: 3, reasoning: 1 };
         let ids = [1, 2];
         let mut out = Vec::new();
-        let piece =
-            Piece { text: b"\\n\\u0000", logprobs: None, token_ids: Some(&ids), prompt_token_ids: None };
+        let piece = Piece { text: b"\\n\\u0000", token_ids: Some(&ids), ..Piece::default() };
         events.text(&mut out, &before, &piece, UsageField::SoFar(counts));
         let value = check::<ChatChunk>(&out);
         assert_eq!(value["model"], "a\"b");
@@ -269,6 +285,16 @@ mod tests {
         assert_eq!(value["choices"][0]["index"], 3);
         assert_eq!(value["usage"]["total_tokens"], 8);
         assert_eq!(value["usage"]["prompt_tokens_details"]["cached_tokens"], 2);
+        for text in [&b""[..], b"so"] {
+            out.clear();
+            let piece = Piece { text, reasoning: b"\\\"hm", ..Piece::default() };
+            events.text(&mut out, &before, &piece, UsageField::Left);
+            let value = check::<ChatChunk>(&out);
+            assert_eq!(value["choices"][0]["delta"]["reasoning"], "\"hm");
+            assert_eq!(value["choices"][0]["delta"]["reasoning_content"], "\"hm");
+            let content = value["choices"][0]["delta"]["content"].as_str();
+            assert_eq!(content, (!text.is_empty()).then_some("so"));
+        }
         for usage in [UsageField::Left, UsageField::Null] {
             out.clear();
             events.role(&mut out, 0, Some(&ids), usage);
@@ -291,7 +317,7 @@ mod tests {
         let ids = [1, 2];
         let mut out = Vec::new();
         let piece =
-            Piece { text: b"hi", logprobs: None, token_ids: Some(&ids), prompt_token_ids: Some(&ids) };
+            Piece { text: b"hi", token_ids: Some(&ids), prompt_token_ids: Some(&ids), ..Piece::default() };
         events.text(&mut out, &before, &piece, UsageField::Null);
         assert_eq!(check::<CompletionChunk>(&out)["choices"][0]["text"], "hi");
         out.clear();

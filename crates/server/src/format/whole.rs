@@ -13,6 +13,8 @@ pub(crate) struct WholeChoice<'a> {
     pub(crate) index: u32,
     /// Escaped text.
     pub(crate) text: &'a [u8],
+    /// Escaped text of the reasoning.
+    pub(crate) reasoning: &'a [u8],
     pub(crate) logprobs: Option<&'a LogprobsBuffer>,
     pub(crate) finish: &'a Finish,
     pub(crate) token_ids: Option<&'a [u32]>,
@@ -85,9 +87,16 @@ impl WholeChoice<'_> {
         json::int(out, self.index);
         match kind {
             Kind::Chat => {
-                out.extend_from_slice(b",\"message\":{\"role\":\"assistant\",\"content\":\"");
-                out.extend_from_slice(self.text);
-                out.extend_from_slice(b"\",\"refusal\":null}");
+                out.extend_from_slice(b",\"message\":{\"role\":\"assistant\",\"content\":");
+                // Without reasoning an empty answer is a text like any other.
+                let silent = self.text.is_empty() && !self.reasoning.is_empty();
+                text_or_null(out, (!silent).then_some(self.text));
+                let reasoning = Some(self.reasoning).filter(|text| !text.is_empty());
+                for name in [&b",\"reasoning\":"[..], b",\"reasoning_content\":"] {
+                    out.extend_from_slice(name);
+                    text_or_null(out, reasoning);
+                }
+                out.extend_from_slice(b",\"refusal\":null}");
             }
             Kind::Completion => {
                 out.extend_from_slice(b",\"text\":\"");
@@ -112,5 +121,16 @@ impl WholeChoice<'_> {
             json::ints(out, ids);
         }
         out.push(b'}');
+    }
+}
+
+fn text_or_null(out: &mut Vec<u8>, escaped: Option<&[u8]>) {
+    match escaped {
+        Some(text) => {
+            out.push(b'"');
+            out.extend_from_slice(text);
+            out.push(b'"');
+        }
+        None => out.extend_from_slice(b"null"),
     }
 }

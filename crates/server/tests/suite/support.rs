@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mirai_engine::sim::{Draw, SimConfig, SimExecutor};
+use mirai_engine::sim::{Draw, DrawFn, SimConfig, SimExecutor};
 use mirai_engine::{EngineConfig, EngineHandle, Geometry, GroupKind};
 use mirai_server::{
     ExitReason, FimTokens, GenerationDefaults, ServedModel, Server, ServerConfig, ServerHandle,
@@ -33,16 +33,16 @@ fn byte_char(byte: u8) -> char {
     char::from_u32(256 + rank).unwrap()
 }
 
-/// Ids 0 to 255 are the bytes; then `<|im_start|>`, `<|im_end|>`, `<|bos|>`.
-pub fn tokenizer() -> Tokenizer {
+/// Ids 0 to 255 are the bytes; then `<|im_start|>`, `<|im_end|>`, `<|bos|>`, and `more` special tokens.
+pub fn tokenizer(more: &[&str]) -> Tokenizer {
     let mut vocab = Map::new();
     for byte in 0..=255u8 {
         vocab.insert(byte_char(byte).to_string(), json!(byte));
     }
     let special = ["<|im_start|>", "<|im_end|>", "<|bos|>"];
     let mut added = Vec::new();
-    for (id, name) in (256..).zip(special) {
-        vocab.insert(name.to_owned(), json!(id));
+    for (id, name) in (256..).zip(special.iter().chain(more)) {
+        vocab.insert((*name).to_owned(), json!(id));
         added.push(json!({"id": id, "content": name, "special": true, "single_word": false, "lstrip": false,
                           "rstrip": false, "normalized": false}));
     }
@@ -92,6 +92,11 @@ pub struct Options {
     pub blocks: u32,
     pub fim: bool,
     pub template: bool,
+    /// Special tokens from id 259 on.
+    pub tokens: &'static [&'static str],
+    pub draw: DrawFn,
+    /// Last touches on the model.
+    pub setup: fn(&mut ServedModel),
 }
 
 impl Default for Options {
@@ -104,6 +109,9 @@ impl Default for Options {
             blocks: 4096,
             fim: false,
             template: true,
+            tokens: &[],
+            draw: Arc::new(draw),
+            setup: |_| {},
         }
     }
 }
@@ -119,6 +127,8 @@ pub struct TestServer {
 
 /// Loads a model as the binary would.
 pub fn model(options: &Options) -> ServedModel {
+    let tokenizer = tokenizer(options.tokens);
+    let vocab = VOCAB.max(tokenizer.vocab_size() as u32);
     let geometry = Geometry {
         groups: vec![GroupKind::Full],
         blocks: options.blocks,
@@ -126,32 +136,35 @@ pub fn model(options: &Options) -> ServedModel {
         snapshots: 0,
         max_step_tokens: 2048,
         max_context: CONTEXT,
-        vocab: VOCAB,
+        vocab,
         generates: true,
         pools: false,
         whole_prompts: false,
     };
     let mut sim = SimConfig::new(geometry);
     sim.step_time = options.step;
-    sim.draw = Arc::new(draw);
+    sim.draw = options.draw.clone();
     let (engine, events) =
         mirai_engine::start(options.engine.clone(), move || Ok(Box::new(SimExecutor::new(sim)))).unwrap();
-    ServedModel {
+    let mut model = ServedModel {
         names: vec![MODEL.to_owned(), ALIAS.to_owned()],
         max_model_len: CONTEXT,
-        tokenizer: tokenizer(),
+        tokenizer,
         template: options
             .template
             .then(|| ChatTemplate::compile(TEMPLATE, SpecialTokens::default()).unwrap()),
         eos_token_ids: vec![EOS],
         bos_token_id: Some(258),
         generation_defaults: GenerationDefaults::default(),
-        vocab: VOCAB,
+        reasoning: None,
+        vocab,
         created: 1_700_000_000,
         fim: options.fim.then_some(FimTokens { prefix: 256, suffix: 257, middle: 258 }),
         engine,
         events,
-    }
+    };
+    (options.setup)(&mut model);
+    model
 }
 
 impl TestServer {
