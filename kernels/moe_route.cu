@@ -50,22 +50,11 @@ struct RouteArgs {
     float scale;
 };
 
-// Orders singles as unsigned numbers; NaN comes last.
-PORT_FN uint32_t ordered(float x) {
-    const uint32_t bits = bits_of(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0;
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
 PORT_FN uint64_t warp_largest(uint64_t key) {
 #pragma unroll
     for (unsigned d = 16; d > 0; d >>= 1) key = larger(key, static_cast<uint64_t>(shuffle_xor(static_cast<unsigned long long>(key), d)));
     return key;
 }
-
-// Highest first, the lower index among equals; never 0.
-PORT_FN uint64_t choice_key(float score, int index) { return uint64_t{ordered(score)} << 32 | ~static_cast<uint32_t>(index); }
-PORT_FN int choice_index(uint64_t key) { return static_cast<int>(~static_cast<uint32_t>(key)); }
 
 // Bit mask of the groups that may be chosen from.
 PORT_FN uint32_t allowed_groups(const RouteArgs& a, const float* scores) {

@@ -195,14 +195,6 @@ PORT_FN float fast_tanh(float x) {
 
 PORT_FN uint64_t wide_mul(uint32_t a, uint32_t b) { return uint64_t{a} * b; }
 
-PORT_FN int count_bits(unsigned x) {
-#ifdef __CUDACC__
-    return __popc(x);
-#else
-    return __builtin_popcount(x);
-#endif
-}
-
 // ---- warps and blocks ----
 
 PORT_FN unsigned lane_id() { return threadIdx.x & 31; }
@@ -232,16 +224,6 @@ PORT_FN T shuffle_up(T value, unsigned distance) {
     return __shfl_up_sync(kFullWarp, value, distance);
 #else
     return emu::shuffle(kFullWarp, value, emu::lane() < distance ? emu::lane() : emu::lane() - distance);
-#endif
-}
-
-PORT_FN unsigned warp_ballot(bool vote) {
-#ifdef __CUDACC__
-    return __ballot_sync(kFullWarp, vote);
-#else
-    return static_cast<unsigned>(
-        emu::warp_meet(emu::WarpOp::Ballot, kFullWarp, emu::to_slot(uint64_t{vote}), emu::combine_ballot, false)
-            .words[0]);
 #endif
 }
 
@@ -360,13 +342,19 @@ PORT_FN void atomic_add(unsigned long long* to, unsigned long long value) {
     __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
 #endif
 }
-PORT_FN void atomic_min(unsigned* to, unsigned value) {
+PORT_FN void atomic_or(unsigned* to, unsigned bits) {
 #ifdef __CUDACC__
-    atomicMin(to, value);
+    atomicOr(to, bits);
 #else
-    unsigned seen = __atomic_load_n(to, __ATOMIC_RELAXED);
-    while (value < seen && !__atomic_compare_exchange_n(to, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
+    __atomic_fetch_or(to, bits, __ATOMIC_RELAXED);
+#endif
+}
+// Adds 1 and returns what was there; orders nothing.
+PORT_FN unsigned count_in_block(unsigned* counter) {
+#ifdef __CUDACC__
+    return atomicAdd(counter, 1u);
+#else
+    return __atomic_fetch_add(counter, 1u, __ATOMIC_RELAXED);
 #endif
 }
 

@@ -49,6 +49,17 @@ PORT_FN float block_max(float value, float* scratch) {
     return warp_max(lane_id() < (blockDim.x >> 5) ? scratch[lane_id()] : -kInfinity);
 }
 
+// Orders singles as unsigned numbers: -0 equals 0, NaN comes last.
+PORT_FN uint32_t ordered(float x) {
+    const uint32_t bits = bits_of(x + 0.0f);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0;
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// Highest first, the lower index among equals; never 0.
+PORT_FN uint64_t choice_key(float score, int index) { return uint64_t{ordered(score)} << 32 | ~static_cast<uint32_t>(index); }
+PORT_FN int choice_index(uint64_t key) { return static_cast<int>(~static_cast<uint32_t>(key)); }
+
 // Eight bf16 as singles.
 struct Eight {
     float x[8];

@@ -57,7 +57,7 @@ unsigned lane();
 struct Slot {
     uint64_t words[4];
 };
-enum class WarpOp { Shuffle, Ballot, Sync, Mma, LoadMatrix };
+enum class WarpOp { Shuffle, Sync, Mma, LoadMatrix };
 // Turns the slots of the lanes in `mask` into results.
 using Combine = void (*)(const Slot in[32], Slot out[32], unsigned mask);
 // Waits until all lanes of `mask` are here with the same operation. `orders_memory`: it is also a fence among them.

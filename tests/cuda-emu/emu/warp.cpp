@@ -27,12 +27,6 @@ void combine_shuffle(const Slot in[32], Slot out[32], unsigned mask) {
     }
 }
 
-void combine_ballot(const Slot in[32], Slot out[32], unsigned mask) {
-    uint64_t votes = 0;
-    for (unsigned l = 0; l < 32; l++) votes |= (mask >> l & 1) && in[l].words[0] ? uint64_t{1} << l : 0;
-    for (unsigned l = 0; l < 32; l++) out[l].words[0] = votes;
-}
-
 void combine_mma_bf16(const Slot in[32], Slot out[32], unsigned) {
     float a[16][16], b[16][8];
     for (unsigned l = 0; l < 32; l++) {

@@ -50,7 +50,6 @@ __attribute__((always_inline)) inline T from_slot(const Slot& slot) {
 // In warp.cpp.
 // Lane `from` of each lane is in words[3]; a lane outside the mask is undefined in CUDA and gives NaN here.
 void combine_shuffle(const Slot in[32], Slot out[32], unsigned mask);
-void combine_ballot(const Slot in[32], Slot out[32], unsigned mask);
 void combine_mma_bf16(const Slot in[32], Slot out[32], unsigned mask);
 // Lane l gets the rows of which it holds a part: row l / 4 of each of four 8x8 matrices.
 void combine_rows(const Slot in[32], Slot out[32], unsigned mask);
