@@ -209,7 +209,7 @@ async fn every_failure_has_its_kind() {
         assert_eq!(found, kind, "{fault}: {message}");
         assert!(message.contains(words), "{fault}: {message}");
     }
-    let (found, message) = only_failure(&server, "headers", &["--timeout", "0.2"]).await;
+    let (found, message) = only_failure(&server, "headers", &["--timeout", "1"]).await;
     assert_eq!(found, FailureKind::Timeout, "{message}");
 }
 

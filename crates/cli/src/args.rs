@@ -8,9 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
 use toml::Value;
 
-use crate::config::{
-    Config, ConfigError, Device, Flag, KeySources, LoadFormat, LogFormat, Quantization, load,
-};
+use crate::config::{Config, ConfigError, Device, Flag, LoadFormat, LogFormat, Quantization, load};
 
 /// Serves open-weight language models behind an OpenAI-compatible HTTP API.
 #[derive(Parser)]
@@ -96,7 +94,7 @@ pub(crate) struct ServeArgs {
     /// users of the machine can see flags.
     #[arg(long, value_name = "KEY", help_heading = "Server")]
     api_key: Vec<String>,
-    /// File with one bearer key a line.
+    /// File with one bearer key a line; read again when it changes.
     #[arg(long, env = "MIRAI_API_KEY_FILE", value_name = "FILE", help_heading = "Server")]
     api_key_file: Option<PathBuf>,
     /// Serve other machines without any key.
@@ -132,18 +130,15 @@ pub(crate) struct ServeArgs {
 }
 
 impl ServeArgs {
-    /// All layers together, and where keys come from.
-    pub(crate) fn resolve(&self) -> Result<(Config, KeySources), ConfigError> {
+    /// All layers together, with the keys that come from no file.
+    pub(crate) fn resolve(&self) -> Result<Config, ConfigError> {
         // Variables that are not UTF-8 cannot be ours: all our names and values are text.
         let environment = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-        let config = load(self.config.as_deref(), environment, self.flags())?;
-        let keys = KeySources {
-            flags: self.api_key.clone(),
-            environment: std::env::var("MIRAI_API_KEY").ok().filter(|k| !k.is_empty()),
-            file: self.api_key_file.clone(),
-        };
-        Ok((config, keys))
+        let mut config = load(self.config.as_deref(), environment, self.flags())?;
+        let variable = std::env::var("MIRAI_API_KEY").ok();
+        config.server.api_keys = keys(&self.api_key, variable.as_deref());
+        Ok(config)
     }
 
     /// The flags that were given, as a layer.
@@ -173,6 +168,7 @@ impl ServeArgs {
         add("host", "server.host", value(self.host.as_ref()));
         add("port", "server.port", value(self.port.as_ref()));
         add("metrics-listen", "server.metrics_listen", value(self.metrics_listen.as_ref()));
+        add("api-key-file", "server.api_key_file", value(self.api_key_file.as_ref()));
         add("insecure-no-auth", "server.insecure_no_auth", on(self.insecure_no_auth, true));
         if let (Some(certfile), Some(keyfile)) = (&self.ssl_certfile, &self.ssl_keyfile) {
             let mut tls = toml::Table::new();
@@ -187,6 +183,13 @@ impl ServeArgs {
         add("log-level", "log.level", value(self.log_level.as_ref()));
         flags
     }
+}
+
+/// Those of `--api-key`, then those of `MIRAI_API_KEY`: one, or several with commas between them.
+fn keys(flags: &[String], variable: Option<&str>) -> Vec<String> {
+    let list =
+        variable.filter(|list| !list.is_empty()).map(|list| list.split(',').map(|key| key.trim().to_owned()));
+    flags.iter().cloned().chain(list.into_iter().flatten()).collect()
 }
 
 /// A given value as TOML. What TOML cannot hold (a number beyond 2^63, a path that is not UTF-8) becomes text that
@@ -255,6 +258,8 @@ mod tests {
             "0",
             "--metrics-listen",
             "127.0.0.1:0",
+            "--api-key-file",
+            "f",
             "--insecure-no-auth",
             "--ssl-certfile",
             "c",
@@ -277,11 +282,22 @@ mod tests {
         assert_eq!(config.model.quantization, Some(Quantization::Q4K));
         assert!(config.engine.batch_invariant && !config.engine.enable_prefix_caching);
         assert_eq!(config.server.port, 0);
+        assert_eq!(config.server.api_key_file.unwrap().to_str(), Some("f"));
         assert_eq!(config.server.tls.unwrap().ca_certs.unwrap().to_str(), Some("a"));
         assert!((config.server.timeouts.drain_delay_seconds - 1.5).abs() < 1e-9);
         assert_eq!(config.log.level, "debug");
         let default = load(None, std::iter::empty(), serve(&[]).flags()).unwrap();
         assert_eq!(default, Config::default());
+    }
+
+    #[test]
+    fn keys_come_from_flags_and_the_environment() {
+        let flags = ["one".to_owned()];
+        assert_eq!(keys(&flags, Some("two, five")), ["one", "two", "five"]);
+        assert_eq!(keys(&flags, Some("")), ["one"]);
+        assert_eq!(keys(&[], None), [""; 0]);
+        // An empty key between commas is refused later, not dropped.
+        assert_eq!(keys(&[], Some("a,")), ["a", ""]);
     }
 
     #[test]

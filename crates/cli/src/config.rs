@@ -5,8 +5,6 @@
 
 mod layers;
 
-use std::path::PathBuf;
-
 use serde::{Deserialize, Serialize};
 
 use mirai_server::ServerConfig;
@@ -167,57 +165,10 @@ pub(crate) enum LogFormat {
     Json,
 }
 
-/// Where API keys come from. Kept apart from [`Config`], which may be printed.
-#[derive(Clone, Default)]
-pub(crate) struct KeySources {
-    /// From `--api-key`.
-    pub(crate) flags: Vec<String>,
-    /// From `MIRAI_API_KEY`: one key, or several with commas between them.
-    pub(crate) environment: Option<String>,
-    /// From `--api-key-file`: one a line; empty lines and lines that start with `#` do not count.
-    pub(crate) file: Option<PathBuf>,
-}
-
-impl KeySources {
-    /// All keys of all sources.
-    pub(crate) fn read(&self) -> Result<Vec<String>, ConfigError> {
-        let mut keys = self.flags.clone();
-        if let Some(list) = &self.environment {
-            keys.extend(list.split(',').map(|k| k.trim().to_owned()));
-        }
-        if let Some(path) = &self.file {
-            let text = std::fs::read_to_string(path)
-                .map_err(|source| ConfigError::Read { path: path.clone(), source })?;
-            let lines = text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#'));
-            keys.extend(lines.map(str::to_owned));
-            if keys.is_empty() {
-                return Err(ConfigError::File { path: path.clone(), message: "holds no key".to_owned() });
-            }
-        }
-        Ok(keys)
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn keys_come_from_all_sources_and_an_empty_file_is_an_error() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("keys");
-        std::fs::write(&path, "# ours\n\nthree\n four \n").unwrap();
-        let sources = KeySources {
-            flags: vec!["one".into()],
-            environment: Some("two, five".into()),
-            file: Some(path.clone()),
-        };
-        assert_eq!(sources.read().unwrap(), ["one", "two", "five", "three", "four"]);
-        std::fs::write(&path, "\n#\n").unwrap();
-        let error = KeySources { file: Some(path), ..KeySources::default() }.read();
-        assert!(error.unwrap_err().to_string().contains("holds no key"));
-    }
 
     #[test]
     fn the_default_configuration_survives_its_own_format() {

@@ -10,17 +10,16 @@ use mirai_server::{BindError, ExitReason, Server, ServerHandle};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::ServeArgs;
-use crate::config::{Config, KeySources};
+use crate::config::Config;
 use crate::exit::Failure;
 use crate::{load, logging};
 
-/// Resolves all layers, and fills in the keys, which are no part of what may be printed.
-fn configuration(args: &ServeArgs) -> Result<(Config, KeySources), Failure> {
-    let (mut config, sources) = args.resolve()?;
-    config.server.api_keys = sources.read()?;
+/// Resolves all layers and checks what can be checked without touching the machine.
+fn configuration(args: &ServeArgs) -> Result<Config, Failure> {
+    let config = args.resolve()?;
     check_engine(&config)?;
     config.server.validate().map_err(Failure::usage)?;
-    Ok((config, sources))
+    Ok(config)
 }
 
 /// Bounds that belong to no other crate's configuration.
@@ -43,9 +42,11 @@ fn check_engine(config: &Config) -> Result<(), Failure> {
 
 /// Prints what is in force, as a configuration file. Keys are counted, never shown.
 pub(crate) fn check_config(args: &ServeArgs) -> Result<(), Failure> {
-    let (config, _) = configuration(args)?;
+    let config = configuration(args)?;
     let text = toml::to_string(&config).map_err(Failure::run)?;
-    let keys = config.server.api_keys.len();
+    let of_file = config.server.api_key_file.as_deref().map(mirai_server::read_keys);
+    let of_file = of_file.transpose().map_err(Failure::usage)?.map_or(0, |keys| keys.len());
+    let keys = config.server.api_keys.len() + of_file;
     let plural = if keys == 1 { "" } else { "s" };
     let mut out = std::io::stdout().lock();
     write!(out, "# {keys} API key{plural}, not shown\n{text}").map_err(Failure::run)
@@ -54,7 +55,7 @@ pub(crate) fn check_config(args: &ServeArgs) -> Result<(), Failure> {
 /// Serves until told to end.
 pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let started = Instant::now();
-    let (config, _) = configuration(args)?;
+    let config = configuration(args)?;
     logging::start(&config.log)?;
     #[cfg(feature = "test-hooks")]
     let loader = crate::hooks::loader(&args.hooks);
@@ -78,7 +79,7 @@ where
     F: FnOnce(&Config, &ServerHandle) -> Result<mirai_server::ServedModel, Failure> + Send + 'static,
 {
     let server = Server::bind(config.server.clone()).await.map_err(|e| match e {
-        BindError::Config(_) | BindError::Tls(_) => Failure::usage(e),
+        BindError::Config(_) | BindError::Tls(_) | BindError::Keys(_) => Failure::usage(e),
         BindError::Listen { .. } | BindError::Thread(_) => Failure::environment(e),
     })?;
     let scheme = if server.is_tls() { "https" } else { "http" };

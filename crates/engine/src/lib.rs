@@ -30,7 +30,7 @@ pub use handle::{BoxError, EngineHandle, EngineHealth, StartError, start};
 pub use ids::{BLOCK_TOKENS, BlockId, RequestId, SeqId, SlotId, SnapshotId, TenantId, TokenId};
 pub use request::{EngineRequest, Event, FinishReason, SamplingParams, SeqUsage, Task, Time};
 pub use scheduler::{CommitError, HashKey, IntegrityError, MAX_PREEMPTIONS, Scheduler};
-pub use stats::{Counters, EngineStats};
+pub use stats::{Counters, EngineStats, STEP_TOKEN_BOUNDS};
 pub use step::{
     BlockAppend, Geometry, GroupKind, Row, RowFault, RowInput, RowLogprobs, RowOutcome, RowOutput, SlotOpen,
     SnapshotSave, StepOutcome, StepPlan, TokenLogprobs,

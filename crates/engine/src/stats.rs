@@ -5,12 +5,21 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+/// Upper bounds, inclusive, of the tokens of a step that [`Counters::steps_by_tokens`] tells apart; what is larger
+/// has a place of its own at the end. vLLM's buckets.
+pub const STEP_TOKEN_BOUNDS: [u64; 13] = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384];
+
+const STEP_SIZES: usize = STEP_TOKEN_BOUNDS.len() + 1;
+
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// Everything that is counted, at one moment. Counters only grow; gauges say so.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         pub struct Counters {
             $($(#[$doc])* pub $name: u64,)*
+            /// Steps collected, by their tokens: in place `i` those of at most `STEP_TOKEN_BOUNDS[i]` and more than
+            /// the bound before.
+            pub steps_by_tokens: [u64; STEP_SIZES],
         }
 
         /// The published copy of [`Counters`]. Written by the engine's thread after each step, read by anybody
@@ -18,17 +27,24 @@ macro_rules! counters {
         #[derive(Debug, Default)]
         pub struct EngineStats {
             $($name: AtomicU64,)*
+            steps_by_tokens: [AtomicU64; STEP_SIZES],
         }
 
         impl EngineStats {
             /// Reads all of it.
             #[must_use]
             pub fn snapshot(&self) -> Counters {
-                Counters { $($name: self.$name.load(Ordering::Relaxed),)* }
+                Counters {
+                    $($name: self.$name.load(Ordering::Relaxed),)*
+                    steps_by_tokens: std::array::from_fn(|i| self.steps_by_tokens[i].load(Ordering::Relaxed)),
+                }
             }
 
             pub(crate) fn publish(&self, counters: &Counters) {
                 $(self.$name.store(counters.$name, Ordering::Relaxed);)*
+                for (shown, counted) in self.steps_by_tokens.iter().zip(counters.steps_by_tokens) {
+                    shown.store(counted, Ordering::Relaxed);
+                }
             }
         }
     };
@@ -90,6 +106,15 @@ counters! {
 }
 
 impl Counters {
+    /// Counts a collected step.
+    pub(crate) fn count_step(&mut self, tokens: u32, rows: usize) {
+        let tokens = u64::from(tokens);
+        self.steps += 1;
+        self.step_tokens += tokens;
+        self.step_rows += rows as u64;
+        self.steps_by_tokens[STEP_TOKEN_BOUNDS.partition_point(|bound| *bound < tokens)] += 1;
+    }
+
     /// How long the oldest request has been queued at `now` (time since the engine's start).
     #[must_use]
     pub fn oldest_queued_age(&self, now: Duration) -> Duration {
@@ -107,9 +132,14 @@ mod tests {
     #[test]
     fn what_is_published_is_read_back() {
         let stats = EngineStats::default();
-        let counters = Counters { steps: 3, wasted_tokens: 7, ..Counters::default() };
+        let mut counters = Counters { wasted_tokens: 7, ..Counters::default() };
+        for tokens in [1, 2, 8, 9, 16_384, 16_385] {
+            counters.count_step(tokens, 1);
+        }
         stats.publish(&counters);
         assert_eq!(stats.snapshot(), counters);
+        assert_eq!((counters.steps, counters.step_rows, counters.step_tokens), (6, 6, 32_789));
+        assert_eq!(counters.steps_by_tokens, [1, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]);
     }
 
     #[test]

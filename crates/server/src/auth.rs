@@ -1,25 +1,178 @@
 //! Who may call.
 //!
 //! Owns the digests of the accepted keys. Every key is compared, each in constant time, so that the time of an
-//! answer tells nothing about any of them.
+//! answer tells nothing about any of them. Keys of a file change with the file; one that cannot be used leaves
+//! the old keys in place.
 
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
 use hyper::HeaderMap;
 use hyper::header::AUTHORIZATION;
 use mirai_engine::TenantId;
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
+use crate::config::key_problem;
 use crate::error::ApiError;
+use crate::metrics::{Metrics, Reloaded};
+use crate::reload::Watch;
+
+/// Most keys of a file: each of them is compared with every request's.
+pub const MAX_KEYS: usize = 1024;
+
+/// Most bytes of a file of keys.
+const MAX_FILE: u64 = 1 << 20;
+
+/// Why a file of keys cannot be used. Never repeats what is in it.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyFileError {
+    /// It cannot be read as text.
+    #[error("{}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It is larger than any list of keys.
+    #[error("{}: longer than {limit} bytes", path.display())]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// Most bytes.
+        limit: u64,
+    },
+    /// It would lock everybody out.
+    #[error("{}: holds no key", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// More keys than are compared with each request.
+    #[error("{}: {keys} keys, more than {MAX_KEYS}", path.display())]
+    TooMany {
+        /// The file.
+        path: PathBuf,
+        /// Keys in it.
+        keys: usize,
+    },
+    /// A line that no client could send.
+    #[error("{}: the key in line {line} is {problem}", path.display())]
+    BadKey {
+        /// The file.
+        path: PathBuf,
+        /// Its line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+}
+
+/// The keys of a file: one a line; empty lines and lines that start with `#` do not count.
+///
+/// # Errors
+/// The file cannot be read, is too long, holds no key or too many, or one that could never be sent.
+pub fn read_keys(path: &Path) -> Result<Vec<String>, KeyFileError> {
+    let owned = || path.to_owned();
+    let mut text = String::new();
+    std::fs::File::open(path)
+        .and_then(|file| file.take(MAX_FILE + 1).read_to_string(&mut text))
+        .map_err(|source| KeyFileError::Read { path: owned(), source })?;
+    if text.len() as u64 > MAX_FILE {
+        return Err(KeyFileError::TooLong { path: owned(), limit: MAX_FILE });
+    }
+    let mut keys = Vec::new();
+    for (number, line) in (1..).zip(text.lines().map(str::trim)) {
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        if let Some(problem) = key_problem(line) {
+            return Err(KeyFileError::BadKey { path: owned(), line: number, problem });
+        }
+        keys.push(line.to_owned());
+    }
+    match keys.len() {
+        0 => Err(KeyFileError::Empty { path: owned() }),
+        keys if keys > MAX_KEYS => Err(KeyFileError::TooMany { path: owned(), keys }),
+        _ => Ok(keys),
+    }
+}
+
+/// Accepted digests, and whom each of them means.
+#[derive(Debug, Default)]
+struct Accepted {
+    keys: Vec<(TenantId, [u8; 32])>,
+    /// The last number given out.
+    last: u64,
+}
+
+impl Accepted {
+    /// The same for other keys. A key that stays keeps its number, and a number is never given to a second key:
+    /// whoever comes after a withdrawn key does not inherit its cached prefixes.
+    fn renewed<'a>(&self, keys: impl Iterator<Item = &'a String>) -> Self {
+        let mut next = Self { keys: Vec::new(), last: self.last };
+        for digest in keys.map(|key| digest(key.as_bytes())) {
+            if next.keys.iter().any(|(_, other)| *other == digest) {
+                continue;
+            }
+            let known = self.keys.iter().find(|(_, other)| *other == digest).map(|(tenant, _)| *tenant);
+            let tenant = known.unwrap_or_else(|| {
+                next.last += 1;
+                TenantId(next.last)
+            });
+            next.keys.push((tenant, digest));
+        }
+        next
+    }
+}
+
+/// A file of keys that is read again when it changes.
+#[derive(Debug)]
+struct KeyFile {
+    path: PathBuf,
+    watch: Watch,
+}
 
 /// The accepted keys, as digests.
 #[derive(Debug)]
 pub(crate) struct Auth {
-    digests: Vec<[u8; 32]>,
+    /// Keys that do not come from a file, and stay.
+    fixed: Vec<String>,
+    file: Option<KeyFile>,
+    current: ArcSwap<Accepted>,
 }
 
 impl Auth {
-    pub(crate) fn new(keys: &[String]) -> Self {
-        Self { digests: keys.iter().map(|key| digest(key.as_bytes())).collect() }
+    /// Takes keys that stay, and those of a file.
+    ///
+    /// # Errors
+    /// The file cannot be used.
+    pub(crate) fn load(fixed: &[String], file: Option<&Path>) -> Result<Self, KeyFileError> {
+        // Looked at before it is read: see `Watch::new`.
+        let watch = |path: &Path| KeyFile { path: path.to_owned(), watch: Watch::new(vec![path.to_owned()]) };
+        let file = file.map(watch);
+        let auth = Self { fixed: fixed.to_vec(), file, current: ArcSwap::default() };
+        auth.read()?;
+        Ok(auth)
+    }
+
+    fn read(&self) -> Result<(), KeyFileError> {
+        let of_file = self.file.as_ref().map_or_else(|| Ok(Vec::new()), |file| read_keys(&file.path))?;
+        let next = self.current.load().renewed(self.fixed.iter().chain(&of_file));
+        self.current.store(Arc::new(next));
+        Ok(())
+    }
+
+    /// Takes the keys of the file whenever it changes, if they can be used. Returns at once without a file,
+    /// else never.
+    pub(crate) async fn watch(&self, every: Duration, metrics: &Metrics) {
+        if let Some(file) = &self.file {
+            file.watch.run(Reloaded::ApiKeys, every, metrics, || self.read()).await;
+        }
     }
 
     /// Who calls: 0 if nobody has to say, else the key's number from 1.
@@ -27,7 +180,8 @@ impl Auth {
     /// # Errors
     /// 401 without exactly one valid `Authorization: Bearer <key>`.
     pub(crate) fn check(&self, headers: &HeaderMap) -> Result<TenantId, ApiError> {
-        if self.digests.is_empty() {
+        let accepted = self.current.load();
+        if accepted.keys.is_empty() {
             return Ok(TenantId(0));
         }
         let mut values = headers.get_all(AUTHORIZATION).iter();
@@ -38,9 +192,9 @@ impl Auth {
         let key = bearer(value.as_bytes()).ok_or_else(wrong)?;
         let presented = digest(key);
         let mut found = 0u64;
-        for (number, accepted) in (1u64..).zip(&self.digests) {
+        for (tenant, accepted) in &accepted.keys {
             let equal: Choice = accepted.ct_eq(&presented);
-            found.conditional_assign(&number, equal);
+            found.conditional_assign(&tenant.0, equal);
         }
         if found == 0 { Err(wrong()) } else { Ok(TenantId(found)) }
     }
@@ -85,17 +239,26 @@ mod tests {
         map
     }
 
+    fn fixed(keys: &[&str]) -> Auth {
+        let keys: Vec<String> = keys.iter().map(|key| (*key).to_owned()).collect();
+        Auth::load(&keys, None).unwrap()
+    }
+
+    fn who(auth: &Auth, key: &str) -> Option<u64> {
+        auth.check(&headers(&[format!("Bearer {key}").as_bytes()])).ok().map(|tenant| tenant.0)
+    }
+
     #[test]
     fn each_key_is_its_own_tenant() {
-        let auth = Auth::new(&["alpha".into(), "beta".into()]);
+        let auth = fixed(&["alpha", "beta", "alpha"]);
         assert_eq!(auth.check(&headers(&[b"Bearer alpha"])), Ok(TenantId(1)));
         assert_eq!(auth.check(&headers(&[b"bearer beta"])), Ok(TenantId(2)));
-        assert_eq!(Auth::new(&[]).check(&headers(&[])), Ok(TenantId(0)));
+        assert_eq!(fixed(&[]).check(&headers(&[])), Ok(TenantId(0)));
     }
 
     #[test]
     fn anything_else_is_refused() {
-        let auth = Auth::new(&["alpha".into()]);
+        let auth = fixed(&["alpha"]);
         let long = [b"Bearer ".as_slice(), &[b'a'; 8192]].concat();
         for bad in [
             &b"Bearer"[..],
@@ -115,6 +278,65 @@ mod tests {
         }
         assert_eq!(auth.check(&headers(&[])).unwrap_err().status, 401);
         assert_eq!(auth.check(&headers(&[b"Bearer alpha", b"Bearer alpha"])).unwrap_err().status, 401);
+    }
+
+    #[test]
+    fn a_file_is_read_line_by_line_and_a_bad_one_is_named_without_its_content() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("keys");
+        std::fs::write(&path, "# ours\n\none\r\n two \n").unwrap();
+        assert_eq!(read_keys(&path).unwrap(), ["one", "two"]);
+        let long = "k".repeat(1 << 20);
+        let many: String = (0..=MAX_KEYS).map(|i| format!("key{i}\n")).collect();
+        for (content, words) in [
+            (b"".as_slice(), "holds no key"),
+            (b"\n#\n", "holds no key"),
+            (b"good\nse cret\n", "line 2 is not made"),
+            (b"\xff\n", "UTF-8"),
+            (format!("{long}\n").as_bytes(), "longer than 1048576 bytes"),
+            (many.as_bytes(), "1025 keys, more than 1024"),
+        ] {
+            std::fs::write(&path, content).unwrap();
+            let error = Auth::load(&[], Some(&path)).unwrap_err().to_string();
+            assert!(error.contains(words) && error.contains("keys: "), "{error}");
+            assert!(!error.contains("cret") && !error.contains("key7"), "{error}");
+        }
+        std::fs::remove_file(&path).unwrap();
+        assert!(matches!(Auth::load(&[], Some(&path)), Err(KeyFileError::Read { .. })));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_changed_file_changes_the_keys_and_a_bad_one_does_not() {
+        let every = Duration::from_secs(2);
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("keys");
+        std::fs::write(&path, "stays\nold\n").unwrap();
+        let auth = Auth::load(&["fixed".to_owned()], Some(&path)).unwrap();
+        let now = || ["fixed", "stays", "old", "new"].map(|key| who(&auth, key));
+        assert_eq!(now(), [Some(1), Some(2), Some(3), None]);
+        let metrics = Metrics::new();
+        let test = async {
+            std::fs::write(&path, "new\nstays\n").unwrap();
+            tokio::time::sleep(every * 3).await;
+            assert_eq!(now(), [Some(1), Some(2), None, Some(4)], "no number is given twice");
+            for bad in [Some("# none\n"), Some("a b\n"), None] {
+                match bad {
+                    Some(text) => std::fs::write(&path, text).unwrap(),
+                    None => std::fs::remove_file(&path).unwrap(),
+                }
+                tokio::time::sleep(every * 3).await;
+                assert_eq!(now(), [Some(1), Some(2), None, Some(4)], "{bad:?}");
+            }
+            std::fs::write(&path, "old\n").unwrap();
+            tokio::time::sleep(every * 3).await;
+            assert_eq!(now(), [Some(1), None, Some(5), None]);
+        };
+        tokio::select! {
+            () = auth.watch(every, &metrics) => unreachable!(),
+            () = test => {}
+        }
+        assert_eq!(metrics.reloads(Reloaded::ApiKeys), [2, 3]);
+        fixed(&["alpha"]).watch(every, &metrics).await;
     }
 
     #[test]

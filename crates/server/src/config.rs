@@ -22,9 +22,11 @@ pub struct ServerConfig {
     /// Own address for `/metrics`; the main address then answers it with 404. Default: none.
     pub metrics_listen: Option<SocketAddr>,
     /// Accepted bearer keys. Secret, so neither read from nor written to a configuration file: the binary
-    /// fills it from a file or the environment.
+    /// fills it from the environment or a flag.
     #[serde(skip)]
     pub api_keys: Vec<String>,
+    /// File with more of them, one a line; it is read again when it changes. Default: none.
+    pub api_key_file: Option<PathBuf>,
     /// Allows another address than loopback without any key. Default false.
     pub insecure_no_auth: bool,
     /// Certificates, if the server speaks TLS. Default: none.
@@ -37,6 +39,9 @@ pub struct ServerConfig {
     pub workers: usize,
     /// Repeat the error text in a top-level `message`, which some gateways show to people. Default true.
     pub error_message_copy: bool,
+    /// Repeat reranked documents as plain strings, as some gateways expect them, instead of objects with a
+    /// `text`. Default false.
+    pub rerank_documents_as_text: bool,
 }
 
 /// PEM files. They are read again when they change; a pair that cannot be read leaves the old one in place.
@@ -76,6 +81,10 @@ pub struct Limits {
     pub max_choices: u32,
     /// Prompts of one request. Default 128.
     pub max_prompts: usize,
+    /// Texts of one embedding call; documents or pairs of one rerank or score call. Default 2048.
+    pub max_items: usize,
+    /// Tokens of all items of such a call, if it has more than one. Default 1,048,576.
+    pub max_item_tokens: usize,
     /// Messages of one chat. Default 2048.
     pub max_messages: usize,
     /// Stop strings. Default 16.
@@ -118,6 +127,9 @@ pub struct Timeouts {
     pub drain_delay_seconds: f64,
     /// That running requests have once the drain refuses new ones. Default 30.
     pub shutdown_seconds: f64,
+    /// Between two looks at the files of keys and certificates; a change counts at the second look that sees
+    /// it. Default 2.
+    pub reload_seconds: f64,
 }
 
 impl Default for ServerConfig {
@@ -127,12 +139,14 @@ impl Default for ServerConfig {
             port: 8000,
             metrics_listen: None,
             api_keys: Vec::new(),
+            api_key_file: None,
             insecure_no_auth: false,
             tls: None,
             limits: Limits::default(),
             timeouts: Timeouts::default(),
             workers: std::thread::available_parallelism().map_or(2, |n| n.get().max(2)),
             error_message_copy: true,
+            rerank_documents_as_text: false,
         }
     }
 }
@@ -150,6 +164,8 @@ impl Default for Limits {
             max_n: 128,
             max_choices: 256,
             max_prompts: bounds::PROMPTS,
+            max_items: bounds::ITEMS,
+            max_item_tokens: 1 << 20,
             max_messages: bounds::MESSAGES,
             max_stop: bounds::STOP,
             max_stop_bytes: 1024,
@@ -175,6 +191,7 @@ impl Default for Timeouts {
             engine_progress_seconds: 10.0,
             drain_delay_seconds: 0.0,
             shutdown_seconds: 30.0,
+            reload_seconds: 2.0,
         }
     }
 }
@@ -218,22 +235,16 @@ impl ServerConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         if !self.host.is_loopback()
             && self.api_keys.is_empty()
+            && self.api_key_file.is_none()
             && !self.insecure_no_auth
             && !self.mutual_tls()
         {
             return Err(ConfigError::OpenWithoutKey(self.host));
         }
         for (i, key) in self.api_keys.iter().enumerate() {
-            let problem = if key.is_empty() {
-                "empty"
-            } else if key.len() > 4096 {
-                "longer than 4096 bytes"
-            } else if !key.bytes().all(|b| b.is_ascii_graphic()) {
-                "not made of printable ASCII characters without spaces"
-            } else {
-                continue;
-            };
-            return Err(ConfigError::BadKey { index: i + 1, problem });
+            if let Some(problem) = key_problem(key) {
+                return Err(ConfigError::BadKey { index: i + 1, problem });
+            }
         }
         self.check_ranges()
     }
@@ -245,7 +256,7 @@ impl ServerConfig {
     fn check_ranges(&self) -> Result<(), ConfigError> {
         let l = &self.limits;
         let t = &self.timeouts;
-        let sizes: [(&'static str, usize, usize, usize); 16] = [
+        let sizes: [(&'static str, usize, usize, usize); 18] = [
             ("workers", self.workers, 1, 1024),
             ("limits.max_connections", l.max_connections, 1, 1 << 20),
             ("limits.max_body_bytes", l.max_body_bytes, 1 << 10, 1 << 30),
@@ -257,6 +268,8 @@ impl ServerConfig {
             ("limits.max_n", l.max_n as usize, 1, l.max_choices as usize),
             ("limits.max_choices", l.max_choices as usize, 1, 16_384),
             ("limits.max_prompts", l.max_prompts, 1, bounds::PROMPTS),
+            ("limits.max_items", l.max_items, 1, bounds::ITEMS),
+            ("limits.max_item_tokens", l.max_item_tokens, 1, 1 << 30),
             ("limits.max_messages", l.max_messages, 1, bounds::MESSAGES),
             ("limits.max_stop", l.max_stop, 0, bounds::STOP),
             ("limits.max_logprobs", l.max_logprobs as usize, 0, bounds::LOGPROBS as usize),
@@ -270,7 +283,7 @@ impl ServerConfig {
             }
         }
         let year = 365.0 * 86_400.0;
-        let times: [(&'static str, f64, f64); 9] = [
+        let times: [(&'static str, f64, f64); 10] = [
             ("timeouts.header_seconds", t.header_seconds, 0.01),
             ("timeouts.body_seconds", t.body_seconds, 0.01),
             ("timeouts.idle_seconds", t.idle_seconds, 0.01),
@@ -280,6 +293,7 @@ impl ServerConfig {
             ("timeouts.engine_progress_seconds", t.engine_progress_seconds, 0.01),
             ("timeouts.drain_delay_seconds", t.drain_delay_seconds, 0.0),
             ("timeouts.shutdown_seconds", t.shutdown_seconds, 0.0),
+            ("timeouts.reload_seconds", t.reload_seconds, 0.01),
         ];
         for (field, value, min) in times {
             if !(min..=year).contains(&value) {
@@ -287,6 +301,19 @@ impl ServerConfig {
             }
         }
         Ok(())
+    }
+}
+
+/// Why a key can never be sent in a header, if so. Never repeats the key.
+pub(crate) fn key_problem(key: &str) -> Option<&'static str> {
+    if key.is_empty() {
+        Some("empty")
+    } else if key.len() > 4096 {
+        Some("longer than 4096 bytes")
+    } else if !key.bytes().all(|b| b.is_ascii_graphic()) {
+        Some("not made of printable ASCII characters without spaces")
+    } else {
+        None
     }
 }
 
@@ -316,6 +343,9 @@ mod tests {
         config.api_keys = vec!["k".to_owned()];
         config.validate().unwrap();
         config.api_keys.clear();
+        config.api_key_file = Some("keys".into());
+        config.validate().unwrap();
+        config.api_key_file = None;
         config.tls =
             Some(TlsConfig { certfile: "c".into(), keyfile: "k".into(), ca_certs: Some("ca".into()) });
         config.validate().unwrap();

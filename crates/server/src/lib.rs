@@ -22,6 +22,7 @@ mod model;
 pub mod openapi;
 mod parse;
 mod prompt;
+mod reload;
 mod routes;
 mod server;
 mod state;
@@ -29,6 +30,7 @@ mod unsupported;
 mod validate;
 mod worker;
 
+pub use auth::{KeyFileError, MAX_KEYS, read_keys};
 pub use config::{ConfigError, Limits, ServerConfig, Timeouts, TlsConfig};
 pub use http::tls::TlsError;
 pub use model::{FimTokens, GenerationDefaults, ServedModel};

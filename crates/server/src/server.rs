@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
+use crate::auth::{Auth, KeyFileError};
 use crate::config::{ConfigError, ServerConfig, seconds};
 use crate::demux::{Context, Demux};
 use crate::error::ApiError;
@@ -31,6 +32,9 @@ pub enum BindError {
     /// The certificates cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// The file of keys cannot be used.
+    #[error(transparent)]
+    Keys(#[from] KeyFileError),
     /// The address is taken, not ours, or not allowed.
     #[error("cannot listen on {address}: {source}")]
     Listen {
@@ -145,17 +149,19 @@ impl ServerHandle {
 }
 
 impl Server {
-    /// Checks the configuration, reads certificates and binds. From then on connections wait in the kernel.
-    /// Needs a tokio runtime.
+    /// Checks the configuration, reads keys and certificates, and binds. From then on connections wait in the
+    /// kernel. Needs a tokio runtime.
     ///
     /// # Errors
-    /// The configuration contradicts itself, certificates cannot be used, or the address cannot be had.
+    /// The configuration contradicts itself, keys or certificates cannot be used, or the address cannot be
+    /// had.
     pub async fn bind(config: ServerConfig) -> Result<Self, BindError> {
         config.validate()?;
+        let auth = Auth::load(&config.api_keys, config.api_key_file.as_deref())?;
         let tls = config.tls.clone().map(Tls::load).transpose()?.map(Arc::new);
         let (listener, address) = bind_one(SocketAddr::new(config.host, config.port))?;
         let metrics = config.metrics_listen.map(bind_one).transpose()?;
-        let state = Arc::new(State::new(config).map_err(BindError::Thread)?);
+        let state = Arc::new(State::new(config, auth).map_err(BindError::Thread)?);
         let handle = ServerHandle { state, signals: Arc::new(watch::Sender::new(0)) };
         Ok(Self { handle, listener, address, metrics, tls })
     }
@@ -186,8 +192,12 @@ impl Server {
         let state = handle.state.clone();
         let (close, closing) = watch::channel(false);
         let mut tasks = JoinSet::new();
+        let every = seconds(state.config.timeouts.reload_seconds);
+        let watching = state.clone();
+        tasks.spawn(async move { watching.auth.watch(every, &watching.metrics).await });
         if let Some(tls) = tls.clone() {
-            tasks.spawn(async move { tls.watch().await });
+            let metrics = state.metrics.clone();
+            tasks.spawn(async move { tls.watch(every, &metrics).await });
         }
         let acceptor = Acceptor {
             tls,

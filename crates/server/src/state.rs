@@ -57,11 +57,11 @@ pub(crate) struct State {
 }
 
 impl State {
-    pub(crate) fn new(config: ServerConfig) -> std::io::Result<Self> {
+    pub(crate) fn new(config: ServerConfig, auth: Auth) -> std::io::Result<Self> {
         Ok(Self {
             metrics: Arc::new(Metrics::new()),
             ids: Ids::new(),
-            auth: Auth::new(&config.api_keys),
+            auth,
             workers: Workers::start(config.workers, config.limits.max_queued_jobs)?,
             loading: Mutex::new(Loading { phase: "starting".to_owned(), percent: 0 }),
             failed: OnceLock::new(),

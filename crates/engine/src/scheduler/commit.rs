@@ -77,9 +77,7 @@ impl Scheduler {
             step_tokens += self.commit_row(row, result, tokens);
         }
         self.tidy();
-        self.counters.steps += 1;
-        self.counters.step_tokens += u64::from(step_tokens);
-        self.counters.step_rows += flight.rows.len() as u64;
+        self.counters.count_step(step_tokens, flight.rows.len());
         self.counters.device_nanos += u64::try_from(outcome.device_time.as_nanos()).unwrap_or(u64::MAX);
         self.spare.push(flight);
         Ok(())

@@ -40,7 +40,8 @@ fn check(cases: Vec<Case>) {
                 }
             }
         }
-        if started.elapsed() > Duration::from_secs(2) {
+        // What trusts a corrupt length runs for minutes; a busy machine may take seconds.
+        if started.elapsed() > Duration::from_secs(20) {
             wrong.push(format!("{name}: took {:?}", started.elapsed()));
         }
     }

@@ -1,11 +1,10 @@
 //! TLS by rustls with the ring provider.
 //!
-//! Owns the certificates in use; they are read again when a file changes, and a pair that cannot be read
-//! leaves the old one in place.
+//! Owns the certificates in use. When a file changes, a pair that cannot be read leaves the old one in place.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use rustls::pki_types::pem::PemObject;
@@ -15,6 +14,8 @@ use rustls::{RootCertStore, ServerConfig};
 use tokio_rustls::TlsAcceptor;
 
 use crate::config::TlsConfig;
+use crate::metrics::{Metrics, Reloaded};
+use crate::reload::Watch;
 
 /// Why certificates cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -39,12 +40,10 @@ pub enum TlsError {
     },
 }
 
-/// How often the files are looked at.
-const RELOAD_EVERY: Duration = Duration::from_secs(2);
-
 /// The certificates in use.
 pub(crate) struct Tls {
     config: TlsConfig,
+    watch: Watch,
     current: ArcSwap<ServerConfig>,
 }
 
@@ -54,8 +53,10 @@ impl Tls {
     /// # Errors
     /// A file is missing or malformed, or key and chain do not belong together.
     pub(crate) fn load(config: TlsConfig) -> Result<Self, TlsError> {
+        let files = [Some(&config.certfile), Some(&config.keyfile), config.ca_certs.as_ref()];
+        let watch = Watch::new(files.into_iter().flatten().cloned().collect());
         let current = ArcSwap::new(Arc::new(build(&config)?));
-        Ok(Self { config, current })
+        Ok(Self { config, watch, current })
     }
 
     /// For the next connection.
@@ -63,42 +64,10 @@ impl Tls {
         TlsAcceptor::from(self.current.load_full())
     }
 
-    /// Reads the files again whenever one of them changes. Never returns.
-    pub(crate) async fn watch(&self) {
-        let mut seen = self.stamps();
-        loop {
-            tokio::time::sleep(RELOAD_EVERY).await;
-            let now = self.stamps();
-            if now == seen {
-                continue;
-            }
-            seen = now;
-            self.reload();
-        }
-    }
-
-    /// Takes what the files hold now, if it is usable.
-    fn reload(&self) {
-        match build(&self.config) {
-            Ok(config) => {
-                self.current.store(Arc::new(config));
-                tracing::info!("TLS certificates reloaded");
-            }
-            Err(error) => tracing::warn!(%error, "TLS certificates not reloaded; the old ones stay"),
-        }
-    }
-
-    fn stamps(&self) -> Vec<Option<(SystemTime, u64)>> {
-        let stamp = |path: &Path| {
-            let data = std::fs::metadata(path).ok()?;
-            Some((data.modified().ok()?, data.len()))
-        };
-        let config = &self.config;
-        [Some(&config.certfile), Some(&config.keyfile), config.ca_certs.as_ref()]
-            .into_iter()
-            .flatten()
-            .map(|path| stamp(path))
-            .collect()
+    /// Takes what the files hold whenever they change, if it is usable. Never returns.
+    pub(crate) async fn watch(&self, every: Duration, metrics: &Metrics) {
+        let reload = || build(&self.config).map(|config| self.current.store(Arc::new(config)));
+        self.watch.run(Reloaded::Certificates, every, metrics, reload).await;
     }
 }
 
@@ -152,6 +121,8 @@ fn build(config: &TlsConfig) -> Result<ServerConfig, TlsError> {
 mod tests {
     use super::*;
 
+    const EVERY: Duration = Duration::from_secs(2);
+
     fn pair(directory: &Path, name: &str) -> TlsConfig {
         let made = rcgen::generate_simple_self_signed(vec![name.to_owned()]).unwrap();
         let (certfile, keyfile) = (directory.join("cert.pem"), directory.join("key.pem"));
@@ -189,14 +160,13 @@ mod tests {
         let first = tls.current.load_full();
         let watching = tokio::spawn({
             let tls = tls.clone();
-            async move { tls.watch().await }
+            async move { tls.watch(EVERY, &Metrics::new()).await }
         });
-        tokio::task::yield_now().await;
         std::fs::write(&config.certfile, "broken").unwrap();
-        tokio::time::sleep(RELOAD_EVERY * 3).await;
+        tokio::time::sleep(EVERY * 3).await;
         assert!(Arc::ptr_eq(&first, &tls.current.load_full()));
         pair(directory.path(), "localhost.localdomain");
-        tokio::time::sleep(RELOAD_EVERY * 3).await;
+        tokio::time::sleep(EVERY * 3).await;
         assert!(!Arc::ptr_eq(&first, &tls.current.load_full()));
         watching.abort();
     }

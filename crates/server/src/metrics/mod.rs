@@ -84,6 +84,26 @@ impl Refused {
     ];
 }
 
+/// What is read again when its files change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reloaded {
+    ApiKeys,
+    Certificates,
+}
+
+impl Reloaded {
+    pub(crate) const ALL: [(Self, &'static str); 2] =
+        [(Self::ApiKeys, "api_keys"), (Self::Certificates, "certificates")];
+
+    /// In words.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::ApiKeys => "API keys",
+            Self::Certificates => "TLS certificates",
+        }
+    }
+}
+
 /// Status classes; with the routes they are all there is to `mirai_http_requests_total`.
 pub(crate) const CLASSES: [&str; 4] = ["2xx", "3xx", "4xx", "5xx"];
 
@@ -113,6 +133,8 @@ pub(crate) struct Metrics {
     http: Vec<[Counter; 4]>,
     finished: [Counter; 4],
     refused: [Counter; 7],
+    /// By [`Reloaded`]: taken, and refused because the files are not usable.
+    reloads: [[Counter; 2]; 2],
     /// Open connections.
     pub(crate) connections: Gauge,
     /// Connections accepted.
@@ -172,6 +194,7 @@ impl Metrics {
             http: (0..=ROUTES.len()).map(|_| Default::default()).collect(),
             finished: Default::default(),
             refused: Default::default(),
+            reloads: Default::default(),
             connections: Gauge::default(),
             accepted: Counter::default(),
             accept_errors: Counter::default(),
@@ -221,6 +244,17 @@ impl Metrics {
     /// Counts a refusal.
     pub(crate) fn refused(&self, reason: Refused) {
         self.refused[reason as usize].inc();
+    }
+
+    /// Counts a change of files: whether what they hold now was taken.
+    pub(crate) fn reloaded(&self, what: Reloaded, taken: bool) {
+        self.reloads[what as usize][usize::from(!taken)].inc();
+    }
+
+    /// Changes taken, changes refused.
+    pub(crate) fn reloads(&self, what: Reloaded) -> [u64; 2] {
+        let [taken, refused] = &self.reloads[what as usize];
+        [taken.get(), refused.get()]
     }
 
     /// Counts the end of a request, for the estimate of how fast the queue drains.
@@ -306,6 +340,9 @@ mod tests {
         }
         for (i, (refused, _)) in Refused::ALL.iter().enumerate() {
             assert_eq!(*refused as usize, i);
+        }
+        for (i, (reloaded, _)) in Reloaded::ALL.iter().enumerate() {
+            assert_eq!(*reloaded as usize, i);
         }
     }
 }

@@ -4,9 +4,9 @@
 
 use std::fmt::Write as _;
 
-use mirai_engine::{BLOCK_TOKENS, Counters};
+use mirai_engine::{BLOCK_TOKENS, Counters, STEP_TOKEN_BOUNDS};
 
-use super::{CLASSES, Ended, Histogram, Metrics, Refused};
+use super::{CLASSES, Ended, Histogram, Metrics, Refused, Reloaded};
 use crate::routes::ROUTES;
 
 /// What Prometheus expects.
@@ -53,8 +53,13 @@ impl Page {
     }
 
     fn histogram(&mut self, name: &str, help: &str, labels: &str, histogram: &Histogram) {
-        self.family(name, "histogram", help);
         let (rows, sum, count) = histogram.read();
+        self.buckets(name, help, labels, &rows, sum, count);
+    }
+
+    /// A histogram of which `rows` are (bound, observations up to it).
+    fn buckets(&mut self, name: &str, help: &str, labels: &str, rows: &[(f64, u64)], sum: f64, count: u64) {
+        self.family(name, "histogram", help);
         let comma = if labels.is_empty() { "" } else { "," };
         for (bound, value) in rows {
             let _ = writeln!(self.out, "{name}_bucket{{{labels}{comma}le=\"{bound:?}\"}} {value}");
@@ -82,6 +87,7 @@ pub(crate) fn render(
     page.single("mirai_draining", "gauge", "1 while the server drains.", f64::from(u8::from(draining)));
     page.single("mirai_tasks", "gauge", "Asynchronous tasks alive.", tasks as f64);
     http(&mut page, metrics);
+    reloads(&mut page, metrics);
     requests(&mut page, metrics);
     for (name, help, histogram) in own_histograms(metrics) {
         page.histogram(name, help, "", histogram);
@@ -123,6 +129,16 @@ fn http(page: &mut Page, metrics: &Metrics) {
         ("mirai_http_body_bytes", "gauge", "Bytes of bodies held.", metrics.body_bytes.get() as f64),
     ] {
         page.single(name, kind, help, value);
+    }
+}
+
+fn reloads(page: &mut Page, metrics: &Metrics) {
+    let name = "mirai_file_reloads_total";
+    page.family(name, "counter", "Changes of key and certificate files, and whether they were taken.");
+    for (what, label) in Reloaded::ALL {
+        for (result, value) in ["taken", "refused"].iter().zip(metrics.reloads(what)) {
+            page.sample(name, &format!("files=\"{label}\",result=\"{result}\""), value as f64);
+        }
     }
 }
 
@@ -199,10 +215,23 @@ fn engine_metrics(page: &mut Page, view: EngineView<'_>) {
     ] {
         page.single(name, kind, help, value);
     }
+    step_sizes(page, "mirai_engine_iteration_tokens", "", c);
     page.family("mirai_kv_blocks", "gauge", "KV blocks by state.");
     for (state, value) in [("used", c.blocks_used), ("cached", c.blocks_cached), ("free", free)] {
         page.sample("mirai_kv_blocks", &format!("state=\"{state}\""), value as f64);
     }
+}
+
+/// Tokens of each step, as the engine counts them.
+fn step_sizes(page: &mut Page, name: &str, labels: &str, c: &Counters) {
+    let mut total = 0;
+    let mut rows = Vec::with_capacity(STEP_TOKEN_BOUNDS.len());
+    for (bound, steps) in STEP_TOKEN_BOUNDS.iter().zip(c.steps_by_tokens) {
+        total += steps;
+        rows.push((*bound as f64, total));
+    }
+    let all = c.steps_by_tokens.iter().sum();
+    page.buckets(name, "Tokens of a step, prefill and decode.", labels, &rows, c.step_tokens as f64, all);
 }
 
 fn usage(c: &Counters) -> f64 {
@@ -240,6 +269,7 @@ fn aliases(page: &mut Page, m: &Metrics, view: EngineView<'_>) {
     let info = format!("{labels},block_size=\"{BLOCK_TOKENS}\",num_gpu_blocks=\"{}\"", c.blocks_total);
     page.family("vllm:cache_config_info", "gauge", "Facts about the KV cache.");
     page.sample("vllm:cache_config_info", &info, 1.0);
+    step_sizes(page, "vllm:iteration_tokens_total", &labels, c);
     for (name, help, histogram) in [
         ("vllm:request_prompt_tokens", "Prompt length.", &m.request_prompt_tokens),
         ("vllm:request_generation_tokens", "Output length.", &m.request_generation_tokens),
@@ -289,11 +319,22 @@ mod tests {
         metrics.finished(Ended::Length);
         metrics.refused(Refused::QueueTokens);
         metrics.time_to_first_token.observe(0.2);
-        let counters = Counters { blocks_total: 10, blocks_used: 5, ..Counters::default() };
+        let mut counters =
+            Counters { blocks_total: 10, blocks_used: 5, step_tokens: 20_300, ..Counters::default() };
+        // Steps of 300 and of 20,000 tokens.
+        (counters.steps_by_tokens[7], counters.steps_by_tokens[13]) = (1, 1);
         let view = EngineView { model: "a\"b", counters: &counters, oldest_queued_seconds: 0.0 };
         let page = render(&metrics, Some(view), false, 3);
         let map = series(&page);
         assert_eq!(map["vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"a\\\"b\"}"], 0.5);
+        let steps = |suffix: &str, le: &str| {
+            map[&format!("vllm:iteration_tokens_total{suffix}{{engine=\"0\",model_name=\"a\\\"b\"{le}}}")]
+        };
+        assert_eq!(steps("_bucket", ",le=\"256.0\""), 0.0);
+        assert_eq!(steps("_bucket", ",le=\"512.0\""), 1.0);
+        assert_eq!(steps("_bucket", ",le=\"16384.0\""), 1.0);
+        assert_eq!(steps("_bucket", ",le=\"+Inf\""), 2.0);
+        assert_eq!((steps("_sum", ""), steps("_count", "")), (20_300.0, 2.0));
         assert_eq!(map["mirai_choices_finished_total{reason=\"length\"}"], 1.0);
         assert_eq!(map["mirai_time_to_first_token_seconds_bucket{le=\"0.25\"}"], 1.0);
         assert_eq!(map["mirai_time_to_first_token_seconds_bucket{le=\"0.1\"}"], 0.0);

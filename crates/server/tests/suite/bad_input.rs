@@ -480,9 +480,7 @@ async fn too_large_bodies_are_refused_early() {
     let answer = request(server.address, "POST", "/v1/chat/completions", &[], Some(&full)).await;
     assert_eq!(answer.status, 413);
     server
-        .until("bodies given back", std::time::Duration::from_secs(2), async |s| {
-            s.metric("mirai_http_body_bytes").await == 0.0
-        })
+        .until("bodies given back", PATIENCE, async |s| s.metric("mirai_http_body_bytes").await == 0.0)
         .await;
     let zipped =
         request(server.address, "POST", "/v1/completions", &[("Content-Encoding", "gzip")], Some(b"x")).await;

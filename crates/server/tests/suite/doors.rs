@@ -127,6 +127,44 @@ async fn other_spellings_do_not_open_a_door() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_rotated_file_changes_the_keys_and_an_unusable_one_does_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("keys");
+    std::fs::write(&path, "old\n").unwrap();
+    let mut options = Options::default();
+    options.config.api_keys = vec!["fixed".to_owned()];
+    options.config.api_key_file = Some(path.clone());
+    options.config.timeouts.reload_seconds = 0.02;
+    let server = TestServer::start(options).await;
+    let statuses = async || {
+        let mut all = Vec::new();
+        for key in ["Bearer fixed", "Bearer old", "Bearer new"] {
+            all.push(
+                request(server.address, "GET", "/v1/models", &[("Authorization", key)], None).await.status,
+            );
+        }
+        all
+    };
+    let reloads = async |result: &str, least: f64| {
+        let name = format!("mirai_file_reloads_total{{files=\"api_keys\",result=\"{result}\"}}");
+        server.until("the file to be read", PATIENCE, async |s| s.metric(&name).await >= least).await;
+    };
+    assert_eq!(statuses().await, [200, 200, 401]);
+    std::fs::write(&path, "new\n").unwrap();
+    reloads("taken", 1.0).await;
+    assert_eq!(statuses().await, [200, 401, 200]);
+    for (bad, least) in [("", 1.0), ("with space\n", 2.0)] {
+        std::fs::write(&path, bad).unwrap();
+        reloads("refused", least).await;
+        assert_eq!(statuses().await, [200, 401, 200], "{bad:?}");
+    }
+    std::fs::write(&path, "old\nnew\n").unwrap();
+    reloads("taken", 2.0).await;
+    assert_eq!(statuses().await, [200, 200, 200]);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn callers_do_not_share_prefixes() {
     let server = guarded().await;
     let body = chat(&"a secret beginning ".repeat(20), &json!({})).to_string();

@@ -58,9 +58,7 @@ async fn a_fault_of_one_request_is_its_own() {
     assert_eq!((panic.status, &panic.json()["error"]["code"]), (500, &json!("internal_error")));
     assert_eq!((early.status, &early.json()["error"]["code"]), (500, &json!("numerical_fault")));
     assert_eq!(get(server.address, "/health").await.status, 200);
-    server
-        .until("streams released", Duration::from_secs(2), async |s| s.metric("mirai_streams").await == 0.0)
-        .await;
+    server.until("streams released", PATIENCE, async |s| s.metric("mirai_streams").await == 0.0).await;
     assert!(server.metric("mirai_corrupted_choices_total").await >= 2.0);
     server.stop().await;
 }
@@ -68,22 +66,22 @@ async fn a_fault_of_one_request_is_its_own() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_frozen_engine_is_not_alive_and_streams_are_kept_open() {
     let mut options = Options::default();
-    options.config.timeouts.engine_progress_seconds = 1.2;
+    // An idle engine beats once a second: a late beat of a busy machine must not look like a freeze.
+    options.config.timeouts.engine_progress_seconds = 2.5;
     options.config.timeouts.ping_seconds = 0.2;
     options.config.timeouts.shutdown_seconds = 0.2;
+    // Before the first beat, and so at most the limit before the earliest moment at which liveness may fail.
+    let started = Instant::now();
     let server = TestServer::start(options).await;
     assert_eq!(get(server.address, "/health").await.json(), json!({"status": "ok"}));
     server.engine.hooks().freeze();
-    let frozen = Instant::now();
     let body = chat("q", &json!({"stream": true}));
     let (address, waiting) = (server.address, body.clone());
     let stream = tokio::spawn(async move { post(address, "/v1/chat/completions", &waiting).await });
     server
-        .until("liveness to fail", Duration::from_secs(4), async |s| {
-            get(s.address, "/health/live").await.status == 503
-        })
+        .until("liveness to fail", PATIENCE, async |s| get(s.address, "/health/live").await.status == 503)
         .await;
-    assert!(frozen.elapsed() >= Duration::from_secs(1), "not before the limit");
+    assert!(started.elapsed() >= Duration::from_millis(2500), "not before the limit");
     for path in ["/health", "/health/live", "/health/ready"] {
         let answer = get(server.address, path).await;
         assert_eq!(
@@ -96,9 +94,7 @@ async fn a_frozen_engine_is_not_alive_and_streams_are_kept_open() {
     assert_eq!(get(server.address, "/health/startup").await.status, 200);
     server.engine.hooks().thaw();
     server
-        .until("liveness to return", Duration::from_secs(4), async |s| {
-            get(s.address, "/health").await.status == 200
-        })
+        .until("liveness to return", PATIENCE, async |s| get(s.address, "/health").await.status == 200)
         .await;
     let answer = stream.await.unwrap();
     assert!(answer.text().matches(": ping\n\n").count() >= 2, "silence was filled");
@@ -122,9 +118,7 @@ async fn a_dead_engine_ends_every_stream_and_the_server() {
         tokio::spawn(async move { post(address, "/v1/chat/completions", &body).await })
     };
     server
-        .until("streams to run", Duration::from_secs(4), async |s| {
-            s.metric("mirai_generation_tokens_total").await > 20.0
-        })
+        .until("streams to run", PATIENCE, async |s| s.metric("mirai_generation_tokens_total").await > 20.0)
         .await;
     let start = Instant::now();
     server.engine.hooks().fail_device();
@@ -153,13 +147,10 @@ async fn a_full_queue_says_when_to_come_back() {
         })
         .collect();
     server
-        .until("the queue to fill", Duration::from_secs(4), async |s| {
-            s.metric("mirai_queued_requests").await == 2.0
-        })
+        .until("the queue to fill", PATIENCE, async |s| s.metric("mirai_queued_requests").await == 2.0)
         .await;
-    let start = Instant::now();
+    // The engine is frozen: an answer that waited for it would never come.
     let refused = post(address, "/v1/chat/completions", &chat("q", &json!({}))).await;
-    assert!(start.elapsed() < Duration::from_secs(1));
     assert_eq!((refused.status, &refused.json()["error"]["code"]), (503, &json!("overloaded")));
     let after: u64 = refused.header("retry-after").unwrap().parse().unwrap();
     assert!((1..=60).contains(&after));
@@ -171,16 +162,14 @@ async fn a_full_queue_says_when_to_come_back() {
     for answer in waiting {
         assert_eq!(answer.await.unwrap().status, 200);
     }
-    server
-        .until("nothing held", Duration::from_secs(2), async |s| s.metric("mirai_streams").await == 0.0)
-        .await;
+    server.until("nothing held", PATIENCE, async |s| s.metric("mirai_streams").await == 0.0).await;
     server.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_has_its_time() {
     let mut options = Options { step: Duration::from_millis(20), ..Options::default() };
-    options.config.timeouts.request_seconds = 0.3;
+    options.config.timeouts.request_seconds = 1.0;
     let server = TestServer::start(options).await;
     let answer = post(server.address, "/v1/chat/completions", &chat("q", &json!({"max_tokens": 1500}))).await;
     assert_eq!(answer.status, 200, "{}", answer.text());
@@ -191,7 +180,9 @@ async fn a_request_has_its_time() {
     let address = server.address;
     let late =
         tokio::spawn(async move { post(address, "/v1/chat/completions", &chat("q", &json!({}))).await });
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    server.until("it to wait", PATIENCE, async |s| s.metric("mirai_queued_requests").await == 1.0).await;
+    // Its whole time passes while nothing moves.
+    tokio::time::sleep(Duration::from_millis(1100)).await;
     server.engine.hooks().thaw();
     let late = late.await.unwrap();
     assert_eq!((late.status, &late.json()["error"]["code"]), (503, &json!("deadline_exceeded")));

@@ -23,6 +23,10 @@ pub const VOCAB: u32 = 264;
 const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
                         {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
+/// Longest that a test waits for what must come. Far above what it takes on an idle machine: a test that misses
+/// it hangs, whatever else the machine does.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
 /// GPT-2's spelling of bytes as characters.
 fn byte_char(byte: u8) -> char {
     let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
@@ -201,7 +205,8 @@ impl TestServer {
         let start = Instant::now();
         while !check(self).await {
             assert!(start.elapsed() < limit, "{what}: not within {limit:?}");
-            tokio::task::yield_now().await;
+            // The cores are for what is waited for.
+            tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
 }

