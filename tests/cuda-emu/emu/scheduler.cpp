@@ -28,7 +28,7 @@ constexpr size_t kArenaBytes = 512 * 1024;       // of a team, under ThreadSanit
 constexpr unsigned kMaxVariables = 32;            // in shared memory, of a block
 constexpr size_t kPendingGrids = 2;              // queued behind the one that runs
 constexpr unsigned kEarlyBlocks = 2;             // of a grid, that start before their dependencies have ended
-constexpr unsigned kSpinRounds = 100000;         // without any progress, before it is a deadlock
+constexpr unsigned kSpinRounds = 20000;         // without any progress, before it is a deadlock
 
 enum class Order { Forward, Reverse, Random };
 enum class Wait { None, Barrier, Named, Warp, Dependency, Spin, Done };
@@ -379,10 +379,10 @@ void run_to_end(Grid& grid) {
     unsigned idle = 0;
     while (!grid.running.empty() || grid.admitted < grid.blocks) {
         while (grid.running.size() < room && grid.admitted < grid.blocks) admit_block(grid);
-        bool moved = false;
+        bool moved = false, skipped = false;
         for (size_t i = 0; i < grid.running.size(); i++) {
             if (machine.order == Order::Random && next_random() % 4 == 0) {
-                moved = true;  // stands still this time, while others go on
+                skipped = true;  // stands still this time, while others go on
                 continue;
             }
             Block& block = *grid.running[i];
@@ -392,6 +392,7 @@ void run_to_end(Grid& grid) {
                 grid.running.erase(grid.running.begin() + static_cast<long>(i--));
             }
         }
+        if (skipped && !moved) continue;
         idle = moved ? 0 : idle + 1;
         if (idle && grid.admitted < grid.blocks) {
             room++;
