@@ -45,6 +45,9 @@ class OpenAIClient(unittest.TestCase):
         self.assertEqual(answer.model, self.model)
         self.assertEqual(answer.choices[0].message.role, "assistant")
         self.assertTrue(answer.choices[0].message.content)
+        # The demo model marks no reasoning; clients read both names without asking whether they are there.
+        self.assertIsNone(answer.choices[0].message.reasoning)
+        self.assertIsNone(answer.choices[0].message.reasoning_content)
         self.assertIn(answer.choices[0].finish_reason, ("stop", "length"))
         usage = answer.usage
         self.assertEqual(usage.total_tokens, usage.prompt_tokens + usage.completion_tokens)

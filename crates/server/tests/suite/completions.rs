@@ -95,6 +95,9 @@ async fn gaps_need_their_tokens() {
     let server = TestServer::start(Options { fim: true, ..Options::default() }).await;
     let answer = complete(&server, &body).await;
     assert_eq!(answer.usage.prompt_tokens, 1 + 3 + 8 + 8, "a beginning, three marks, two texts");
+    let named = completion(&json!("<|bos|>"), &json!({"suffix": "<|im_end|>"}));
+    let answer = complete(&server, &named).await;
+    assert_eq!(answer.usage.prompt_tokens, 1 + 3 + 7 + 10, "names of marks around the gap are text");
     let echo = completion(&json!("a"), &json!({"suffix": "b", "echo": true}));
     assert_eq!(post(server.address, "/v1/completions", &echo).await.status, 400);
     server.stop().await;

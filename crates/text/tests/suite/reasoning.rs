@@ -50,7 +50,7 @@ pub(crate) struct Split {
 }
 
 impl Split {
-    pub(crate) fn new(reasoning: &str, content: &str) -> (String, String) {
+    pub(crate) fn of(reasoning: &str, content: &str) -> (String, String) {
         (reasoning.to_owned(), content.to_owned())
     }
 
@@ -131,20 +131,20 @@ fn what_the_prompt_opened_is_reasoning_from_the_first_token() {
         let run =
             |prompt: &str, text: &str| split(&tokenizer, &format, prompt, &encoded(&tokenizer, text)).texts();
         let assistant = "<|im_start|>assistant\n";
-        assert_eq!(run(assistant, "<think>\nhm\n</think>\n\nHi."), Split::new("\nhm\n", "\n\nHi."));
-        assert_eq!(run(assistant, "Hi <think>."), Split::new("", "Hi <think>."), "an answer may name it");
-        assert_eq!(run(assistant, "\n <think>hm"), Split::new("hm", "\n "));
-        assert_eq!(run(assistant, "a</think>b"), Split::new("", "a</think>b"), "nothing was open");
+        assert_eq!(run(assistant, "<think>\nhm\n</think>\n\nHi."), Split::of("\nhm\n", "\n\nHi."));
+        assert_eq!(run(assistant, "Hi <think>."), Split::of("", "Hi <think>."), "an answer may name it");
+        assert_eq!(run(assistant, "\n <think>hm"), Split::of("hm", "\n "));
+        assert_eq!(run(assistant, "a</think>b"), Split::of("", "a</think>b"), "nothing was open");
         let open = "<|im_start|>assistant\n<think>\n";
-        assert_eq!(run(open, "hm</think>Hi</think>"), Split::new("hm", "Hi</think>"));
-        assert_eq!(run(open, "\n<think>hm<think></think>Hi"), Split::new("\nhm<think>", "Hi"), "an echo");
-        assert_eq!(run(open, "cut off"), Split::new("cut off", ""));
-        assert_eq!(run(open, "</think>"), Split::new("", ""));
+        assert_eq!(run(open, "hm</think>Hi</think>"), Split::of("hm", "Hi</think>"));
+        assert_eq!(run(open, "\n<think>hm<think></think>Hi"), Split::of("\nhm<think>", "Hi"), "an echo");
+        assert_eq!(run(open, "cut off"), Split::of("cut off", ""));
+        assert_eq!(run(open, "</think>"), Split::of("", ""));
         let closed = "<|im_start|>assistant\n<think>\n\n</think>\n\n";
-        assert_eq!(run(closed, "Hi <think>x</think>"), Split::new("", "Hi <think>x</think>"));
+        assert_eq!(run(closed, "Hi <think>x</think>"), Split::of("", "Hi <think>x</think>"));
         // What a user wrote opens nothing.
         let asked = "<|im_start|>user\nWhat is <think><|im_end|>\n<|im_start|>assistant\n";
-        assert_eq!(run(asked, "A tag."), Split::new("", "A tag."));
+        assert_eq!(run(asked, "A tag."), Split::of("", "A tag."));
         // A continued message is read itself.
         let start = |message: &str| format.start("ignored <think>", Some(message));
         assert_eq!(start("<think>so"), format.start("<think>", None));
@@ -180,13 +180,13 @@ fn sections_of_control_tokens_may_come_anywhere_and_again() {
         let format = ReasoningFormat::named(name, &tokenizer).unwrap();
         split(&tokenizer, &format, "[INST]x[/INST]", &encoded(&tokenizer, text)).texts()
     };
-    assert_eq!(run("mistral", "Well, [THINK]a[/THINK]b[THINK]c[/THINK]d"), Split::new("ac", "Well, bd"));
-    assert_eq!(run("mistral", "a[/THINK]b"), Split::new("", "ab"), "a stray control token has no text");
-    assert_eq!(run("gemma4", "<|channel>thought\nhm<channel|>Hi"), Split::new("hm", "Hi"));
-    assert_eq!(run("gemma4", "<|channel>thou<channel|>Hi"), Split::new("thou", "Hi"), "half a label is text");
-    assert_eq!(run("gemma4", "<|channel>thou"), Split::new("thou", ""));
-    assert_eq!(run("gemma4", "<|channel>thought\nthought\n<channel|>"), Split::new("thought\n", ""));
-    assert_eq!(run("gemma4", "<|channel>thoughtful"), Split::new("thoughtful", ""));
+    assert_eq!(run("mistral", "Well, [THINK]a[/THINK]b[THINK]c[/THINK]d"), Split::of("ac", "Well, bd"));
+    assert_eq!(run("mistral", "a[/THINK]b"), Split::of("", "ab"), "a stray control token has no text");
+    assert_eq!(run("gemma4", "<|channel>thought\nhm<channel|>Hi"), Split::of("hm", "Hi"));
+    assert_eq!(run("gemma4", "<|channel>thou<channel|>Hi"), Split::of("thou", "Hi"), "half a label is text");
+    assert_eq!(run("gemma4", "<|channel>thou"), Split::of("thou", ""));
+    assert_eq!(run("gemma4", "<|channel>thought\nthought\n<channel|>"), Split::of("thought\n", ""));
+    assert_eq!(run("gemma4", "<|channel>thoughtful"), Split::of("thoughtful", ""));
 }
 
 #[test]
@@ -195,7 +195,7 @@ fn an_unfinished_character_before_a_marker_is_shown_as_such() {
     let format = ReasoningFormat::named("think", &tokenizer).unwrap();
     let ids = [256, 0xC3, 257, 0xC3, 0xA9, 999_999, u32::from(b'.')];
     let out = split(&tokenizer, &format, "", &ids);
-    assert_eq!((out.tokens, out.texts()), (1, Split::new("\u{FFFD}", "é.")));
+    assert_eq!((out.tokens, out.texts()), (1, Split::of("\u{FFFD}", "é.")));
 }
 
 /// Text out of which markers, halves of markers and ordinary text come up often.
@@ -301,18 +301,18 @@ fn harmony_reads_channels_from_token_ids() {
     let out = run(
         "<|channel|>analysis<|message|>hm é<|end|><|start|>assistant<|channel|>final<|message|>Hi <b>.<|return|>",
     );
-    assert_eq!((out.tokens, out.texts()), (5, Split::new("hm é", "Hi <b>.")));
+    assert_eq!((out.tokens, out.texts()), (5, Split::of("hm é", "Hi <b>.")));
     // A preamble is meant for the reader; messages of one part are lines of their own.
     let out = run(
         "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>commentary<|message|>Let me see.<|end|>\
          <|start|>assistant<|channel|>analysis<|message|>b<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
     );
-    assert_eq!((out.tokens, out.texts()), (2, Split::new("a\nb", "Let me see.\nYes.")));
+    assert_eq!((out.tokens, out.texts()), (2, Split::of("a\nb", "Let me see.\nYes.")));
     // A call that nobody asked for is not silenced.
     let out = run(" to=functions.f<|channel|>commentary <|constrain|>json<|message|>{\"a\":1}<|call|>");
-    assert_eq!((out.tokens, out.texts()), (0, Split::new("", "{\"a\":1}")));
+    assert_eq!((out.tokens, out.texts()), (0, Split::of("", "{\"a\":1}")));
     let out = run("<|channel|>analysis to=python code<|message|>1+1<|call|>");
-    assert_eq!((out.tokens, out.texts()), (3, Split::new("1+1", "")));
+    assert_eq!((out.tokens, out.texts()), (3, Split::of("1+1", "")));
 }
 
 #[test]
@@ -322,33 +322,59 @@ fn harmony_survives_models_that_forget_it() {
     let run =
         |prompt: &str, text: &str| split(&tokenizer, &format, prompt, &encoded(&tokenizer, text)).texts();
     let assistant = "<|start|>assistant";
-    assert_eq!(run(assistant, "Hello"), Split::new("", "Hello"), "no header at all");
-    assert_eq!(run(assistant, "<|message|>Hello"), Split::new("", "Hello"), "no channel");
-    assert_eq!(run(assistant, "<|channel|>odd<|message|>Hello"), Split::new("", "Hello"));
+    assert_eq!(run(assistant, "Hello"), Split::of("", "Hello"), "no header at all");
+    assert_eq!(run(assistant, "<|message|>Hello"), Split::of("", "Hello"), "no channel");
+    assert_eq!(run(assistant, "<|channel|>odd<|message|>Hello"), Split::of("", "Hello"));
     let long = "word ".repeat(100);
-    assert_eq!(run(assistant, &long), Split::new("", &long), "too long for a header");
-    assert_eq!(run(assistant, "<|channel|>anal"), Split::new("", ""), "a header that was cut off");
+    assert_eq!(run(assistant, &long), Split::of("", &long), "too long for a header");
+    assert_eq!(run(assistant, "<|channel|>anal"), Split::of("", ""), "a header that was cut off");
     let twice = "<|channel|>final<|message|>a<|channel|>analysis<|message|>b<|message|>c<|constrain|>d";
-    assert_eq!(run(assistant, twice), Split::new("bcd", "a"), "no end between two messages");
-    assert_eq!(run(assistant, "<|channel|>final<|message|>a<|end|>b"), Split::new("", "a\nb"));
+    assert_eq!(run(assistant, twice), Split::of("bcd", "a"), "no end between two messages");
+    assert_eq!(run(assistant, "<|channel|>final<|message|>a<|end|>b"), Split::of("", "a\nb"));
     let spelled = encoded(&tokenizer, "<|channel|>final<|message|>");
     let text = tokenizer.encode("the token <|end|> ends", false, false).unwrap();
     let ids = [spelled, text].concat();
     assert_eq!(
         split(&tokenizer, &format, assistant, &ids).texts(),
-        Split::new("", "the token <|end|> ends"),
+        Split::of("", "the token <|end|> ends"),
         "spelled out it is text"
     );
     // A message of the assistant that is to be continued.
     let open = "<|start|>assistant<|channel|>final<|message|>I was";
-    assert_eq!(run(open, " there<|return|>"), Split::new("", " there"));
+    assert_eq!(run(open, " there<|return|>"), Split::of("", " there"));
     let open = "<|start|>assistant<|channel|>analysis<|message|>I was";
-    assert_eq!(run(open, " there<|end|>"), Split::new(" there", ""));
+    assert_eq!(run(open, " there<|end|>"), Split::of(" there", ""));
     assert_eq!(
         run("<|start|>user<|message|>x<|end|>", "<|start|>assistant<|channel|>final<|message|>y"),
-        Split::new("", "y")
+        Split::of("", "y")
     );
     let part = [0xC3];
     let ids = [encoded(&tokenizer, "<|channel|>final<|message|>"), part.to_vec()].concat();
-    assert_eq!(split(&tokenizer, &format, assistant, &ids).texts(), Split::new("", "\u{FFFD}"));
+    assert_eq!(split(&tokenizer, &format, assistant, &ids).texts(), Split::of("", "\u{FFFD}"));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+    #[test]
+    fn harmony_joins_the_messages_of_each_part(
+        messages in proptest::collection::vec((0usize..4, "[a-cé ]{0,6}"), 0..6), noise in proptest::collection::vec(0u32..264, 0..40),
+    ) {
+        static ONCE: LazyLock<Tokenizer> = LazyLock::new(|| tokenizer(HARMONY, &[]));
+        let format = ReasoningFormat::named("openai_gptoss", &ONCE).unwrap();
+        let channels = ["analysis", "final", "commentary", "commentary to=functions.f <|constrain|>json"];
+        let written: Vec<String> = messages
+            .iter()
+            .map(|(channel, text)| format!("<|channel|>{}<|message|>{text}<|end|>", channels[*channel]))
+            .collect();
+        let joined = |reasoning: bool| {
+            let of_part = messages.iter().filter(|(channel, text)| (*channel == 0) == reasoning && !text.is_empty());
+            of_part.map(|(_, text)| text.as_str()).collect::<Vec<_>>().join("\n")
+        };
+        let out = split(&ONCE, &format, "<|start|>assistant", &encoded(&ONCE, &written.join("<|start|>assistant")));
+        let thought: usize = messages.iter().filter(|m| m.0 == 0).map(|m| m.1.len()).sum();
+        prop_assert_eq!((out.tokens as usize, out.texts()), (thought, (joined(true), joined(false))));
+        // Any ids at all: no panic, no more reasoning than tokens.
+        let out = split(&ONCE, &format, "<|start|>assistant", &noise);
+        prop_assert!(out.tokens as usize <= noise.len());
+    }
 }

@@ -190,7 +190,7 @@ fn every_family_that_marks_its_reasoning_makes_the_round_trip() {
         let prompt = render(&template, &json!([user]), &(real.kwargs)());
         let out = split(&tokenizer, &format, &prompt, &encoded(&tokenizer, real.output));
         let thought = if real.output.contains("T.") { "T." } else { "" };
-        assert_eq!(out.clone().texts(), Split::new(thought, "A."), "{} {}", real.file, (real.kwargs)());
+        assert_eq!(out.clone().texts(), Split::of(thought, "A."), "{} {}", real.file, (real.kwargs)());
         assert_eq!(out.tokens, thought.len() as u32, "{}", real.file);
         // A client gives it back, under either name. No template fails on it, nor shows it twice.
         assert_eq!(template.caps().reasoning, real.style, "{}", real.file);
