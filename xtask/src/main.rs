@@ -30,6 +30,11 @@ enum Task {
         #[arg(long)]
         full: bool,
     },
+    /// The long checks alone: all of them, which writes `benches/results/full.md`, or only those that are named.
+    Full {
+        /// Which; none means all.
+        checks: Vec<full::Check>,
+    },
     /// Print each crate's line coverage from a report of `cargo llvm-cov --json` and hold it to the ratchet.
     Coverage {
         /// The report.
@@ -48,7 +53,8 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match Args::parse().task {
-        Task::Ci { full } => ci::run().and_then(|()| if full { full::run() } else { Ok(()) }),
+        Task::Ci { full } => ci::run().and_then(|()| if full { full::run(&[]) } else { Ok(()) }),
+        Task::Full { checks } => full::run(&checks),
         Task::Coverage { report, raise } => coverage::check(&report, raise),
         Task::Golden { python } => shell::run(&python.to_string_lossy(), &["crates/model/golden/make.py"]),
     };

@@ -39,7 +39,11 @@ pub(crate) fn run_command(mut command: Command) -> Result<()> {
 
 /// Runs to the end and returns what it printed on standard output.
 pub(crate) fn output(program: &str, args: &[impl AsRef<OsStr>]) -> Result<String> {
-    let mut command = command(program, args);
+    output_of(command(program, args))
+}
+
+/// As [`output`], for a command with an environment of its own.
+pub(crate) fn output_of(mut command: Command) -> Result<String> {
     let shown = show(&command);
     let output = command.output().with_context(|| format!("cannot start `{shown}`"))?;
     if !output.status.success() {

@@ -60,14 +60,20 @@ fn it_answers_its_questions_and_most_paraphrases() {
             assert!(!held_out.iter().any(|(h, _)| Some(h.as_str()) == q.as_str()), "trained on {q}");
         }
     }
-    // Instrumented kernels are slow: CI asks every fourth paraphrase, the long checks ask all.
-    let step = if std::env::var_os("MIRAI_DEMO_ALL").is_some() { 1 } else { 4 };
-    let held_out: Vec<_> = held_out.into_iter().step_by(step).collect();
+    // Instrumented kernels are twenty times slower: then a part is asked, of which less can be said. Every other
+    // build asks everything.
+    let (asked, held_out, slack) = if cfg!(coverage) {
+        let part = |all: Vec<_>, step| all.into_iter().step_by(step).collect::<Vec<_>>();
+        (part(asked, 3), part(held_out, 12), 0.10)
+    } else {
+        (asked, held_out, 0.0)
+    };
+    println!("{} questions, {} paraphrases", asked.len(), held_out.len());
     let server = Server::start(&[]);
     let (questions, paraphrases) = (share(&server, &asked), share(&server, &held_out));
     println!("questions {:.1} %, held-out paraphrases {:.1} %", 100.0 * questions, 100.0 * paraphrases);
-    assert!(questions >= QUESTIONS, "{questions}");
-    assert!(paraphrases >= PARAPHRASES, "{paraphrases}");
+    assert!(questions >= QUESTIONS - slack, "{questions}");
+    assert!(paraphrases >= PARAPHRASES - slack, "{paraphrases}");
 }
 
 /// One greedy answer with its log-probabilities, exactly as the server wrote them.

@@ -102,6 +102,26 @@ async fn a_frozen_engine_is_not_alive_and_streams_are_kept_open() {
     server.stop().await;
 }
 
+/// With the limit that people get. Takes 10 s, so only the long checks run it.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "10 s of silence: cargo xtask full frozen"]
+async fn a_frozen_engine_is_seen_within_fifteen_seconds_by_default() {
+    let server = TestServer::plain().await;
+    server.engine.hooks().freeze();
+    let frozen = Instant::now();
+    for path in ["/health/live", "/health"] {
+        server
+            .until(path, Duration::from_secs(15).saturating_sub(frozen.elapsed()), async |s| {
+                get(s.address, path).await.status == 503
+            })
+            .await;
+    }
+    println!("503 after {:?}", frozen.elapsed());
+    server.engine.hooks().thaw();
+    server.until("liveness", PATIENCE, async |s| get(s.address, "/health").await.status == 200).await;
+    server.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_engine_ends_every_stream_and_the_server() {
     let server = TestServer::start(Options { step: Duration::from_millis(5), ..Options::default() }).await;
