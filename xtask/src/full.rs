@@ -56,22 +56,33 @@ impl Check {
     }
 }
 
-/// Runs the named checks, or all. Every check runs, whatever another finds; all of them together write the report,
-/// failures included. Fails if one has failed.
+/// Runs the named checks, or all; all of them together write the report. Fails if one has failed.
 pub(crate) fn run(named: &[Check]) -> Result<()> {
     let mut report = Report::new()?;
-    let mut failures = Vec::new();
-    for check in if named.is_empty() { &ALL } else { named } {
-        if let Err(error) = check.run(&mut report) {
-            report.row("**failed**", "", &format!("{error:#}"))?;
-            failures.push(format!("{error:#}"));
-        }
-    }
+    let checks = if named.is_empty() { &ALL } else { named };
+    let failures = run_each(checks, &mut report, Check::run);
     if named.is_empty() {
         report.write()?;
     }
     ensure!(failures.is_empty(), "{}", failures.join("; "));
     Ok(())
+}
+
+/// Every check runs, whatever another finds. Failures are rows of the report too.
+fn run_each(
+    checks: &[Check],
+    report: &mut Report,
+    mut run: impl FnMut(Check, &mut Report) -> Result<()>,
+) -> Vec<String> {
+    let mut failures = Vec::new();
+    for &check in checks {
+        if let Err(error) = run(check, report) {
+            let error = format!("{error:#}").replace('|', "/").replace('\n', " ");
+            report.add("**failed**", "", &error);
+            failures.push(error);
+        }
+    }
+    failures
 }
 
 struct Report(String);
@@ -101,9 +112,14 @@ impl Report {
         Ok(Self(text))
     }
 
-    fn row(&mut self, check: &str, bar: &str, seen: &str) -> Result<()> {
+    fn add(&mut self, check: &str, bar: &str, seen: &str) {
         println!("{check}: {seen} (bar: {bar})");
-        writeln!(self.0, "| {check} | {bar} | {seen} |").context("report")
+        self.0.push_str(&format!("| {check} | {bar} | {seen} |\n"));
+    }
+
+    fn row(&mut self, check: &str, bar: &str, seen: &str) -> Result<()> {
+        self.add(check, bar, seen);
+        Ok(())
     }
 
     fn write(self) -> Result<()> {
@@ -245,5 +261,44 @@ impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_are_all() {
+        let named: Vec<Check> = clap::ValueEnum::value_variants().to_vec();
+        assert!(named == ALL);
+    }
+
+    #[test]
+    fn a_failure_is_a_row_and_the_others_still_run() {
+        let mut report = Report::new().unwrap();
+        let mut ran = 0;
+        let failures = run_each(&ALL, &mut report, |check, report| {
+            ran += 1;
+            ensure!(check != Check::Demo, "wrong | twice\nover");
+            report.row("one", "1", "2")
+        });
+        assert_eq!((ran, failures.as_slice()), (ALL.len(), &["wrong / twice over".to_owned()][..]));
+        let rows: Vec<&str> = report.0.lines().filter(|line| line.starts_with("| ")).collect();
+        assert_eq!(rows.len(), 1 + ALL.len(), "{rows:?}");
+        assert_eq!(rows[2], "| **failed** |  | wrong / twice over |");
+        let head = report.0.lines().nth(4).unwrap();
+        assert!(
+            head.starts_with("Commit `") && head.contains(" cores, ") && head.contains("load average"),
+            "{head}"
+        );
+    }
+
+    #[test]
+    fn a_program_that_is_no_server_is_not_waited_for() {
+        let error = Server::start(&PathBuf::from("true"), &[]).err().unwrap().to_string();
+        assert!(error.contains("the server ended"), "{error}");
+        let error = Server::start(&PathBuf::from("echo"), &[]).err().unwrap().to_string();
+        assert!(error.contains("serve --port 0"), "{error}");
     }
 }
