@@ -3,6 +3,9 @@
 //! Owns the open requests, their text and their buffers. It never blocks on a client, takes one short lock for
 //! each stream and batch, and survives a panic in the code of one request.
 
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod boundary_tests;
 mod choice;
 mod clock;
 mod group;
@@ -238,7 +241,7 @@ impl Thread {
             let Some(group) = &mut self.groups[index] else { continue };
             group.drop_refused();
             if let Some(every) = self.ping_every {
-                group.ping(every, &self.context, now);
+                guarded(group, &self.context, |group, cx| group.ping(every, cx, now));
             }
             if group.is_over() {
                 self.remove(index);

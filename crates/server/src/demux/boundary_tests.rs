@@ -1,0 +1,159 @@
+//! The boundary of a request in the demultiplexer: a panic inside it ends that request and no other.
+
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::task::{Poll, Wake, Waker};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use mirai_engine::sim::{SimConfig, SimExecutor};
+use mirai_engine::{EngineConfig, Event, FinishReason, Geometry, GroupKind, RequestId, SamplingParams};
+use mirai_text::Tokenizer;
+use serde_json::{Value, json};
+
+use super::sink::{Sink, StreamBuffer, Ticket};
+use super::{Context, Demux, Registration};
+use crate::metrics::Metrics;
+use crate::model::{GenerationDefaults, ModelInfo, ServedModel};
+use crate::validate::{Kind, OutputOptions, Prompt};
+
+/// Longest that the test waits for the thread.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn served() -> ServedModel {
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": null, "post_processor": null, "decoder": null,
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+                  "ignore_merges": false, "vocab": {"a": 0, "b": 1}, "merges": []},
+    });
+    let geometry = Geometry {
+        groups: vec![GroupKind::Full],
+        blocks: 16,
+        slots: 4,
+        snapshots: 0,
+        max_step_tokens: 16,
+        max_context: 64,
+        vocab: 2,
+        generates: true,
+        pools: false,
+        whole_prompts: false,
+    };
+    let (engine, events) = mirai_engine::start(EngineConfig::default(), move || {
+        Ok(Box::new(SimExecutor::new(SimConfig::new(geometry))))
+    })
+    .unwrap();
+    ServedModel {
+        names: vec!["m".to_owned()],
+        max_model_len: 64,
+        tokenizer: Tokenizer::from_json_bytes(tokenizer.to_string().as_bytes()).unwrap(),
+        template: None,
+        reasoning: None,
+        eos_token_ids: Vec::new(),
+        bos_token_id: None,
+        generation_defaults: GenerationDefaults::default(),
+        vocab: 2,
+        created: 0,
+        fim: None,
+        engine,
+        events,
+    }
+}
+
+fn stream(first: u64, buffer: &Arc<StreamBuffer>) -> Registration {
+    Registration {
+        kind: Kind::Completion,
+        id: format!("cmpl-{first}"),
+        created: 0,
+        model: "m".into(),
+        first: RequestId(first),
+        prompts: vec![Prompt { ids: [0].into(), echo: None, max_tokens: 8, reasoning: None }],
+        n: 1,
+        sampling: Arc::new(SamplingParams::default()),
+        output: OutputOptions { stream: true, ..OutputOptions::default() },
+        sink: Sink::Stream(buffer.clone()),
+        ticket: Arc::new(Ticket::new(1)),
+        arrived: Instant::now(),
+        arrived_engine: Duration::ZERO,
+    }
+}
+
+fn token(request: u64, index: u32) -> Event {
+    Event::Token { request: RequestId(request), choice: 0, index, token: 1, logprobs: None }
+}
+
+/// Whoever waits for this stream panics when it is told of bytes: inside the request's own code.
+struct Bomb;
+
+impl Wake for Bomb {
+    fn wake(self: Arc<Self>) {
+        panic!("injected into one request");
+    }
+}
+
+/// Tells the test's thread.
+struct Unpark(std::thread::Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// The stream to its end, or to `least` bytes.
+fn read(buffer: &StreamBuffer, least: Option<usize>) -> String {
+    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    let start = Instant::now();
+    let mut all = Vec::<u8>::new();
+    while least.is_none_or(|least| all.len() < least) {
+        match buffer.poll(&mut std::task::Context::from_waker(&waker)) {
+            Poll::Ready(Some(bytes)) => all.extend_from_slice(&bytes),
+            Poll::Ready(None) => break,
+            Poll::Pending => std::thread::park_timeout(PATIENCE.saturating_sub(start.elapsed())),
+        }
+        assert!(start.elapsed() < PATIENCE, "{}", String::from_utf8_lossy(&all));
+    }
+    String::from_utf8(Bytes::from(all).to_vec()).unwrap()
+}
+
+fn data(text: &str) -> Vec<Value> {
+    let lines = text.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|line| *line != "[DONE]");
+    lines.map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn a_panic_in_one_request_ends_that_request_alone() {
+    let (info, engine, _own_events) = ModelInfo::split(served());
+    let metrics = Arc::new(Metrics::new());
+    let context = Context {
+        model: Arc::new(info),
+        engine,
+        metrics: metrics.clone(),
+        max_stream_buffer: 1 << 20,
+        error_message_copy: false,
+    };
+    let (events, received) = mpsc::sync_channel(8);
+    let demux = Demux::start(context, received, None).unwrap();
+    let [victim, neighbour] = [Arc::new(StreamBuffer::default()), Arc::new(StreamBuffer::default())];
+    demux.register(stream(1, &victim)).unwrap();
+    demux.register(stream(2, &neighbour)).unwrap();
+    let bomb = Waker::from(Arc::new(Bomb));
+    assert!(victim.poll(&mut std::task::Context::from_waker(&bomb)).is_pending());
+    // Both in one batch, the victim first: what comes after it in the same batch must not be lost either.
+    events.send(vec![token(1, 0), token(2, 0)]).unwrap();
+    let before = read(&neighbour, Some(1));
+    events.send(vec![token(1, 1), token(2, 1)]).unwrap();
+    let usage = mirai_engine::SeqUsage { prompt_tokens: 1, completion_tokens: 2, ..Default::default() };
+    events
+        .send(vec![Event::Finished { request: RequestId(2), choice: 0, reason: FinishReason::Length, usage }])
+        .unwrap();
+    let whole = data(&(before + &read(&neighbour, None)));
+    let text: String = whole.iter().filter_map(|v| v["choices"][0]["text"].as_str()).collect();
+    // Without a decoder the tokenizer joins tokens with spaces.
+    assert_eq!(text, " b b", "{whole:?}");
+    assert_eq!(whole.iter().filter(|v| v["choices"][0]["finish_reason"] == "length").count(), 1, "{whole:?}");
+    let ended = data(&read(&victim, None));
+    assert_eq!(ended.last().unwrap()["error"]["code"], "internal_error", "{ended:?}");
+    assert_eq!(metrics.panics.get(), 1);
+}
