@@ -137,6 +137,24 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+    #[test]
+    fn random_damage_never_panics(at in 0.0..1.0f64, byte: u8, cut: bool) {
+        static ONCE: LazyLock<Vec<u8>> = LazyLock::new(|| file().to_string().into_bytes());
+        let mut bytes = ONCE.clone();
+        let index = (bytes.len() as f64 * at) as usize;
+        bytes[index] = byte;
+        if cut {
+            bytes.truncate(index + 1);
+        }
+        if let Ok(tokenizer) = Tokenizer::from_tekken_bytes(&bytes) {
+            let ids = tokenizer.encode("a text [INST] é", true, true).unwrap();
+            prop_assert!(ids.iter().all(|id| tokenizer.token_bytes(*id).is_some()));
+        }
+    }
+}
+
 #[test]
 fn special_tokens_come_first_and_only_where_they_are_asked_for() {
     let tokenizer = tokenizer();
