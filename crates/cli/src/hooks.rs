@@ -66,6 +66,7 @@ fn simulated(config: &Config, step_time: Duration) -> Result<ServedModel, Failur
         max_model_len: context,
         tokenizer,
         template: None,
+        task: mirai_server::Task::default(),
         reasoning: None,
         eos_token_ids: Vec::new(),
         bos_token_id: None,

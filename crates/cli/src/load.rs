@@ -207,6 +207,7 @@ fn served(
         fim: fim_tokens(&tokenizer),
         tokenizer,
         template,
+        task: mirai_server::Task::default(),
         reasoning,
         eos_token_ids,
         generation_defaults,

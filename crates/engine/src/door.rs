@@ -167,6 +167,12 @@ impl Door {
         }
     }
 
+    /// Longest prompt that could be served.
+    pub(crate) fn max_prompt(&self) -> u32 {
+        let context = self.geometry.max_context;
+        if self.geometry.whole_prompts { context.min(self.chunk) } else { context }
+    }
+
     /// Whether the request could be served by this engine if nothing else ran.
     pub(crate) fn check(&self, request: &EngineRequest) -> Result<(), AdmissionError> {
         let prompt = request.prompt.len();

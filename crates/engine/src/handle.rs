@@ -254,6 +254,13 @@ impl EngineHandle {
         &self.shared().geometry
     }
 
+    /// Tokens of the longest prompt that the door could let in: the context, or what one step holds where
+    /// prompts are computed whole.
+    #[must_use]
+    pub fn max_prompt_tokens(&self) -> u32 {
+        self.shared().door.max_prompt()
+    }
+
     /// Takes no more requests, lets the accepted ones go on for `grace`, then ends the rest with
     /// [`crate::FinishReason::EngineStopped`] and ends the thread; the receiver of events then disconnects.
     /// Returns at once. Of several calls the shortest grace counts.

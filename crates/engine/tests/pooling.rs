@@ -206,7 +206,7 @@ fn faults_cancels_and_deadlines_end_a_pooling_request() {
     bed.add(pooling(3, 60));
     bed.add(pooling(4, 60));
     bed.step();
-    // One is under way, the other waits.
+    // The first is under way, the others wait.
     bed.scheduler.cancel(RequestId(3));
     bed.finish();
     let mut ends: Vec<(u64, FinishReason)> = bed.ends.iter().map(|end| (end.0.0, end.2.clone())).collect();

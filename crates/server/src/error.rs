@@ -54,6 +54,8 @@ table! {
     missing_field = BAD_REQUEST, "invalid_request_error", "missing_required_parameter";
     /// A known field that this server does not serve.
     unsupported = BAD_REQUEST, "invalid_request_error", "unsupported_parameter";
+    /// The model is served for something else.
+    wrong_task = BAD_REQUEST, "invalid_request_error", "wrong_task";
     /// Prompt and cap together do not fit.
     context_length = BAD_REQUEST, "invalid_request_error", "context_length_exceeded";
     /// The chat template refused the conversation.

@@ -9,11 +9,15 @@ use mirai_engine::{EngineHandle, Event, TokenId};
 use mirai_text::{ChatTemplate, ReasoningFormat, Tokenizer};
 use serde::Deserialize;
 
+use crate::task::Task;
+
 /// Everything that loading a model yields. Handed to [`crate::Server`] once.
 #[derive(Debug)]
 pub struct ServedModel {
     /// Names that clients may ask for; the first is the canonical one. At least one.
     pub names: Vec<String>,
+    /// What it is served for.
+    pub task: Task,
     /// Most tokens of prompt and output together.
     pub max_model_len: u32,
     /// Text to ids and back.
@@ -83,6 +87,7 @@ impl GenerationDefaults {
 #[derive(Debug)]
 pub(crate) struct ModelInfo {
     pub(crate) names: Vec<Arc<str>>,
+    pub(crate) task: Task,
     pub(crate) max_model_len: u32,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) template: Option<ChatTemplate>,
@@ -109,7 +114,9 @@ impl ModelInfo {
         let max_text = max_text.min(model.tokenizer.max_input_bytes());
         let info = Self {
             names: model.names.into_iter().map(Arc::from).collect(),
-            max_model_len: model.max_model_len,
+            // What the engine could never compute is not promised.
+            max_model_len: model.max_model_len.min(model.engine.max_prompt_tokens()),
+            task: model.task,
             tokenizer: model.tokenizer.with_max_input_bytes(max_text),
             template: model.template,
             reasoning: model.reasoning,

@@ -11,6 +11,9 @@ use crate::api::chat::{ChatChunk, ChatRequest, ChatResponse};
 use crate::api::common::ErrorResponse;
 use crate::api::completions::{CompletionChunk, CompletionRequest, CompletionResponse};
 use crate::api::models::{Health, ModelCard, ModelList, Version};
+use crate::api::pooling::{
+    EmbeddingRequest, EmbeddingResponse, RerankRequest, RerankResponse, ScoreRequest, ScoreResponse,
+};
 use crate::api::tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
 use crate::error::ERROR_TABLE;
 use crate::routes::{Access, ROUTES, Target};
@@ -26,6 +29,12 @@ pub const COMMITTED: &str = include_str!("../openapi.json");
     CompletionRequest,
     CompletionResponse,
     CompletionChunk,
+    EmbeddingRequest,
+    EmbeddingResponse,
+    RerankRequest,
+    RerankResponse,
+    ScoreRequest,
+    ScoreResponse,
     TokenizeRequest,
     TokenizeResponse,
     DetokenizeRequest,
@@ -59,6 +68,14 @@ fn operation(target: Target) -> Operation {
         Target::Completion => {
             op("Continues text.", Some("CompletionRequest"), Some("Completion"), Some("CompletionChunk"))
         }
+        Target::Embeddings => op("Embeds texts.", Some("EmbeddingRequest"), Some("EmbeddingResponse"), None),
+        Target::Rerank | Target::RerankV2 => op(
+            "Puts documents in the order of their relevance for a query.",
+            Some("RerankRequest"),
+            Some("RerankResponse"),
+            None,
+        ),
+        Target::Score => op("Scores pairs of texts.", Some("ScoreRequest"), Some("ScoreResponse"), None),
         Target::Models => {
             op("Lists the served names; 503 until the model is loaded.", None, Some("ModelList"), None)
         }
@@ -89,6 +106,9 @@ pub fn document() -> Value {
         ("MessageContent", 1, bounds::PARTS),
         ("Prompt", 1, bounds::PROMPTS),
         ("Prompt", 3, bounds::PROMPTS),
+        ("EmbeddingInput", 1, bounds::ITEMS),
+        ("EmbeddingInput", 3, bounds::ITEMS),
+        ("Texts", 1, bounds::ITEMS),
     ] {
         schemas[name]["oneOf"][variant]["maxItems"] = bound.into();
     }
@@ -234,6 +254,12 @@ mod tests {
         assert_eq!(chat["top_logprobs"]["maximum"], bounds::LOGPROBS);
         assert_eq!(chat["messages"]["maxItems"], bounds::MESSAGES);
         assert_eq!(chat["n"]["maximum"], 128);
+        let rerank = &document["components"]["schemas"]["RerankRequest"]["properties"];
+        assert_eq!(rerank["documents"]["maxItems"], bounds::ITEMS);
+        assert_eq!(
+            document["components"]["schemas"]["EmbeddingInput"]["oneOf"][1]["maxItems"],
+            bounds::ITEMS
+        );
         let stop = &document["components"]["schemas"]["Stop"]["oneOf"];
         assert!(stop.to_string().contains(&format!("\"maxItems\":{}", bounds::STOP)), "{stop}");
     }

@@ -19,6 +19,11 @@ pub(crate) enum Access {
 pub(crate) enum Target {
     Chat,
     Completion,
+    Embeddings,
+    Rerank,
+    /// The same under its other version.
+    RerankV2,
+    Score,
     Models,
     Model,
     Tokenize,
@@ -50,6 +55,9 @@ impl Route {
         match self.target {
             Target::Chat => "/v1/chat/completions",
             Target::Completion => "/v1/completions",
+            Target::Embeddings => "/v1/embeddings",
+            Target::Rerank => "/v1/rerank",
+            Target::Score => "/v1/score",
             Target::Models => "/v1/models",
             Target::Model => "/v1/models/{model}",
             _ => self.path,
@@ -75,6 +83,10 @@ const fn row(method: &'static str, path: &'static str, v1: bool, access: Access,
 pub(crate) const ROUTES: &[Route] = &[
     row("POST", "/chat/completions", true, Access::Key, Target::Chat),
     row("POST", "/completions", true, Access::Key, Target::Completion),
+    row("POST", "/embeddings", true, Access::Key, Target::Embeddings),
+    row("POST", "/rerank", true, Access::Key, Target::Rerank),
+    row("POST", "/v2/rerank", false, Access::Key, Target::RerankV2),
+    row("POST", "/score", true, Access::Key, Target::Score),
     row("GET", "/models", true, Access::Key, Target::Models),
     row("GET", "/models/{model}", true, Access::Key, Target::Model),
     row("POST", "/tokenize", true, Access::Key, Target::Tokenize),

@@ -16,6 +16,7 @@ use crate::api::wire::PromptInput;
 use crate::config::Limits;
 use crate::error::ApiError;
 use crate::model::ModelInfo;
+use crate::task::Wanted;
 use crate::{prompt, unsupported};
 
 /// A generation body, as parsed.
@@ -96,6 +97,7 @@ pub(crate) fn validate(mut body: Body, rules: Rules<'_>) -> Result<GenerationReq
         Body::Completion(completion) => completion.take_common(),
     };
     let model = resolve_model(common.model.as_deref(), rules.model)?.clone();
+    rules.model.task.check(Wanted::Text)?;
     unsupported::check(&common, &body)?;
     let cap = token_cap(&common, &body)?;
     let mut output = output_options(&common, &body, cap, rules)?;

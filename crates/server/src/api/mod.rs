@@ -7,6 +7,7 @@ pub mod chat;
 pub mod common;
 pub mod completions;
 pub mod models;
+pub mod pooling;
 pub mod tokenize;
 pub mod wire;
 
@@ -27,6 +28,8 @@ pub mod bounds {
     pub const LOGPROBS: u32 = 20;
     /// Prompts of one request.
     pub const PROMPTS: usize = 128;
+    /// Texts of one embedding call; documents or pairs of one rerank or score call.
+    pub const ITEMS: usize = 2048;
     /// Messages of one chat.
     pub const MESSAGES: usize = 2048;
     /// Parts of one message.

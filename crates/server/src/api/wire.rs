@@ -129,26 +129,26 @@ impl<'de> Deserialize<'de> for Presence {
     }
 }
 
-/// One string or several.
+/// One string or several, of which parsing ends beyond `MAX`.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct OneOrMany(pub Vec<String>);
+pub struct OneOrMany<const MAX: usize = { bounds::STOP }>(pub Vec<String>);
 
-impl<'de> Deserialize<'de> for OneOrMany {
+impl<'de, const MAX: usize> Deserialize<'de> for OneOrMany<MAX> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Strings;
-        impl<'de> Visitor<'de> for Strings {
-            type Value = OneOrMany;
+        struct Strings<const MAX: usize>;
+        impl<'de, const MAX: usize> Visitor<'de> for Strings<MAX> {
+            type Value = OneOrMany<MAX>;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a string or a list of strings")
             }
-            fn visit_str<E>(self, value: &str) -> Result<OneOrMany, E> {
+            fn visit_str<E>(self, value: &str) -> Result<Self::Value, E> {
                 Ok(OneOrMany(vec![value.to_owned()]))
             }
-            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<OneOrMany, A::Error> {
-                collect(seq, Vec::new(), bounds::STOP).map(OneOrMany)
+            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Self::Value, A::Error> {
+                collect(seq, Vec::new(), MAX).map(OneOrMany)
             }
         }
-        deserializer.deserialize_any(Strings)
+        deserializer.deserialize_any(Strings::<MAX>)
     }
 }
 
@@ -245,16 +245,16 @@ impl<'de> Deserialize<'de> for Scalar {
     }
 }
 
-/// Text or token ids, one prompt or several.
+/// Text or token ids, one prompt or several, of which parsing ends beyond `MAX`.
 #[derive(Clone, Debug, PartialEq)]
-pub enum PromptInput {
+pub enum PromptInput<const MAX: usize = { bounds::PROMPTS }> {
     /// Texts to tokenize.
     Texts(Vec<String>),
     /// Prompts that are token ids already.
     Ids(Vec<Vec<u32>>),
 }
 
-impl PromptInput {
+impl<const MAX: usize> PromptInput<MAX> {
     /// Number of prompts.
     pub fn len(&self) -> usize {
         match self {
@@ -306,29 +306,27 @@ impl<'de> Deserialize<'de> for Entry {
     }
 }
 
-impl<'de> Deserialize<'de> for PromptInput {
+impl<'de, const MAX: usize> Deserialize<'de> for PromptInput<MAX> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Any;
-        impl<'de> Visitor<'de> for Any {
-            type Value = PromptInput;
+        struct Any<const MAX: usize>;
+        impl<'de, const MAX: usize> Visitor<'de> for Any<MAX> {
+            type Value = PromptInput<MAX>;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a string, a list of strings, a list of token ids or a list of such lists")
             }
-            fn visit_str<E>(self, value: &str) -> Result<PromptInput, E> {
+            fn visit_str<E>(self, value: &str) -> Result<Self::Value, E> {
                 Ok(PromptInput::Texts(vec![value.to_owned()]))
             }
-            fn visit_string<E>(self, value: String) -> Result<PromptInput, E> {
+            fn visit_string<E>(self, value: String) -> Result<Self::Value, E> {
                 Ok(PromptInput::Texts(vec![value]))
             }
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<PromptInput, A::Error> {
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
                 match seq.next_element()? {
                     None => Ok(PromptInput::Texts(Vec::new())),
-                    Some(Entry::Text(first)) => {
-                        collect(seq, vec![first], bounds::PROMPTS).map(PromptInput::Texts)
-                    }
+                    Some(Entry::Text(first)) => collect(seq, vec![first], MAX).map(PromptInput::Texts),
                     Some(Entry::Id(first)) => collect(seq, vec![first], bounds::PROMPT_TOKENS)
                         .map(|ids| PromptInput::Ids(vec![ids])),
-                    Some(Entry::Ids(first)) => collect(seq, vec![Bounded(first)], bounds::PROMPTS).map(
+                    Some(Entry::Ids(first)) => collect(seq, vec![Bounded(first)], MAX).map(
                         |l: Vec<Bounded<u32, { bounds::PROMPT_TOKENS }>>| {
                             PromptInput::Ids(l.into_iter().map(|ids| ids.0).collect())
                         },
@@ -336,7 +334,7 @@ impl<'de> Deserialize<'de> for PromptInput {
                 }
             }
         }
-        deserializer.deserialize_any(Any)
+        deserializer.deserialize_any(Any::<MAX>)
     }
 }
 

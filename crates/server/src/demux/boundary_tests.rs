@@ -15,6 +15,7 @@ use super::sink::{Sink, StreamBuffer, Ticket};
 use super::{Context, Demux, Registration};
 use crate::metrics::Metrics;
 use crate::model::{GenerationDefaults, ModelInfo, ServedModel};
+use crate::task::Task;
 use crate::validate::{Kind, OutputOptions, Prompt};
 
 /// Longest that the test waits for the thread.
@@ -46,6 +47,7 @@ fn served() -> ServedModel {
     .unwrap();
     ServedModel {
         names: vec!["m".to_owned()],
+        task: Task::Generate,
         max_model_len: 64,
         tokenizer: Tokenizer::from_json_bytes(tokenizer.to_string().as_bytes()).unwrap(),
         template: None,

@@ -10,6 +10,7 @@ mod choice;
 mod clock;
 mod group;
 mod outcome;
+mod pooling;
 pub(crate) mod sink;
 mod text;
 
@@ -23,11 +24,13 @@ use mirai_engine::{EngineHandle, Event, RequestId};
 use tokio::sync::Notify;
 
 pub(crate) use group::Registration;
+pub(crate) use pooling::Registration as CallRegistration;
 
 use crate::error::ApiError;
 use crate::metrics::Metrics;
 use crate::model::ModelInfo;
 use group::Group;
+use pooling::Calls;
 
 /// What the code of one request may use.
 pub(crate) struct Context {
@@ -42,6 +45,7 @@ pub(crate) struct Context {
 #[derive(Debug, Default)]
 struct Inbox {
     registrations: Vec<Registration>,
+    calls: Vec<CallRegistration>,
     /// Ends every request with this error.
     abort: Option<ApiError>,
     /// The thread is gone.
@@ -78,6 +82,7 @@ impl Demux {
             groups: Vec::new(),
             free: Vec::new(),
             requests: HashMap::new(),
+            calls: Calls::default(),
             dirty: Vec::new(),
             ping_every,
             next_tick: Instant::now(),
@@ -93,6 +98,17 @@ impl Demux {
             return Err(ApiError::engine_stopped("the engine stopped").retry_after(Duration::from_secs(10)));
         }
         inbox.registrations.push(registration);
+        Ok(())
+    }
+
+    /// Announces a call that ends in pooling. Must come before its first item goes to the engine. Fails if the
+    /// thread is gone.
+    pub(crate) fn register_call(&self, registration: CallRegistration) -> Result<(), ApiError> {
+        let mut inbox = lock(&self.inbox);
+        if inbox.closed {
+            return Err(ApiError::engine_stopped("the engine stopped").retry_after(Duration::from_secs(10)));
+        }
+        inbox.calls.push(registration);
         Ok(())
     }
 
@@ -131,6 +147,7 @@ struct Thread {
     free: Vec<usize>,
     /// Engine request to (group, number of the prompt in it).
     requests: HashMap<RequestId, (usize, u32)>,
+    calls: Calls,
     /// Groups with bytes of this batch.
     dirty: Vec<usize>,
     ping_every: Option<Duration>,
@@ -140,7 +157,7 @@ struct Thread {
 impl Thread {
     fn run(mut self, events: &Receiver<Vec<Event>>) {
         loop {
-            let batch = events.recv_timeout(if self.requests.is_empty() { IDLE_TICK } else { TICK });
+            let batch = events.recv_timeout(if self.is_idle() { IDLE_TICK } else { TICK });
             let now = Instant::now();
             self.read_inbox(now);
             match batch {
@@ -161,6 +178,10 @@ impl Thread {
         }
     }
 
+    fn is_idle(&self) -> bool {
+        self.requests.is_empty() && self.calls.is_empty()
+    }
+
     /// Takes batches that wait already. Returns false when the engine is gone.
     fn catch_up(&mut self, events: &Receiver<Vec<Event>>, now: Instant) -> bool {
         for _ in 1..BATCHES {
@@ -177,17 +198,22 @@ impl Thread {
     }
 
     fn read_inbox(&mut self, now: Instant) {
-        let (registrations, abort) = {
+        let (registrations, calls, abort) = {
             let mut inbox = lock(&self.inbox);
-            (std::mem::take(&mut inbox.registrations), inbox.abort.take())
+            let Inbox { registrations, calls, abort, .. } = &mut *inbox;
+            (std::mem::take(registrations), std::mem::take(calls), abort.take())
         };
         for registration in registrations {
             self.insert(registration, now);
+        }
+        for registration in calls {
+            self.calls.insert(registration, &self.context);
         }
         if let Some(error) = abort {
             for group in self.groups.iter_mut().flatten() {
                 group.fail(&error, &self.context);
             }
+            self.calls.fail_all(&error, &self.context);
         }
     }
 
@@ -212,7 +238,10 @@ impl Thread {
                 | Event::Token { request, .. }
                 | Event::Finished { request, .. } => request,
             };
-            let Some(&(index, prompt)) = self.requests.get(request) else { continue };
+            let Some(&(index, prompt)) = self.requests.get(request) else {
+                self.calls.take(*request, event, &self.context, now);
+                continue;
+            };
             let Some(group) = &mut self.groups[index] else { continue };
             let was_dirty = group.dirty;
             guarded(group, &self.context, |group, cx| group.on_event(prompt, event, cx, now));
@@ -237,6 +266,7 @@ impl Thread {
 
     /// Pings, and forgets requests that were refused half way.
     fn tick(&mut self, now: Instant) {
+        self.calls.tick(&self.context);
         for index in 0..self.groups.len() {
             let Some(group) = &mut self.groups[index] else { continue };
             group.drop_refused();
@@ -263,14 +293,8 @@ impl Thread {
 
     /// The engine is gone: every open request ends, and no other is taken.
     fn end(mut self, now: Instant) {
-        let registrations = {
-            let mut inbox = lock(&self.inbox);
-            inbox.closed = true;
-            std::mem::take(&mut inbox.registrations)
-        };
-        for registration in registrations {
-            self.insert(registration, now);
-        }
+        lock(&self.inbox).closed = true;
+        self.read_inbox(now);
         self.flush(now);
         let error = ApiError::engine_stopped("the engine stopped").retry_after(Duration::from_secs(10));
         for index in 0..self.groups.len() {
@@ -279,6 +303,7 @@ impl Thread {
                 self.remove(index);
             }
         }
+        self.calls.end(&error, &self.context);
         self.ended.notify_waiters();
     }
 }

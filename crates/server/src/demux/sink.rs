@@ -141,6 +141,13 @@ impl Ticket {
         self.submitted.store(prompts, Ordering::Release);
     }
 
+    /// The client is gone, or the request was refused half way. A finished one is neither.
+    pub(crate) fn leave(&self) {
+        if !self.finished.load(Ordering::Acquire) {
+            self.gone.store(true, Ordering::Release);
+        }
+    }
+
     /// Marks the answer as complete: from now on nothing has to be cancelled.
     pub(crate) fn finish(&self, outcome: u8) {
         self.outcome.store(outcome, Ordering::Relaxed);

@@ -4,21 +4,20 @@
 //! and what undoes each step when the next one fails or the client leaves.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use hyper::Request;
 use hyper::body::Incoming;
-use mirai_engine::{AdmissionError, EngineRequest, RequestId, TenantId};
+use mirai_engine::{EngineRequest, RequestId, Task, TenantId};
 use tokio::sync::oneshot;
 
+use super::admission::{deadline, refusal, serving};
 use super::{on_worker, read_body};
 use crate::auth;
-use crate::config::seconds;
 use crate::demux::Registration;
 use crate::demux::sink::{LeaveGuard, Sink, StreamBuffer, Ticket};
 use crate::error::ApiError;
 use crate::http::reply::{JSON, Reply, Scope};
-use crate::metrics::Refused;
 use crate::parse::parse;
 use crate::state::{Live, State};
 use crate::validate::{self, Body, GenerationRequest, Kind};
@@ -54,13 +53,6 @@ pub(crate) async fn generate(
     serving(state)?;
     observe(state, &judged);
     admit(state, &live, judged, tenant, scope).await
-}
-
-fn serving(state: &State) -> Result<&Arc<Live>, ApiError> {
-    state.serving().inspect_err(|error| {
-        let draining = error.code == "draining";
-        state.metrics.refused(if draining { Refused::Draining } else { Refused::Loading });
-    })
 }
 
 fn observe(state: &State, judged: &GenerationRequest) {
@@ -148,13 +140,12 @@ fn engine_requests(
     first: RequestId,
     scope: &Scope,
 ) -> Vec<EngineRequest> {
-    let left = seconds(state.config.timeouts.request_seconds).saturating_sub(scope.arrived.elapsed());
-    let deadline = live.engine.now().saturating_add(left);
+    let deadline = deadline(state, live, scope);
     let cache_salt = auth::cache_salt(tenant, judged.cache_salt.as_deref());
     (0..)
         .zip(&judged.prompts)
         .map(|(i, prompt)| EngineRequest {
-            task: mirai_engine::Task::Generate,
+            task: Task::Generate,
             id: RequestId(first.0 + i),
             tenant,
             weight: 1,
@@ -167,34 +158,4 @@ fn engine_requests(
             sampling: judged.sampling.clone(),
         })
         .collect()
-}
-
-/// What the engine's refusal means for a client.
-fn refusal(state: &State, live: &Live, error: &AdmissionError) -> ApiError {
-    let waiting = live.engine.counters().queued_requests;
-    let full = |reason| {
-        state.metrics.refused(reason);
-        ApiError::saturated("the queue is full").retry_after(state.metrics.drain_time(waiting))
-    };
-    match error {
-        AdmissionError::QueueFull { .. } => full(Refused::QueueRequests),
-        AdmissionError::QueueTokensFull { .. } => full(Refused::QueueTokens),
-        AdmissionError::TooLong { .. } | AdmissionError::NeverFits { .. } => {
-            ApiError::context_length(error.to_string()).param("max_tokens")
-        }
-        AdmissionError::EmptyPrompt | AdmissionError::UnknownToken { .. } => {
-            ApiError::invalid_value(error.to_string()).param("prompt")
-        }
-        AdmissionError::PromptTooLong { .. } => ApiError::context_length(error.to_string()).param("input"),
-        AdmissionError::WrongTask(_) => ApiError::invalid_value(error.to_string()).param("model"),
-        AdmissionError::PoolingShape { .. } => {
-            ApiError::internal("this request failed; others are not affected")
-        }
-        AdmissionError::Choices { .. } => ApiError::invalid_value(error.to_string()).param("n"),
-        AdmissionError::DuplicateId(_) => ApiError::internal("this request failed; others are not affected"),
-        AdmissionError::Stopping | AdmissionError::Dead(_) => {
-            state.metrics.refused(Refused::EngineStopped);
-            ApiError::engine_stopped("the engine has stopped").retry_after(Duration::from_secs(10))
-        }
-    }
 }

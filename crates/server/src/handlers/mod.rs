@@ -3,8 +3,10 @@
 //! Owns the order: route, key, then everything else. Nothing that scales with a request's numbers happens
 //! before its body was judged.
 
+mod admission;
 mod generate;
 mod info;
+mod pool;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,6 +17,7 @@ use hyper::{Method, Request, Response, Version};
 use mirai_engine::TenantId;
 
 use crate::error::ApiError;
+use crate::handlers::pool::PoolKind;
 use crate::health::{self, Probe};
 use crate::http::body::{self, HeldBody};
 use crate::http::io::ConnState;
@@ -136,6 +139,11 @@ async fn dispatch(
     match route.route().target {
         Target::Chat => generate::generate(state, request, tenant, Kind::Chat, scope).await,
         Target::Completion => generate::generate(state, request, tenant, Kind::Completion, scope).await,
+        Target::Embeddings => pool::pool(state, request, tenant, PoolKind::Embeddings, scope).await,
+        Target::Rerank | Target::RerankV2 => {
+            pool::pool(state, request, tenant, PoolKind::Rerank, scope).await
+        }
+        Target::Score => pool::pool(state, request, tenant, PoolKind::Score, scope).await,
         Target::Models => info::models(state),
         Target::Model => info::model(state, rest.unwrap_or_default()),
         Target::Tokenize => info::tokenize(state, request).await,

@@ -160,6 +160,7 @@ pub fn model(options: &Options) -> ServedModel {
         eos_token_ids: vec![EOS],
         bos_token_id: Some(258),
         generation_defaults: GenerationDefaults::default(),
+        task: mirai_server::Task::default(),
         reasoning: None,
         vocab,
         created: 1_700_000_000,

@@ -1,0 +1,55 @@
+//! What every request that goes to the engine shares on its way there.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mirai_engine::{AdmissionError, Time};
+
+use crate::config::seconds;
+use crate::error::ApiError;
+use crate::http::reply::Scope;
+use crate::metrics::Refused;
+use crate::state::{Live, State};
+
+/// The model, or a counted refusal.
+pub(super) fn serving(state: &State) -> Result<&Arc<Live>, ApiError> {
+    state.serving().inspect_err(|error| {
+        let draining = error.code == "draining";
+        state.metrics.refused(if draining { Refused::Draining } else { Refused::Loading });
+    })
+}
+
+/// When the request ends whatever its state, on the engine's clock.
+pub(super) fn deadline(state: &State, live: &Live, scope: &Scope) -> Time {
+    let left = seconds(state.config.timeouts.request_seconds).saturating_sub(scope.arrived.elapsed());
+    live.engine.now().saturating_add(left)
+}
+
+/// What the engine's refusal means for a client.
+pub(super) fn refusal(state: &State, live: &Live, error: &AdmissionError) -> ApiError {
+    let waiting = live.engine.counters().queued_requests;
+    let full = |reason| {
+        state.metrics.refused(reason);
+        ApiError::saturated("the queue is full").retry_after(state.metrics.drain_time(waiting))
+    };
+    match error {
+        AdmissionError::QueueFull { .. } => full(Refused::QueueRequests),
+        AdmissionError::QueueTokensFull { .. } => full(Refused::QueueTokens),
+        AdmissionError::TooLong { .. } | AdmissionError::NeverFits { .. } => {
+            ApiError::context_length(error.to_string()).param("max_tokens")
+        }
+        AdmissionError::PromptTooLong { .. } => ApiError::context_length(error.to_string()).param("input"),
+        AdmissionError::EmptyPrompt | AdmissionError::UnknownToken { .. } => {
+            ApiError::invalid_value(error.to_string()).param("prompt")
+        }
+        AdmissionError::Choices { .. } => ApiError::invalid_value(error.to_string()).param("n"),
+        AdmissionError::WrongTask(_) => ApiError::wrong_task(error.to_string()).param("model"),
+        AdmissionError::DuplicateId(_) | AdmissionError::PoolingShape { .. } => {
+            ApiError::internal("this request failed; others are not affected")
+        }
+        AdmissionError::Stopping | AdmissionError::Dead(_) => {
+            state.metrics.refused(Refused::EngineStopped);
+            ApiError::engine_stopped("the engine has stopped").retry_after(Duration::from_secs(10))
+        }
+    }
+}
