@@ -11,6 +11,7 @@ mod faults;
 mod life;
 mod load;
 mod metrics;
+mod pooling;
 mod reasoning;
 mod slow;
 mod support;

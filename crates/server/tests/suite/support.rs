@@ -4,10 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mirai_engine::sim::{Draw, DrawFn, SimConfig, SimExecutor};
+use mirai_engine::sim::{Draw, DrawFn, PoolFn, SimConfig, SimExecutor};
 use mirai_engine::{EngineConfig, EngineHandle, Geometry, GroupKind};
 use mirai_server::{
-    ExitReason, FimTokens, GenerationDefaults, ServedModel, Server, ServerConfig, ServerHandle,
+    ExitReason, FimTokens, GenerationDefaults, ServedModel, Server, ServerConfig, ServerHandle, Task,
 };
 use mirai_text::{ChatTemplate, SpecialTokens, Tokenizer};
 use serde_json::{Map, Value, json};
@@ -99,6 +99,11 @@ pub struct Options {
     /// Special tokens from id 259 on.
     pub tokens: &'static [&'static str],
     pub draw: DrawFn,
+    /// What the device is.
+    pub shape: fn(&mut Geometry),
+    /// Pools prompts; 8 numbers that depend on every token unless a test wants others.
+    pub pool: Option<PoolFn>,
+    pub task: Task,
     /// Last touches on the model.
     pub setup: fn(&mut ServedModel),
 }
@@ -115,6 +120,9 @@ impl Default for Options {
             template: true,
             tokens: &[],
             draw: Arc::new(draw),
+            shape: |_| {},
+            pool: None,
+            task: Task::Generate,
             setup: |_| {},
         }
     }
@@ -133,7 +141,7 @@ pub struct TestServer {
 pub fn model(options: &Options) -> ServedModel {
     let tokenizer = tokenizer(options.tokens);
     let vocab = VOCAB.max(tokenizer.vocab_size() as u32);
-    let geometry = Geometry {
+    let mut geometry = Geometry {
         groups: vec![GroupKind::Full],
         blocks: options.blocks,
         slots: options.slots,
@@ -145,7 +153,11 @@ pub fn model(options: &Options) -> ServedModel {
         pools: false,
         whole_prompts: false,
     };
+    (options.shape)(&mut geometry);
     let mut sim = SimConfig::new(geometry);
+    if let Some(pool) = &options.pool {
+        sim.pool = pool.clone();
+    }
     sim.step_time = options.step;
     sim.draw = options.draw.clone();
     let (engine, events) =
@@ -160,7 +172,7 @@ pub fn model(options: &Options) -> ServedModel {
         eos_token_ids: vec![EOS],
         bos_token_id: Some(258),
         generation_defaults: GenerationDefaults::default(),
-        task: mirai_server::Task::default(),
+        task: options.task.clone(),
         reasoning: None,
         vocab,
         created: 1_700_000_000,
