@@ -135,7 +135,7 @@ fn cast(tensor: &HostTensor<'_>, to: Storage) -> Result<HostTensor<'static>> {
         });
     }
     let bytes = Cow::Owned(float_bytes(&to_f32(tensor)?, to));
-    Ok(HostTensor { name: tensor.name.clone(), shape: tensor.shape.clone(), storage: to, bytes })
+    Ok(HostTensor { name: tensor.name.clone(), shape: tensor.shape.clone(), storage: to, bytes, scales: None })
 }
 
 fn quantize(tensor: &HostTensor<'_>, to: Storage) -> Result<HostTensor<'static>> {
@@ -156,6 +156,7 @@ fn quantize(tensor: &HostTensor<'_>, to: Storage) -> Result<HostTensor<'static>>
         shape: tensor.shape.clone(),
         storage: to,
         bytes: Cow::Owned(bytes),
+        scales: None,
     })
 }
 
@@ -211,7 +212,7 @@ mod tests {
 
     fn tensor(shape: &[usize], storage: Storage) -> HostTensor<'static> {
         let bytes = Cow::Owned(float_bytes(&wave(shape.iter().product()), storage));
-        HostTensor { name: "t".into(), shape: shape.to_vec(), storage, bytes }
+        HostTensor { name: "t".into(), shape: shape.to_vec(), storage, bytes, scales: None }
     }
 
     const LINEAR: TensorId = TensorId::Layer(0, Part::Q);

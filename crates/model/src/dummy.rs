@@ -110,7 +110,7 @@ impl WeightSource for DummySource {
         } else {
             fill(self.storage, self.seed ^ hash(&name), &mut bytes);
         }
-        Ok(HostTensor { name, shape, storage: self.storage, bytes: Cow::Owned(bytes) })
+        Ok(HostTensor { name, shape, storage: self.storage, bytes: Cow::Owned(bytes), scales: None })
     }
 
     fn has(&self, _id: TensorId) -> bool {

@@ -213,7 +213,7 @@ impl WeightSource for SafetensorsSource {
             return Err(ModelError::WrongShape { file: file.clone(), tensor: name, expected, got });
         }
         let bytes = Cow::Borrowed(&bytes.as_ref()[entry.start..entry.end]);
-        Ok(HostTensor { name, shape: expected, storage, bytes })
+        Ok(HostTensor { name, shape: expected, storage, bytes, scales: None })
     }
 
     fn has(&self, id: TensorId) -> bool {

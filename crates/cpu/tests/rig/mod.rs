@@ -63,7 +63,7 @@ pub fn tensor(
             (quantized.data().unwrap().into_owned(), back)
         }
     };
-    (HostTensor { name: name.to_owned(), shape: shape.to_vec(), storage, bytes: Cow::Owned(bytes) }, values)
+    (HostTensor { name: name.to_owned(), shape: shape.to_vec(), storage, bytes: Cow::Owned(bytes), scales: None }, values)
 }
 
 fn ggml(storage: Storage) -> GgmlDType {

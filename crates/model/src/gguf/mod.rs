@@ -80,7 +80,7 @@ impl GgufSource {
         let info = &self.header.tensors[ROPE_FREQS];
         let bytes = Cow::Borrowed(self.header.data(info, self.bytes.as_ref()));
         let (name, shape) = (ROPE_FREQS.to_owned(), info.shape.clone());
-        let divisors = crate::convert::to_f32(&HostTensor { name, shape, storage: info.storage, bytes })?;
+        let divisors = crate::convert::to_f32(&HostTensor { name, shape, storage: info.storage, bytes, scales: None })?;
         if let Some(bad) = divisors.iter().find(|d| !d.is_finite() || **d <= 0.0) {
             let why = format!("a divisor is {bad}, expected a finite number above 0");
             return Err(ModelError::corrupt(&self.file, format!("tensor `{ROPE_FREQS}`"), why));
@@ -124,7 +124,7 @@ impl WeightSource for GgufSource {
             }
             _ => Cow::Borrowed(data),
         };
-        Ok(HostTensor { name, shape: expected, storage: info.storage, bytes })
+        Ok(HostTensor { name, shape: expected, storage: info.storage, bytes, scales: None })
     }
 
     fn has(&self, id: TensorId) -> bool {
