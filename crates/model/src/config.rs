@@ -76,6 +76,11 @@ impl<'a> Config<'a> {
         self.object.iter().find(|(_, v)| v.is_object()).map(|(k, _)| k.as_str())
     }
 
+    /// Names of its fields.
+    pub fn names(&self) -> impl Iterator<Item = &'a str> {
+        self.object.keys().map(String::as_str)
+    }
+
     /// The required field.
     ///
     /// # Errors
