@@ -8,6 +8,9 @@ use mirai_model::cache::Grouping;
 
 /// Largest relative difference from a published figure.
 const TOLERANCE: f64 = 0.01;
+/// The same for KV memory where keys are values: the rotated part of the key is stored beside the value (ADR 6), which
+/// is 212.5 instead of 210 KiB.
+const KEYS_THAT_ARE_VALUES: f64 = 0.012;
 
 struct Model {
     name: &'static str,
@@ -41,17 +44,17 @@ const MODELS: [Model; 8] = [
         config: config!("gemma-4-26b-a4b"),
         parameters: 25.2,
         active: Some(3.8),
-        // 210 KiB are published, which count a key that is a value once; see below.
-        kv_bytes: (200 << 10) + (10 << 10) * 5 / 4,
-        source: "model card (parameters without the vision encoder); 25 layers of 8 heads of 256 and 5 of 2 of 512",
+        kv_bytes: 210 << 10,
+        source: "model card (parameters without the vision encoder); 25 layers of 8 heads of 256 and 5 of 2 of 512, \
+                 whose keys are values and count once",
     },
     Model {
         name: "qwen3.6-35b-a3b",
         config: config!("qwen3.6-35b-a3b"),
-        parameters: 34.66,
+        parameters: 35.0,
         active: None,
         kv_bytes: 20 << 10,
-        source: "card: 35B; 10 attention layers of 2 heads of 256. See the test for the count",
+        source: "model card; 10 attention layers of 2 heads of 256",
     },
     Model {
         name: "mistral-small-3.2-24b",
@@ -59,7 +62,7 @@ const MODELS: [Model; 8] = [
         parameters: 23.57,
         active: None,
         kv_bytes: 160 << 10,
-        source: "23.57 B without the vision encoder; 160 KiB: docs of the roofline, 40 layers of 8 heads of 128",
+        source: "23.57 B without the vision encoder; 160 KiB: 40 layers of 8 heads of 128",
     },
     Model {
         name: "qwen3-coder-30b-a3b",
@@ -100,10 +103,10 @@ fn spec(model: &Model) -> ModelSpec {
     spec_from_config("config.json", config.as_object().unwrap()).unwrap()
 }
 
-fn near(name: &str, what: &str, got: f64, published: f64) {
+fn near(name: &str, what: &str, got: f64, published: f64, tolerance: f64) {
     let difference = got / published - 1.0;
     println!("{name}: {what} {got:.4}, published {published}: {:+.2} %", difference * 100.0);
-    assert!(difference.abs() <= TOLERANCE, "{name}: {what} {got}, published {published}");
+    assert!(difference.abs() <= tolerance, "{name}: {what} {got}, published {published}");
 }
 
 #[test]
@@ -111,7 +114,7 @@ fn parameters_and_kv_memory_are_the_published_ones() {
     for model in &MODELS {
         let spec = spec(model);
         println!("{}: {}", model.name, model.source);
-        near(model.name, "parameters, billions", spec.parameters() as f64 / 1e9, model.parameters);
+        near(model.name, "parameters, billions", spec.parameters() as f64 / 1e9, model.parameters, TOLERANCE);
         if let Some(active) = model.active {
             // Cards round to one or two digits.
             let got = spec.active_parameters() as f64 / 1e9;
@@ -121,7 +124,8 @@ fn parameters_and_kv_memory_are_the_published_ones() {
         if model.kv_bytes == 0 {
             assert_eq!(kv, 0, "{}: an encoder keeps nothing", model.name);
         } else {
-            near(model.name, "KV bytes a token", kv as f64, model.kv_bytes as f64);
+            let tolerance = if model.name.starts_with("gemma-4") { KEYS_THAT_ARE_VALUES } else { TOLERANCE };
+            near(model.name, "KV bytes a token", kv as f64, model.kv_bytes as f64, tolerance);
         }
     }
 }
