@@ -16,6 +16,7 @@ pub mod forward;
 pub mod gguf;
 pub mod loader;
 pub mod mmap;
+pub mod names;
 pub mod quant;
 #[cfg(feature = "test-support")]
 pub mod reference;

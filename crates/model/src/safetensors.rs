@@ -1,7 +1,8 @@
 //! Weights from safetensors files: one, or shards with an index.
 //!
 //! Owns the file format's checks beyond those of the `safetensors` crate. Every length is held against the
-//! file's before anything is allocated for it.
+//! file's before anything is allocated for it. What a tensor is called is told by [`crate::names`], and what those
+//! of a quantized weight mean by [`crate::quant`].
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,8 +13,10 @@ use crate::backend::{HostTensor, Storage};
 use crate::config::parse_object;
 use crate::error::{ModelError, Result};
 use crate::mmap::{FileBytes, FileSource};
+use crate::names::{Checkpoint, Naming, Stored};
+use crate::quant::{RawTensor, RawTensors, assemble, names_of};
 use crate::spec::ModelSpec;
-use crate::weights::{TensorId, WeightSource, shape};
+use crate::weights::{TensorId, WeightSource, shape, tensors};
 
 /// Largest header that is read. The largest published models stay below a tenth of it.
 const MAX_HEADER: u64 = 16 << 20;
@@ -43,22 +46,41 @@ pub struct SafetensorsSource {
     label: String,
     files: Vec<(String, FileBytes)>,
     entries: BTreeMap<String, Entry>,
+    checkpoint: Checkpoint,
+    /// What comes before every name in these files.
+    prefix: &'static str,
+}
+
+/// Tensors in the files that the specification has no place for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Unused {
+    /// Those that nobody expected.
+    pub names: Vec<String>,
+    /// How many belong to parts that are known and never run: other modalities, draft heads, buffers.
+    pub ignored: usize,
 }
 
 impl SafetensorsSource {
-    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names. The configuration tells how
+    /// tensors are spelled and quantized.
     ///
     /// # Errors
     /// Neither is there, a shard is missing, or a header is broken.
-    pub fn open(place: &str, files: &BTreeMap<String, FileSource>) -> Result<Self> {
+    pub fn open(place: &str, files: &BTreeMap<String, FileSource>, checkpoint: Checkpoint) -> Result<Self> {
+        let mut source = Self::open_files(place, files, checkpoint)?;
+        source.prefix = checkpoint.naming.prefix(source.entries.keys().map(String::as_str));
+        Ok(source)
+    }
+
+    fn open_files(place: &str, files: &BTreeMap<String, FileSource>, checkpoint: Checkpoint) -> Result<Self> {
         // The single file first, as transformers does.
         if let Some(single) = files.get(SINGLE) {
-            let mut source = Self::empty(SINGLE);
+            let mut source = Self::empty(SINGLE, checkpoint);
             source.add(SINGLE, single)?;
             return Ok(source);
         }
         if let Some(index) = files.get(INDEX) {
-            return Self::open_sharded(index, files);
+            return Self::open_sharded(index, files, checkpoint);
         }
         let pickled = files.keys().find(|f| {
             let ext = f.rsplit('.').next().unwrap_or_default();
@@ -71,11 +93,16 @@ impl SafetensorsSource {
         Err(ModelError::MissingFile { place: place.to_owned(), why })
     }
 
-    fn empty(label: &str) -> Self {
-        Self { label: label.to_owned(), files: Vec::new(), entries: BTreeMap::new() }
+    fn empty(label: &str, checkpoint: Checkpoint) -> Self {
+        let (files, entries) = (Vec::new(), BTreeMap::new());
+        Self { label: label.to_owned(), files, entries, checkpoint, prefix: "" }
     }
 
-    fn open_sharded(index: &FileSource, files: &BTreeMap<String, FileSource>) -> Result<Self> {
+    fn open_sharded(
+        index: &FileSource,
+        files: &BTreeMap<String, FileSource>,
+        checkpoint: Checkpoint,
+    ) -> Result<Self> {
         let bytes = index.open(INDEX)?;
         let object = parse_object(INDEX, bytes.as_ref(), MAX_INDEX)?;
         let map = object
@@ -97,7 +124,7 @@ impl SafetensorsSource {
             let why = format!("names {} shards, expected 1 to {MAX_SHARDS}", shards.len());
             return Err(ModelError::field(INDEX, "weight_map", why));
         }
-        let mut source = Self::empty(INDEX);
+        let mut source = Self::empty(INDEX, checkpoint);
         for (shard, tensors) in shards {
             let file = files.get(shard).ok_or_else(|| {
                 let field = format!("weight_map.{}", tensors.first().unwrap_or(&""));
@@ -139,12 +166,67 @@ impl SafetensorsSource {
         Ok(())
     }
 
-    /// Tensors in the files that the specification has no place for. Buffers that older exports store are not
-    /// worth a word.
-    #[must_use]
-    pub fn extra(&self, known: &BTreeSet<String>) -> Vec<String> {
-        let silent = |name: &str| name.ends_with("rotary_emb.inv_freq") || name.ends_with(".attn.bias");
-        self.entries.keys().filter(|n| !known.contains(*n) && !silent(n)).cloned().collect()
+    /// Tensors in the files that the specification has no place for.
+    ///
+    /// # Errors
+    /// One is of a layer that the configuration does not have: the two contradict each other.
+    pub fn unused(&self, spec: &ModelSpec) -> Result<Unused> {
+        let Checkpoint { naming, quantized, draft_layers } = self.checkpoint;
+        let layers = spec.layers.len();
+        let mut known = BTreeSet::new();
+        // The head of a tied model may be stored too.
+        for id in tensors(spec).into_iter().chain([TensorId::Head]) {
+            for stored in naming.spell(self.prefix, spec, id) {
+                match quantized {
+                    Some(_) => known.extend(names_of(&stored.name)),
+                    None => drop(known.insert(stored.name)),
+                }
+            }
+        }
+        let mut unused = Unused::default();
+        for (name, entry) in self.entries.iter().filter(|(name, _)| !known.contains(*name)) {
+            match naming.layer_number(self.prefix, name) {
+                _ if Naming::is_ignored(name) => unused.ignored += 1,
+                Some(layer) if (layers..layers + draft_layers).contains(&layer) => unused.ignored += 1,
+                Some(layer) if layer >= layers => {
+                    let why = format!("is of layer {layer}, the configuration has {layers} layers");
+                    let item = format!("tensor `{}`", name.escape_default());
+                    return Err(ModelError::corrupt(&self.files[entry.file].0, item, why));
+                }
+                _ => unused.names.push(name.clone()),
+            }
+        }
+        Ok(unused)
+    }
+
+    /// What the files hold under one spelling, if they have it.
+    fn find(&self, stored: &Stored) -> Result<Option<HostTensor<'_>>> {
+        if let Some(quantized) = self.checkpoint.quantized
+            && let Some(tensor) = assemble(quantized, self, &stored.name, &stored.shape)?
+        {
+            return Ok(Some(tensor));
+        }
+        let Some(entry) = self.entries.get(&stored.name).filter(|_| !stored.packed) else { return Ok(None) };
+        let (file, bytes) = &self.files[entry.file];
+        let tensor = || stored.name.clone();
+        let storage = match entry.dtype {
+            Dtype::F32 => Storage::F32,
+            Dtype::F16 => Storage::F16,
+            Dtype::BF16 => Storage::Bf16,
+            other => {
+                let (expected, got) = ("F32, F16 or BF16", other.to_string());
+                return Err(ModelError::WrongType { file: file.clone(), tensor: tensor(), expected, got });
+            }
+        };
+        // One number may be stored with or without a dimension.
+        let is_one = |shape: &[usize]| shape.iter().all(|&d| d == 1);
+        if entry.shape != stored.shape && !(is_one(&entry.shape) && is_one(&stored.shape)) {
+            let (expected, got) = (stored.shape.clone(), entry.shape.clone());
+            return Err(ModelError::WrongShape { file: file.clone(), tensor: tensor(), expected, got });
+        }
+        let bytes = Cow::Borrowed(&bytes.as_ref()[entry.start..entry.end]);
+        let (name, shape) = (tensor(), stored.shape.clone());
+        Ok(Some(HostTensor { name, shape, storage, bytes, scales: None }))
     }
 }
 
@@ -187,37 +269,34 @@ fn explain(name: &str, bytes: &[u8], error: &SafeTensorError) -> ModelError {
     }
 }
 
+impl RawTensors for SafetensorsSource {
+    fn raw(&self, name: &str) -> Option<RawTensor<'_>> {
+        let entry = self.entries.get(name)?;
+        let (file, bytes) = &self.files[entry.file];
+        let bytes = &bytes.as_ref()[entry.start..entry.end];
+        Some(RawTensor { file, dtype: entry.dtype, shape: &entry.shape, bytes })
+    }
+}
+
 impl WeightSource for SafetensorsSource {
     fn tensor(&self, spec: &ModelSpec, id: TensorId) -> Result<HostTensor<'_>> {
-        let name = id.hf_name();
-        let Some(entry) = self.entries.get(&name) else {
-            return Err(ModelError::MissingTensor { file: self.label.clone(), tensor: name });
-        };
-        let (file, bytes) = &self.files[entry.file];
-        let storage = match entry.dtype {
-            Dtype::F32 => Storage::F32,
-            Dtype::F16 => Storage::F16,
-            Dtype::BF16 => Storage::Bf16,
-            other => {
-                return Err(ModelError::WrongType {
-                    file: file.clone(),
-                    tensor: name,
-                    expected: "F32, F16 or BF16",
-                    got: other.to_string(),
-                });
+        let spellings = self.checkpoint.naming.spell(self.prefix, spec, id);
+        for stored in &spellings {
+            if let Some(tensor) = self.find(stored)? {
+                return stored.cut.apply(tensor, &shape(spec, id));
             }
-        };
-        let expected = shape(spec, id);
-        if entry.shape != expected {
-            let got = entry.shape.clone();
-            return Err(ModelError::WrongShape { file: file.clone(), tensor: name, expected, got });
         }
-        let bytes = Cow::Borrowed(&bytes.as_ref()[entry.start..entry.end]);
-        Ok(HostTensor { name, shape: expected, storage, bytes, scales: None })
+        let tensor = spellings.into_iter().next().map_or_else(|| format!("{id:?}"), |stored| stored.name);
+        Err(ModelError::MissingTensor { file: self.label.clone(), tensor })
     }
 
-    fn has(&self, id: TensorId) -> bool {
-        self.entries.contains_key(&id.hf_name())
+    fn has(&self, spec: &ModelSpec, id: TensorId) -> bool {
+        let there = |name: &String| self.entries.contains_key(name);
+        let spellings = self.checkpoint.naming.spell(self.prefix, spec, id);
+        spellings.iter().any(|stored| match self.checkpoint.quantized {
+            Some(_) => names_of(&stored.name).iter().any(there),
+            None => there(&stored.name) && !stored.packed,
+        })
     }
 
     fn label(&self) -> &str {

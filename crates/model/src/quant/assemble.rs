@@ -56,10 +56,10 @@ pub fn names_of(weight: &str) -> Vec<String> {
 }
 
 /// One weight of a checkpoint, for errors and lookups.
-struct Weight<'a> {
+struct Weight<'a, 'n> {
     tensors: &'a dyn RawTensors,
-    name: &'a str,
-    shape: &'a [usize],
+    name: &'n str,
+    shape: &'n [usize],
 }
 
 /// Makes one tensor of the parts of a quantized weight of this shape (`[out, in]`, or `[n, out, in]` for experts). None
@@ -83,7 +83,7 @@ pub fn assemble<'a>(
     }
 }
 
-impl<'a> Weight<'a> {
+impl<'a> Weight<'a, '_> {
     /// Name of a part beside the weight.
     fn part_name(&self, part: &str) -> String {
         match self.name.strip_suffix(".weight") {
