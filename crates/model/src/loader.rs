@@ -9,7 +9,7 @@ use std::path::Path;
 use mirai_engine::Geometry;
 use serde_json::{Map, Value};
 
-use crate::arch::spec_from_config;
+use crate::arch::{Description, describe};
 use crate::backend::{Backend, CacheDtype, StepLimits, Storage};
 use crate::cache::{CacheBudget, CacheReport, CacheRequest, plan_cache};
 use crate::config::{Config, MAX_CONFIG_BYTES, parse_object};
@@ -22,7 +22,7 @@ use crate::gguf::{GgufSource, GgufTokenizer};
 use crate::mmap::FileSource;
 use crate::safetensors::SafetensorsSource;
 use crate::spec::ModelSpec;
-use crate::weights::{TensorId, WeightSource, layer_parts};
+use crate::weights::WeightSource;
 
 /// Most entries of a model's directory.
 const MAX_ENTRIES: usize = 10_000;
@@ -276,7 +276,7 @@ pub fn load<B: Backend>(
 /// As [`load`].
 pub fn read_spec(source: &ModelSource) -> Result<ModelSpec> {
     match source {
-        ModelSource::Files { place, files } => spec_of_files(place, files),
+        ModelSource::Files { place, files } => Ok(describe_files(place, files)?.spec),
         ModelSource::Gguf { name, file } => GgufSource::open(name, file)?.spec(),
     }
 }
@@ -299,8 +299,7 @@ fn open_gguf(name: &str, file: &FileSource, options: &LoadOptions) -> Result<Ope
     let gguf = GgufSource::open(name, file)?;
     let spec = gguf.spec()?;
     let tokenizer = gguf.tokenizer()?;
-    let known = known_names(&spec, TensorId::gguf_name);
-    let unused_tensors = beyond_layers(name, &spec, gguf.extra(&known))?;
+    let unused_tensors = gguf.unused(&spec)?;
     let weights: Box<dyn WeightSource> = match options.dummy {
         Some(seed) => Box::new(dummy(seed, &spec, options)?),
         None => Box::new(gguf),
@@ -315,24 +314,26 @@ fn open_gguf(name: &str, file: &FileSource, options: &LoadOptions) -> Result<Ope
     })
 }
 
-fn spec_of_files(place: &str, files: &BTreeMap<String, FileSource>) -> Result<ModelSpec> {
+fn describe_files(place: &str, files: &BTreeMap<String, FileSource>) -> Result<Description> {
     let config = files.get("config.json").ok_or_else(|| ModelError::MissingFile {
         place: place.to_owned(),
         why: "has no `config.json`".to_owned(),
     })?;
     let bytes = config.open("config.json")?;
-    spec_from_config("config.json", &parse_object("config.json", bytes.as_ref(), MAX_CONFIG_BYTES)?)
+    describe("config.json", &parse_object("config.json", bytes.as_ref(), MAX_CONFIG_BYTES)?)
 }
 
 fn open_files(place: &str, files: &BTreeMap<String, FileSource>, options: &LoadOptions) -> Result<Opened> {
-    let spec = spec_of_files(place, files)?;
+    let Description { spec, checkpoint } = describe_files(place, files)?;
     let (weights, unused_tensors): (Box<dyn WeightSource>, _) = match options.dummy {
         Some(seed) => (Box::new(dummy(seed, &spec, options)?), Vec::new()),
         None => {
-            let source = SafetensorsSource::open(place, files)?;
-            let extra = source.extra(&known_names(&spec, TensorId::hf_name));
-            let extra = beyond_layers(source.label(), &spec, extra)?;
-            (Box::new(source), extra)
+            let source = SafetensorsSource::open(place, files, checkpoint)?;
+            let unused = source.unused(&spec)?;
+            if unused.ignored > 0 {
+                tracing::info!(tensors = unused.ignored, "tensors of parts that are not run");
+            }
+            (Box::new(source), unused.names)
         }
     };
     let mut tokenizer = BTreeMap::new();
@@ -360,30 +361,6 @@ fn open_files(place: &str, files: &BTreeMap<String, FileSource>, options: &LoadO
 
 fn dummy(seed: u64, spec: &ModelSpec, options: &LoadOptions) -> Result<DummySource> {
     DummySource::new(seed, options.dtype.or(spec.dtype).unwrap_or(Storage::Bf16))
-}
-
-/// Names that the specification has a place for. The head of a tied model may be stored too.
-fn known_names(spec: &ModelSpec, name: fn(TensorId) -> String) -> BTreeSet<String> {
-    let mut ids = vec![TensorId::Embedding, TensorId::FinalNorm, TensorId::Head];
-    for layer in 0..spec.layers.len() {
-        ids.extend(layer_parts(spec, layer).into_iter().map(|part| TensorId::Layer(layer, part)));
-    }
-    ids.into_iter().map(name).collect()
-}
-
-/// Tensors of layers that the configuration does not have contradict it; others are only listed.
-fn beyond_layers(file: &str, spec: &ModelSpec, extra: Vec<String>) -> Result<Vec<String>> {
-    for name in &extra {
-        let number = name.strip_prefix("model.layers.").or_else(|| name.strip_prefix("blk."));
-        let number = number.and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
-        if let Some(layer) = number
-            && layer >= spec.layers.len()
-        {
-            let why = format!("is of layer {layer}, the configuration has {} layers", spec.layers.len());
-            return Err(ModelError::corrupt(file, format!("tensor `{}`", name.escape_default()), why));
-        }
-    }
-    Ok(extra)
 }
 
 fn eos_ids(spec: &ModelSpec, generation: Option<&Map<String, Value>>) -> Result<Vec<u32>> {
