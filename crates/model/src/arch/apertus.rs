@@ -50,3 +50,28 @@ pub(super) fn apertus(config: &Config<'_>) -> Result<ModelSpec> {
     let layer = layer(c.norm, Mixer::Attention(a), Ffn::Dense(mlp));
     decoder(config, &c, vec![layer; c.layers], vec![rope], false)
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::tests::{refusal, spec};
+    use super::*;
+    use crate::weights::layer_parts;
+
+    const NAME: &str = "ApertusForCausalLM";
+
+    #[test]
+    fn no_gate_and_trained_activation() {
+        let s = spec(NAME, &json!({}));
+        let parts = layer_parts(&s, 0);
+        assert!(parts.contains(&Part::XieluP) && parts.contains(&Part::XieluN));
+        assert!(!parts.contains(&Part::Mlp(crate::weights::MlpPart::Gate)));
+        assert_eq!(names(&s, 0, Part::MlpNorm)[0].name, "feedforward_layernorm.weight");
+        assert!(matches!(s.ropes[0].scaling, RopeScaling::Llama3 { factor: 8.0, .. }), "its default");
+        assert_eq!(s.ropes[0].theta, 12e6);
+        let plain = spec(NAME, &json!({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}));
+        assert_eq!((&plain.ropes[0].scaling, plain.ropes[0].theta), (&RopeScaling::None, 5e5));
+        assert!(refusal(NAME, &json!({"hidden_act": "silu"})).contains("supported: xielu"));
+    }
+}

@@ -32,3 +32,31 @@ pub(super) fn cohere2(config: &Config<'_>) -> Result<ModelSpec> {
     scale_logits(&mut spec, config.positive_or("logit_scale", 0.0625)?);
     Ok(spec)
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::tests::{attention, is_tied, refusal, spec, windows};
+    use super::*;
+    use crate::spec::Head;
+    use crate::weights::{Part, layer_parts};
+
+    const NAME: &str = "Cohere2ForCausalLM";
+
+    #[test]
+    fn positions_where_there_is_a_window() {
+        let s = spec(NAME, &json!({"sliding_window": 7}));
+        assert_eq!(windows(&s), [Some(7), Some(7), Some(7), None]);
+        assert!(attention(&s, 0).rope.is_some() && attention(&s, 3).rope.is_none());
+        assert_eq!(s.ropes[0].pairing, Pairing::Adjacent);
+        assert!(matches!(s.head, Head::Logits { scale: 0.0625, .. }) && is_tied(&s));
+        let parts = layer_parts(&s, 0);
+        assert!(parts.contains(&Part::AttentionNorm) && !parts.contains(&Part::MlpNorm), "one norm");
+        assert!(!parts.contains(&Part::AttentionNormBias));
+        let s = spec(NAME, &json!({"sliding_window_pattern": 2, "logit_scale": 0.25}));
+        assert_eq!(windows(&s), [Some(4_096), None, Some(4_096), None]);
+        assert!(refusal(NAME, &json!({"use_qk_norm": true})).contains("`use_qk_norm`"));
+        assert!(refusal(NAME, &json!({"layer_norm_eps": -1})).contains("`layer_norm_eps`"));
+    }
+}

@@ -37,3 +37,27 @@ pub(super) fn glm4(config: &Config<'_>) -> Result<ModelSpec> {
     };
     decoder(config, &c, vec![layer; c.layers], vec![rope], false)
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::tests::{attention, refusal, spec};
+    use super::*;
+    use crate::weights::MlpPart;
+
+    const NAME: &str = "Glm4ForCausalLM";
+
+    #[test]
+    fn half_of_each_head_rotates() {
+        let s = spec(NAME, &json!({}));
+        let a = attention(&s, 0);
+        assert_eq!((a.head_dim, a.kv_heads, s.ropes[0].rotary_dim), (128, 2, 64));
+        assert_eq!(s.ropes[0].pairing, Pairing::Adjacent);
+        assert!(a.qkv_bias && !a.output_bias, "biases are the default");
+        let name = |part| names(&s, 0, part).into_iter().map(|stored| stored.name).collect::<Vec<_>>();
+        assert_eq!(name(Part::MlpNorm), ["post_attention_layernorm.weight"]);
+        assert_eq!(name(Part::Mlp(MlpPart::Up)), ["mlp.up_proj.weight", "mlp.gate_up_proj.weight"]);
+        assert!(refusal(NAME, &json!({"head_dim": 7})).contains("`head_dim`"));
+    }
+}

@@ -22,3 +22,27 @@ pub(super) fn granite(config: &Config<'_>) -> Result<ModelSpec> {
     scale_logits(&mut spec, 1.0 / config.positive_or("logits_scaling", 1.0)?);
     Ok(spec)
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::tests::{attention, refusal, spec};
+    use crate::spec::Head;
+
+    const NAME: &str = "GraniteForCausalLM";
+
+    #[test]
+    fn four_factors() {
+        let s = spec(
+            NAME,
+            &json!({"embedding_multiplier": 12.0, "logits_scaling": 8, "residual_multiplier": 0.25,
+            "attention_multiplier": 0.125}),
+        );
+        assert_eq!((s.embed_scale, s.layers[1].residual_scale, attention(&s, 0).scale), (12.0, 0.25, 0.125));
+        assert!(matches!(s.head, Head::Logits { scale: 0.125, tied: false, .. }));
+        let s = spec(NAME, &json!({}));
+        assert_eq!((s.embed_scale, s.layers[1].residual_scale, attention(&s, 0).scale), (1.0, 1.0, 1.0));
+        assert!(refusal(NAME, &json!({"logits_scaling": 0})).contains("`logits_scaling`"));
+    }
+}

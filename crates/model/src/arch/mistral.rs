@@ -81,3 +81,48 @@ pub(super) fn mixtral(config: &Config<'_>) -> Result<ModelSpec> {
     let layer = layer(c.norm, Mixer::Attention(a), Ffn::Moe(moe));
     decoder(config, &c, vec![layer; c.layers], vec![rope], false)
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::tests::{attention, refusal, spec, windows};
+    use super::*;
+
+    #[test]
+    fn mistral_has_a_window_unless_told_otherwise() {
+        let name = "MistralForCausalLM";
+        assert_eq!(windows(&spec(name, &json!({}))), [Some(4_096); 4], "transformers' default");
+        assert_eq!(windows(&spec(name, &json!({"sliding_window": null}))), [None; 4]);
+        assert!(refusal(name, &json!({"sliding_window": 0})).contains("`sliding_window`"));
+    }
+
+    #[test]
+    fn ministral_grows_its_queries() {
+        let name = "Ministral3ForCausalLM";
+        let s = spec(name, &json!({}));
+        assert_eq!((attention(&s, 0).head_dim, attention(&s, 0).window), (128, None));
+        assert!(
+            matches!(&s.ropes[0].scaling, RopeScaling::Yarn(y) if y.factor == 16.0 && y.attention_factor == 1.0)
+        );
+        assert_eq!(s.ropes[0].q_scale, Some(QueryScale { beta: 0.1, original_context: 16_384.0 }));
+        assert_eq!(s.ropes[0].theta, 1e6);
+        let given = json!({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0,
+            "original_max_position_embeddings": 32, "llama_4_scaling_beta": 0.25}});
+        let q_scale = spec(name, &given).ropes[0].q_scale;
+        assert_eq!(q_scale, Some(QueryScale { beta: 0.25, original_context: 32.0 }));
+    }
+
+    #[test]
+    fn mixtral_divides_by_the_sum_of_the_chosen() {
+        let name = "MixtralForCausalLM";
+        let s = spec(name, &json!({}));
+        let Ffn::Moe(moe) = &s.layers[3].ffn else { panic!("no experts") };
+        assert_eq!((moe.route.experts, moe.route.top_k, moe.route.normalize), (8, 2, true));
+        assert_eq!((attention(&s, 0).window, s.ropes[0].theta), (None, 1e6));
+        assert_eq!(s.parameters() - s.active_parameters(), 4 * 6 * 3 * 64 * 96);
+        let error = refusal(name, &json!({"num_experts_per_tok": 9}));
+        assert!(error.contains("`num_experts_per_tok`: is 9, expected 1 to 8"), "{error}");
+        assert!(refusal(name, &json!({"num_local_experts": 1 << 20})).contains("`num_local_experts`"));
+    }
+}

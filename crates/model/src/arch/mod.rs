@@ -198,3 +198,148 @@ fn short(value: &Value) -> String {
 pub fn spec_from_config(file: &str, object: &Map<String, Value>) -> Result<ModelSpec> {
     describe(file, object).map(|described| described.spec)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::backend::Storage;
+    use crate::rope::{RopeScaling, RopeSpec};
+    use crate::spec::{AttentionLayer, Ffn, Head, Mixer};
+
+    /// A small configuration of this architecture with some fields set; `null` is written as such.
+    pub(super) fn read(name: &str, fields: &Value) -> Result<ModelSpec> {
+        let mut config = json!({
+            "architectures": [name], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+            "num_attention_heads": 8, "vocab_size": 100, "max_position_embeddings": 512,
+        });
+        for (key, value) in fields.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        spec_from_config("config.json", config.as_object().unwrap())
+    }
+
+    pub(super) fn spec(name: &str, fields: &Value) -> ModelSpec {
+        read(name, fields).unwrap()
+    }
+
+    /// The text of the error that reading ends in.
+    pub(super) fn refusal(name: &str, fields: &Value) -> String {
+        read(name, fields).unwrap_err().to_string()
+    }
+
+    pub(super) fn attention(spec: &ModelSpec, layer: usize) -> &AttentionLayer {
+        match &spec.layers[layer].mixer {
+            Mixer::Attention(a) => a,
+            other => panic!("not attention: {other:?}"),
+        }
+    }
+
+    pub(super) fn windows(spec: &ModelSpec) -> Vec<Option<u32>> {
+        (0..spec.layers.len()).map(|i| attention(spec, i).window).collect()
+    }
+
+    pub(super) fn is_tied(spec: &ModelSpec) -> bool {
+        matches!(spec.head, Head::Logits { tied: true, .. })
+    }
+
+    const LLAMA: &str = "LlamaForCausalLM";
+
+    #[test]
+    fn absent_fields_have_the_values_of_transformers() {
+        let s = spec(LLAMA, &json!({"num_attention_heads": 4, "num_hidden_layers": 3}));
+        let a = attention(&s, 2);
+        assert_eq!((a.q_heads, a.kv_heads, a.head_dim, a.scale), (4, 4, 16, 0.25));
+        assert!(!a.qkv_bias && !a.output_bias && a.qk_norm.is_none() && a.window.is_none());
+        assert_eq!(
+            (is_tied(&s), s.final_norm.unwrap().eps, s.dtype, &s.eos[..]),
+            (false, 1e-6, None, &[][..])
+        );
+        assert_eq!(s.ropes, [RopeSpec::plain(1e4, 16)]);
+        assert_eq!(s.parameters(), 3 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 2 * 6_400 + 64);
+        assert_eq!((s.architecture, s.parameters()), (LLAMA, s.active_parameters()));
+    }
+
+    #[test]
+    fn biases_by_field() {
+        let biased = json!({"attention_bias": true, "mlp_bias": true, "tie_word_embeddings": true});
+        let s = spec(LLAMA, &biased);
+        let Ffn::Dense(mlp) = &s.layers[0].ffn else { panic!("not dense") };
+        assert!(attention(&s, 0).qkv_bias && attention(&s, 0).output_bias && mlp.bias && is_tied(&s));
+        let plain = spec(LLAMA, &json!({"tie_word_embeddings": true}));
+        assert_eq!(s.parameters() - plain.parameters(), 4 * ((4 * 64) + (2 * 96 + 64)));
+    }
+
+    #[test]
+    fn both_spellings_of_rope_are_read() {
+        let ropes = |fields: Value| spec(LLAMA, &fields).ropes;
+        let new = json!({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}});
+        let old = json!({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}});
+        assert_eq!(ropes(new), ropes(old));
+        assert_eq!(ropes(json!({"rope_scaling": {"rope_type": "default"}}))[0].scaling, RopeScaling::None);
+        let yarn = json!({"rope_scaling": {"rope_type": "yarn", "factor": null,
+            "original_max_position_embeddings": 128, "mscale": 1.0, "mscale_all_dim": 0.5}});
+        let RopeScaling::Yarn(yarn) = &ropes(yarn)[0].scaling else { panic!("not yarn") };
+        assert_eq!((yarn.factor, yarn.original_context, yarn.truncate), (4.0, 128.0, true));
+        let expected = (0.1 * 4f64.ln() + 1.0) / (0.05 * 4f64.ln() + 1.0);
+        assert!((yarn.attention_factor - expected).abs() < 1e-12);
+        let outer = json!({"original_max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn",
+            "factor": 8.0, "original_max_position_embeddings": 128}});
+        let RopeScaling::Yarn(yarn) = &ropes(outer)[0].scaling else { panic!("not yarn") };
+        assert_eq!(yarn.original_context, 64.0, "the outer field wins");
+        assert_eq!(ropes(json!({"partial_rotary_factor": 0.5}))[0].rotary_dim, 4);
+    }
+
+    #[test]
+    fn fields_without_meaning_are_listed_and_those_of_other_families_refused() {
+        let s = spec(LLAMA, &json!({"use_cache": true, "initializer_range": 0.02, "auto_map": {"x": "y"}}));
+        assert_eq!(s.ignored_fields, ["use_cache", "initializer_range", "auto_map"]);
+        for field in FOREIGN {
+            let error = refusal(LLAMA, &json!({ *field: 2.5 }));
+            assert!(error.contains(field) && error.contains(LLAMA), "{error}");
+        }
+        spec(
+            LLAMA,
+            &json!({"num_experts": 0, "logit_scale": 1.0, "use_qk_norm": false, "kv_lora_rank": null}),
+        );
+        let growing = json!({"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}});
+        assert!(refusal(LLAMA, &growing).contains("rope_parameters.llama_4_scaling_beta"));
+    }
+
+    #[test]
+    fn unknown_architectures_are_refused_with_the_list() {
+        let error = refusal("MambaForCausalLM", &json!({}));
+        assert!(REGISTRY.iter().all(|a| !a.name.is_empty() && error.contains(a.name)), "{error}");
+        let mut names: Vec<_> = REGISTRY.iter().map(|a| a.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), REGISTRY.len(), "a name twice");
+    }
+
+    #[test]
+    fn text_parts_inherit_what_they_lack() {
+        let wrapper = |text: Value| {
+            let outer = json!({"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text,
+                "eos_token_id": 7, "torch_dtype": "bfloat16", "vision_config": {"hidden_size": 9}});
+            describe("config.json", outer.as_object().unwrap())
+        };
+        let text = json!({"model_type": "mistral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+            "num_attention_heads": 8, "vocab_size": 100, "max_position_embeddings": 512});
+        let s = wrapper(text.clone()).unwrap().spec;
+        assert_eq!((&s.eos[..], s.dtype, s.hidden), (&[7][..], Some(Storage::Bf16), 64));
+        assert_eq!(s.architecture, "Mistral3ForConditionalGeneration");
+        let mut own = text.clone();
+        own["eos_token_id"] = json!([3]);
+        own["dtype"] = json!("float32");
+        let s = wrapper(own).unwrap().spec;
+        assert_eq!((&s.eos[..], s.dtype), (&[3][..], Some(Storage::F32)));
+        let mut wrong = text;
+        wrong["hidden_size"] = json!(-1);
+        let error = wrapper(wrong).unwrap_err().to_string();
+        assert!(error.contains("field `text_config.hidden_size`"), "{error}");
+        let error = wrapper(Value::Null).unwrap_err().to_string();
+        assert!(error.contains("`text_config`: is missing"), "{error}");
+    }
+}

@@ -19,3 +19,24 @@ pub(super) fn olmo2(config: &Config<'_>) -> Result<ModelSpec> {
     };
     decoder(config, &c, vec![layer; c.layers], vec![rope], false)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::tests::{attention, spec};
+    use super::*;
+    use crate::weights::{Part, TensorId, layer_parts, shape};
+
+    #[test]
+    fn norms_after_blocks_and_across_heads() {
+        let s = spec("Olmo2ForCausalLM", &json!({"num_key_value_heads": 2}));
+        assert!(attention(&s, 0).qk_norm.unwrap().across_heads);
+        let parts = layer_parts(&s, 0);
+        assert!(!parts.contains(&Part::AttentionNorm) && parts.contains(&Part::MlpPostNorm));
+        assert_eq!(shape(&s, TensorId::Layer(0, Part::QNorm)), [64]);
+        assert_eq!(shape(&s, TensorId::Layer(0, Part::KNorm)), [16]);
+        assert_eq!(s.final_norm.unwrap().eps, 1e-5);
+    }
+}

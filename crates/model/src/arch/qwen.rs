@@ -89,3 +89,68 @@ fn experts(config: &Config<'_>, dense: &MlpLayer) -> Result<MoeLayer> {
         shared_gate: false,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::super::tests::{attention, refusal, spec};
+    use super::*;
+
+    const KV: &str = "num_key_value_heads";
+
+    #[test]
+    fn windows_are_in_the_upper_layers_if_they_are_in_use() {
+        let windows = |extra: Value| {
+            let mut fields = json!({"sliding_window": 9, KV: 2});
+            fields.as_object_mut().expect("an object").extend(extra.as_object().cloned().unwrap_or_default());
+            super::super::tests::windows(&spec("Qwen2ForCausalLM", &fields))
+        };
+        assert_eq!(windows(json!({"max_window_layers": 0})), [None; 4], "not in use");
+        let used = json!({"use_sliding_window": true, "max_window_layers": 2});
+        assert_eq!(windows(used), [None, None, Some(9), Some(9)]);
+        let types = json!({"use_sliding_window": true, "layer_types":
+            ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]});
+        assert_eq!(windows(types), [Some(9), None, Some(9), None]);
+        let unused = json!({KV: 2, "layer_types": ["sliding_attention"; 4]});
+        assert!(refusal("Qwen2ForCausalLM", &unused).contains("no `sliding_window` is in force"));
+        let linear = json!({KV: 2, "layer_types": ["linear_attention"; 4]});
+        assert!(refusal("Qwen3ForCausalLM", &linear).contains("`linear_attention` is not supported"));
+    }
+
+    #[test]
+    fn biases_norms_and_heads() {
+        let s = spec("Qwen2ForCausalLM", &json!({KV: null}));
+        let a = attention(&s, 0);
+        assert!(a.qkv_bias && !a.output_bias && a.qk_norm.is_none());
+        assert_eq!((a.kv_heads, a.head_dim), (8, 8), "null is as many as queries have");
+        assert!(refusal("Qwen2ForCausalLM", &json!({})).contains("32 does not divide"), "the default is 32");
+        let s = spec("Qwen3ForCausalLM", &json!({KV: 2}));
+        let a = attention(&s, 0);
+        assert_eq!(a.head_dim, 128, "Qwen 3's default, not hidden / heads");
+        assert!(a.qk_norm.is_some_and(|n| !n.across_heads) && !a.qkv_bias);
+    }
+
+    #[test]
+    fn layers_with_and_without_experts() {
+        let name = "Qwen3MoeForCausalLM";
+        let s = spec(
+            name,
+            &json!({"decoder_sparse_step": 2, "mlp_only_layers": [3], "num_experts": 16,
+            "num_experts_per_tok": 3, "moe_intermediate_size": 24}),
+        );
+        let sparse: Vec<_> = s.layers.iter().map(|l| matches!(l.ffn, Ffn::Moe(_))).collect();
+        assert_eq!(sparse, [false, true, false, false]);
+        let Ffn::Moe(moe) = &s.layers[1].ffn else { panic!("no experts") };
+        assert_eq!((moe.route.experts, moe.route.top_k, moe.route.normalize), (16, 3, false));
+        assert_eq!((moe.expert.intermediate, attention(&s, 0).head_dim), (24, 8));
+        assert_eq!(s.parameters() - s.active_parameters(), 13 * 3 * 64 * 24);
+        let defaults = spec(name, &json!({}));
+        let Ffn::Moe(moe) = &defaults.layers[0].ffn else { panic!("no experts") };
+        assert_eq!((moe.route.experts, moe.route.top_k, moe.expert.intermediate), (128, 8, 768));
+        let Ffn::Moe(moe) = &spec(name, &json!({"num_local_experts": 12})).layers[0].ffn else { panic!() };
+        assert_eq!(moe.route.experts, 12);
+        assert!(refusal(name, &json!({"mlp_only_layers": 3})).contains("`mlp_only_layers`"));
+        assert!(refusal(name, &json!({"n_shared_experts": 1.5})).contains("`n_shared_experts`"));
+    }
+}

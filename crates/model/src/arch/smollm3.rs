@@ -44,3 +44,27 @@ fn rotates(config: &Config<'_>, layers: usize) -> Result<Vec<bool>> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::tests::{attention, is_tied, refusal, spec, windows};
+
+    const NAME: &str = "SmolLM3ForCausalLM";
+
+    #[test]
+    fn every_fourth_layer_has_no_positions() {
+        let s = spec(NAME, &json!({}));
+        let rotates: Vec<_> = (0..4).map(|i| attention(&s, i).rope.is_some()).collect();
+        assert_eq!((rotates, is_tied(&s), s.ropes[0].theta), (vec![true, true, true, false], true, 2e6));
+        assert_eq!(attention(&s, 0).kv_heads, 4);
+        let s = spec(
+            NAME,
+            &json!({"no_rope_layers": [0, 1, 1, 0], "use_sliding_window": true, "sliding_window": 5}),
+        );
+        assert_eq!(windows(&s), [Some(5), None, None, Some(5)]);
+        assert!(attention(&s, 0).rope.is_none() && attention(&s, 1).rope == Some(0));
+        assert!(refusal(NAME, &json!({"no_rope_layers": [1]})).contains("has 1 entries"));
+    }
+}
