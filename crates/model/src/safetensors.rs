@@ -177,10 +177,9 @@ impl SafetensorsSource {
         // The head of a tied model may be stored too.
         for id in tensors(spec).into_iter().chain([TensorId::Head]) {
             for stored in naming.spell(self.prefix, spec, id) {
-                match quantized {
-                    Some(_) => known.extend(names_of(&stored.name)),
-                    None => drop(known.insert(stored.name)),
-                }
+                let names = if quantized.is_some() { names_of(&stored.name) } else { vec![stored.name] };
+                // Of a table of many spellings few are in the files.
+                known.extend(names.into_iter().filter(|name| self.entries.contains_key(name)));
             }
         }
         let mut unused = Unused::default();

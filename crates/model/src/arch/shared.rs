@@ -2,7 +2,6 @@
 //!
 //! Owns the usual field names and their bounds; each family says its defaults.
 
-use super::short;
 use crate::config::Config;
 use crate::error::Result;
 use crate::rope::RopeSpec;
@@ -160,8 +159,10 @@ pub(super) fn layer_kinds(
             "linear_attention" => Some(Kind::Linear),
             _ => None,
         };
-        let unknown =
-            || config.error("layer_types", format!("`{}` is not supported", short(&(*name).into())));
+        let unknown = || {
+            let name: String = name.chars().take(40).collect();
+            config.error("layer_types", format!("`{}` is not supported", name.escape_default()))
+        };
         kind.filter(|k| known.contains(k)).ok_or_else(unknown)
     };
     types.iter().map(kind).collect()
@@ -183,6 +184,14 @@ pub(super) fn windows(config: &Config<'_>, kinds: &[Kind], window: Option<u32>) 
         _ => Ok(None),
     };
     kinds.iter().map(of).collect()
+}
+
+/// How many experts a token has: the field, or the family's default; not more than there are.
+pub(super) fn top_k(config: &Config<'_>, field: &str, experts: usize, absent: usize) -> Result<usize> {
+    match config.count_or(field, bounds::EXPERTS, absent)? {
+        n if n > experts => Err(config.error(field, format!("is {n}, expected 1 to {experts}"))),
+        n => Ok(n),
+    }
 }
 
 /// A decoder of these layers, with the usual head: logits, tied where `tie_word_embeddings` says so.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod configurations;
+mod families;
 mod files;
 
 use std::time::{Duration, Instant};
@@ -422,6 +423,7 @@ fn claims_take_no_memory() {
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     };
     configurations::configurations();
+    families::shapes();
     safetensors_files();
     gguf_files();
     let kib = peak();

@@ -1,257 +1,11 @@
-//! The tensors that a model consists of, under names of our own, and where they come from.
-//!
-//! Owns the list of a specification's tensors with their shapes, the sums over it, and the trait [`WeightSource`].
-//! Knows no spelling of a file, and reads none.
+//! Which tensors a specification has, their shapes, and sums over them.
 
+use super::{MlpPart, Part, TensorId};
 use crate::backend::Activation;
-use crate::backend::HostTensor;
-use crate::error::{ModelError, Result};
 use crate::spec::{
     AttentionLayer, DeltaLayer, Ffn, Head, KvSource, LatentLayer, LayerSpec, Mixer, MlpLayer, ModelSpec,
     MoeLayer, Placement, PoolOutput,
 };
-
-/// A tensor of a model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum TensorId {
-    /// `[vocab, hidden]`.
-    Embedding,
-    /// `[rows, hidden]`: learned positions.
-    Positions,
-    /// `[token_types, hidden]`.
-    TokenTypes,
-    /// `[hidden]`: norm of embedded rows.
-    EmbedNorm,
-    /// `[hidden]`.
-    EmbedNormBias,
-    /// `[hidden]`.
-    FinalNorm,
-    /// `[hidden]`.
-    FinalNormBias,
-    /// `[vocab, hidden]`, where the model is not tied.
-    Head,
-    /// `[hidden, hidden]`: a classifier's first layer.
-    Dense,
-    /// `[hidden]`.
-    DenseBias,
-    /// `[labels, hidden]`: a classifier's second layer.
-    Labels,
-    /// `[labels]`.
-    LabelsBias,
-    /// Of a layer.
-    Layer(usize, Part),
-}
-
-/// A tensor of a layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Part {
-    /// `[hidden]`: norm of the mixer's input.
-    AttentionNorm,
-    /// `[hidden]`.
-    AttentionNormBias,
-    /// `[hidden]`: norm of the mixer's output.
-    AttentionPostNorm,
-    /// `[hidden]`.
-    AttentionPostNormBias,
-    /// `[hidden]`: norm of the feed-forward block's input.
-    MlpNorm,
-    /// `[hidden]`.
-    MlpNormBias,
-    /// `[hidden]`: norm of the feed-forward block's output.
-    MlpPostNorm,
-    /// `[hidden]`.
-    MlpPostNormBias,
-
-    /// `[q_width, hidden]`.
-    Q,
-    /// `[kv_width, hidden]`.
-    K,
-    /// `[kv_width, hidden]`.
-    V,
-    /// `[q_width, hidden]`: the gate of the attention's output.
-    AttentionGate,
-    /// `[hidden, q_width]`; of latent attention `[hidden, heads * value]`.
-    O,
-    /// `[q_width]`.
-    QBias,
-    /// `[kv_width]`.
-    KBias,
-    /// `[kv_width]`.
-    VBias,
-    /// `[hidden]`.
-    OBias,
-    /// `[head_dim]`, or `[q_width]` where the norm is across heads.
-    QNorm,
-    /// `[head_dim]`, or `[kv_width]` where the norm is across heads.
-    KNorm,
-    /// `[q_heads]`: a logit of the softmax without a value.
-    Sinks,
-
-    /// `[q_rank, hidden]`: compression of queries.
-    QDown,
-    /// `[q_rank]`.
-    QDownBias,
-    /// `[q_rank]`: norm of compressed queries.
-    QDownNorm,
-    /// `[heads * (nope + rope), q_rank]`, or `[.., hidden]` where queries are not compressed.
-    QUp,
-    /// `[latent + rope, hidden]`: compression of keys and values.
-    KvDown,
-    /// `[latent + rope]`.
-    KvDownBias,
-    /// `[latent]`: norm of the latent.
-    KvNorm,
-    /// `[latent, nope]` of a head: takes its query into the latent's space.
-    Absorb(usize),
-    /// `[value, latent]` of a head: takes a mean of latents to its value.
-    Expand(usize),
-
-    /// `[conv_width, hidden]`: q, k and v of a delta net.
-    DeltaQkv,
-    /// `[v_heads * v_dim, hidden]`: gate of its output.
-    DeltaZ,
-    /// `[v_heads, hidden]`: strength of its updates.
-    DeltaB,
-    /// `[v_heads, hidden]`: its decay.
-    DeltaA,
-    /// `[conv_width, taps]`.
-    DeltaConv,
-    /// `[v_heads]`.
-    DeltaALog,
-    /// `[v_heads]`.
-    DeltaDtBias,
-    /// `[v_dim]`.
-    DeltaNorm,
-    /// `[hidden, v_heads * v_dim]`.
-    DeltaOut,
-
-    /// Of the dense block.
-    Mlp(MlpPart),
-    /// `[1]`: the activation's parameter for positive values, before its softplus.
-    XieluP,
-    /// `[1]`: the same for negative values.
-    XieluN,
-    /// `[experts, hidden]`.
-    Router,
-    /// `[experts]`.
-    RouterBias,
-    /// `[hidden]`: weight of the norm of the router's own input, where a dense block lies beside the experts.
-    RouterNorm,
-    /// `[experts]`: added to the scores for the choice.
-    Correction,
-    /// `[experts]`: multiplies the weights of the chosen.
-    ExpertScale,
-    /// Of one expert.
-    Expert(usize, MlpPart),
-    /// Of the expert that every token has.
-    Shared(MlpPart),
-    /// `[1, hidden]`.
-    SharedGate,
-    /// `[hidden]`: norm of the experts' input, where a dense block lies beside them.
-    ExpertsNorm,
-    /// `[hidden]`: norm of the experts' output, likewise.
-    ExpertsPostNorm,
-    /// `[hidden]`: norm of that dense block's output.
-    DensePostNorm,
-
-    /// `[1]`: multiplies the residual stream after the layer.
-    OutputScale,
-}
-
-/// A tensor of a feed-forward block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum MlpPart {
-    /// `[intermediate, hidden]`.
-    Gate,
-    /// `[intermediate, hidden]`.
-    Up,
-    /// `[hidden, intermediate]`.
-    Down,
-    /// `[intermediate]`.
-    GateBias,
-    /// `[intermediate]`.
-    UpBias,
-    /// `[hidden]`.
-    DownBias,
-}
-
-impl MlpPart {
-    /// Whether it is a matrix.
-    #[must_use]
-    pub const fn is_linear(self) -> bool {
-        matches!(self, Self::Gate | Self::Up | Self::Down)
-    }
-}
-
-impl Part {
-    /// Whether quantization at load applies to it: the large matrices. Routers, gates of one row and the delta net's
-    /// rates keep their storage, being small and decisive.
-    #[must_use]
-    pub const fn is_linear(self) -> bool {
-        match self {
-            Self::Q
-            | Self::K
-            | Self::V
-            | Self::AttentionGate
-            | Self::O
-            | Self::QDown
-            | Self::QUp
-            | Self::KvDown
-            | Self::Absorb(_)
-            | Self::Expand(_)
-            | Self::DeltaQkv
-            | Self::DeltaZ
-            | Self::DeltaOut => true,
-            Self::Mlp(part) | Self::Expert(_, part) | Self::Shared(part) => part.is_linear(),
-            _ => false,
-        }
-    }
-
-    /// Whether it is the weight of a norm, which is 1 in a model that nobody trained.
-    #[must_use]
-    pub const fn is_norm(self) -> bool {
-        matches!(
-            self,
-            Self::AttentionNorm
-                | Self::AttentionPostNorm
-                | Self::MlpNorm
-                | Self::MlpPostNorm
-                | Self::QNorm
-                | Self::KNorm
-                | Self::QDownNorm
-                | Self::KvNorm
-                | Self::DeltaNorm
-                | Self::RouterNorm
-                | Self::ExpertsNorm
-                | Self::ExpertsPostNorm
-                | Self::DensePostNorm
-                | Self::ExpertScale
-                | Self::OutputScale
-        )
-    }
-}
-
-impl TensorId {
-    /// Whether it is the weight of a linear layer, the head included: what quantization at load applies to.
-    #[must_use]
-    pub const fn is_linear(self) -> bool {
-        match self {
-            Self::Head | Self::Dense => true,
-            Self::Layer(_, part) => part.is_linear(),
-            _ => false,
-        }
-    }
-
-    /// As [`Part::is_norm`].
-    #[must_use]
-    pub const fn is_norm(self) -> bool {
-        match self {
-            Self::EmbedNorm | Self::FinalNorm => true,
-            Self::Layer(_, part) => part.is_norm(),
-            _ => false,
-        }
-    }
-}
 
 /// Every tensor of the model, in the order of use. Where the head is tied, its table is listed once.
 #[must_use]
@@ -289,13 +43,13 @@ pub fn tensors(spec: &ModelSpec) -> Vec<TensorId> {
 }
 
 /// Weights that a head has.
-enum HeadKind {
+pub(super) enum HeadKind {
     Logits { tied: bool },
     Classifier,
     None,
 }
 
-fn head_of(spec: &ModelSpec) -> HeadKind {
+pub(super) fn head_of(spec: &ModelSpec) -> HeadKind {
     match &spec.head {
         Head::Logits { tied, .. } => HeadKind::Logits { tied: *tied },
         Head::Pool(pool) => match &pool.output {
@@ -571,32 +325,176 @@ impl ModelSpec {
     }
 }
 
-/// Where tensors come from.
-pub trait WeightSource {
-    /// The tensor, of the shape that the specification gives it.
-    ///
-    /// # Errors
-    /// Missing, of another shape, or of a type that is not supported.
-    fn tensor(&self, spec: &ModelSpec, id: TensorId) -> Result<HostTensor<'_>>;
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
 
-    /// Whether the source has it.
-    fn has(&self, spec: &ModelSpec, id: TensorId) -> bool;
+    use super::*;
+    use crate::backend::{DeltaShape, LatentShape, NormKind, Pooling, RouteSpec, Scoring, Storage};
+    use crate::dummy::DummySource;
+    use crate::rope::RopeSpec;
+    use crate::spec::{LearnedPositions, NormSpec, PoolHead, QkNorm};
+    use crate::weights::WeightSource;
 
-    /// Name of the file or of the source, for errors.
-    fn label(&self) -> &str;
-}
+    const HIDDEN: usize = 6;
 
-/// Which tensor embeds: a tied model's file may store only the head.
-///
-/// # Errors
-/// The source has neither.
-pub fn embedding_id(spec: &ModelSpec, source: &dyn WeightSource) -> Result<TensorId> {
-    let tied = matches!(head_of(spec), HeadKind::Logits { tied: true });
-    if !tied || source.has(spec, TensorId::Embedding) {
-        return Ok(TensorId::Embedding);
+    fn mlp(intermediate: usize) -> MlpLayer {
+        MlpLayer { intermediate, activation: Activation::Silu, gated: true, bias: true }
     }
-    if source.has(spec, TensorId::Head) {
-        return Ok(TensorId::Head);
+
+    fn layer(mixer: Mixer, ffn: Ffn) -> LayerSpec {
+        let norm = NormSpec { kind: NormKind::Layer, bias: true, ..NormSpec::rms(1e-6) };
+        LayerSpec {
+            placement: Placement::Around,
+            norm,
+            mixer,
+            ffn,
+            parallel: false,
+            residual_scale: 1.0,
+            output_scale: true,
+        }
     }
-    Err(ModelError::MissingTensor { file: source.label().to_owned(), tensor: "the embedding table".into() })
+
+    fn attention(kv: KvSource) -> AttentionLayer {
+        let norm = NormSpec::rms(1e-6);
+        AttentionLayer {
+            q_heads: 4,
+            kv_heads: 2,
+            head_dim: 8,
+            scale: 1.0,
+            bidirectional: false,
+            window: None,
+            soft_cap: None,
+            rope: Some(0),
+            qk_norm: Some(QkNorm { norm, across_heads: true }),
+            v_norm: None,
+            qkv_bias: true,
+            output_bias: true,
+            sinks: true,
+            gated: true,
+            kv,
+        }
+    }
+
+    fn moe() -> MoeLayer {
+        MoeLayer {
+            route: RouteSpec {
+                experts: 5,
+                top_k: 2,
+                scoring: Scoring::Sigmoid,
+                normalize: true,
+                scale: 1.0,
+                groups: None,
+            },
+            router_bias: true,
+            correction: true,
+            expert_scale: true,
+            expert: mlp(3),
+            shared: Some(mlp(7)),
+            shared_gate: true,
+        }
+    }
+
+    /// Every kind of layer, with every tensor that it may have.
+    fn everything() -> ModelSpec {
+        let shape = LatentShape { latent: 10, rope: 2, nope: 4, value: 3 };
+        let norm = NormSpec::rms(1e-6);
+        let latent = |q_rank| LatentLayer { heads: 3, shape, q_rank, norm, scale: 1.0, rope: 0, bias: true };
+        let shape = DeltaShape { k_heads: 2, v_heads: 4, k_dim: 8, v_dim: 5, taps: 4 };
+        let xielu = Activation::Xielu { alpha_p: 0.0, alpha_n: 0.0, beta: 0.5, eps: -1e-6 };
+        let plain = MlpLayer { activation: xielu, gated: false, ..mlp(9) };
+        let norm = NormSpec { bias: true, ..norm };
+        ModelSpec {
+            architecture: "every kind",
+            hidden: HIDDEN,
+            vocab: 20,
+            context: 32,
+            layers: vec![
+                layer(Mixer::Attention(attention(KvSource::Own)), Ffn::DenseAndMoe(mlp(9), moe())),
+                layer(Mixer::Latent(latent(Some(5))), Ffn::Moe(moe())),
+                layer(Mixer::Delta(DeltaLayer { shape, norm }), Ffn::Dense(plain)),
+            ],
+            ropes: vec![RopeSpec::plain(1e4, 8)],
+            embed_scale: 1.0,
+            learned_positions: Some(LearnedPositions { rows: 34, offset: 2, token_types: 1 }),
+            embed_norm: Some(norm),
+            final_norm: Some(norm),
+            head: Head::Pool(PoolHead {
+                pooling: Pooling::First,
+                output: PoolOutput::Classifier { labels: 3 },
+            }),
+            dtype: None,
+            bos: None,
+            eos: Vec::new(),
+            ignored_fields: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn every_tensor_has_a_shape_and_is_listed_once() {
+        let spec = everything();
+        let all = tensors(&spec);
+        assert_eq!(all.iter().collect::<HashSet<_>>().len(), all.len(), "one twice");
+        for id in &all {
+            let shape = shape(&spec, *id);
+            assert!(!shape.is_empty() && shape.iter().all(|&n| n > 0), "{id:?}: {shape:?}");
+            assert!(!id.is_linear() || shape.len() == 2, "{id:?}: {shape:?}");
+            assert!(!(id.is_linear() && id.is_norm()), "{id:?}");
+        }
+        let source = DummySource::new(1, Storage::F32).expect("a float type");
+        for id in all {
+            let tensor = source.tensor(&spec, id).expect("dummies have everything");
+            let ones = tensor.bytes.as_chunks::<4>().0.iter().all(|b| f32::from_le_bytes(*b) == 1.0);
+            assert_eq!(ones, id.is_norm(), "{id:?}");
+        }
+    }
+
+    #[test]
+    fn sizes_of_each_kind_of_layer() {
+        let spec = everything();
+        let of = |layer, part| shape(&spec, TensorId::Layer(layer, part));
+        assert_eq!(of(0, Part::AttentionGate), [32, HIDDEN]);
+        assert_eq!((of(0, Part::QNorm), of(0, Part::KNorm)), (vec![32], vec![16]), "across heads");
+        assert_eq!(of(0, Part::Expert(4, MlpPart::Down)), [HIDDEN, 3]);
+        assert_eq!(of(0, Part::Shared(MlpPart::UpBias)), [7]);
+        assert_eq!((of(1, Part::QUp), of(1, Part::KvDown)), (vec![18, 5], vec![12, HIDDEN]));
+        assert_eq!((of(1, Part::Absorb(2)), of(1, Part::Expand(0))), (vec![10, 4], vec![3, 10]));
+        assert_eq!((of(2, Part::DeltaQkv), of(2, Part::DeltaConv)), (vec![52, HIDDEN], vec![52, 4]));
+        assert_eq!(of(2, Part::Mlp(MlpPart::GateBias)), [9]);
+        assert!(!layer_parts(&spec, 2).contains(&Part::Mlp(MlpPart::Gate)), "no gate");
+        assert_eq!(shape(&spec, TensorId::Labels), [3, HIDDEN]);
+        assert!(of(2, Part::Q).is_empty() && of(1, Part::Sinks).is_empty() && of(2, Part::Router).is_empty());
+        let experts = 2 * 5 * (3 * 3 * HIDDEN + 2 * 3 + HIDDEN) as u64;
+        assert_eq!(spec.parameters() - spec.active_parameters(), experts * 3 / 5);
+    }
+
+    #[test]
+    fn layers_that_borrow_keys_have_fewer_tensors() {
+        let count = |kv| {
+            let mut spec = everything();
+            spec.layers = vec![layer(Mixer::Attention(attention(kv)), Ffn::Dense(mlp(9)))];
+            layer_parts(&spec, 0)
+        };
+        let (own, shared, none) =
+            (count(KvSource::Own), count(KvSource::KeysAreValues), count(KvSource::Layer(0)));
+        assert_eq!((own.len() - shared.len(), shared.len() - none.len()), (2, 3), "v; then k and its norm");
+        assert!(
+            shared.contains(&Part::KNorm) && !shared.contains(&Part::VBias) && !none.contains(&Part::KBias)
+        );
+    }
+
+    #[test]
+    fn heads_have_their_weights() {
+        let mut spec = everything();
+        let pool = |output| Head::Pool(PoolHead { pooling: Pooling::Last, output });
+        let mut last = |head| {
+            spec.head = head;
+            tensors(&spec).into_iter().filter(|id| *id == TensorId::Head || *id == TensorId::Dense).count()
+        };
+        assert_eq!(last(pool(PoolOutput::Embedding)), 0);
+        assert_eq!(last(pool(PoolOutput::Tokens { ids: vec![1], tied: false })), 1);
+        assert_eq!(last(pool(PoolOutput::Tokens { ids: vec![1], tied: true })), 0);
+        assert_eq!(last(Head::Logits { tied: false, scale: 1.0, soft_cap: None }), 1);
+        assert_eq!(last(pool(PoolOutput::Classifier { labels: 1 })), 1);
+    }
 }
