@@ -17,6 +17,7 @@ pub mod gguf;
 pub mod loader;
 pub mod mmap;
 pub mod names;
+pub mod pooling;
 pub mod quant;
 #[cfg(feature = "test-support")]
 pub mod reference;

@@ -58,6 +58,13 @@ pub enum RopeScaling {
     Divisors(Vec<f32>),
     /// LongRoPE (arXiv 2402.13753).
     LongRope(LongRopeSpec),
+    /// The fastest frequencies of a head of `dim` elements, divided by one factor; the others stand still (Gemma 4).
+    Proportional {
+        /// Elements of the whole head: frequencies are `theta^(-2i / dim)`.
+        dim: usize,
+        /// At least 1.
+        factor: f64,
+    },
 }
 
 /// Parameters of LongRoPE: two sets of divisors. Which one applies is decided once, by the context that is served, and
@@ -172,7 +179,18 @@ impl RopeSpec {
                 let divisors = if context > spec.original_context { &spec.long } else { &spec.short };
                 (plain.zip(divisors).map(|(f, d)| f / d).collect(), spec.attention_factor)
             }
+            RopeScaling::Proportional { dim, factor } => {
+                let of_head = |i: usize| self.theta.powf(-2.0 * i as f64 / *dim as f64) / factor;
+                ((0..self.rotary_dim / 2).map(of_head).collect(), 1.0)
+            }
         }
+    }
+
+    /// The rotation of a share of a head's pairs, which lie half a head apart: `rotary_dim` of its `head_dim` elements.
+    #[must_use]
+    pub const fn proportional(theta: f64, rotary_dim: usize, head_dim: usize, factor: f64) -> Self {
+        let scaling = RopeScaling::Proportional { dim: head_dim, factor };
+        Self { theta, rotary_dim, pairing: Pairing::Apart(head_dim / 2), q_scale: None, scaling }
     }
 
     /// Tables for positions below `context`: 4 bytes times `rotary_dim` times `context`.
@@ -246,6 +264,15 @@ mod tests {
         assert!((scaled[3] - plain[3] / 4.0).abs() < 1e-15);
         assert_eq!(YarnSpec::default_attention_factor(4.0, Some(1.0), Some(1.0)), 1.0);
         assert_eq!(YarnSpec::default_attention_factor(1.0, None, None), 1.0);
+    }
+
+    #[test]
+    fn proportional_rotation_has_the_frequencies_of_the_whole_head() {
+        let rope = RopeSpec::proportional(10_000.0, 4, 16, 2.0);
+        let (frequencies, factor) = rope.frequencies(64);
+        assert_eq!((frequencies.len(), factor, rope.pairing), (2, 1.0, Pairing::Apart(8)));
+        let whole = RopeSpec::plain(10_000.0, 16).frequencies(64).0;
+        assert!(frequencies.iter().zip(whole).all(|(f, w)| (f - w / 2.0).abs() < 1e-15));
     }
 
     #[test]

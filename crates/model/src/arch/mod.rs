@@ -6,13 +6,19 @@
 
 mod apertus;
 mod cohere2;
+mod deepseek;
+mod encoder;
+mod gemma;
+mod gemma4;
 mod glm4;
+mod gpt_oss;
 mod granite;
 mod llama;
 mod mistral;
 mod olmo2;
 mod phi3;
 mod qwen;
+mod qwen_delta;
 mod rope;
 mod shared;
 mod smollm3;
@@ -78,6 +84,21 @@ pub const REGISTRY: &[Architecture] = &[
     Architecture::new("ApertusForCausalLM", apertus::apertus, &apertus::NAMING),
     Architecture::new("Cohere2ForCausalLM", cohere2::cohere2, DECODER),
     Architecture::new("Glm4ForCausalLM", glm4::glm4, &glm4::NAMING),
+    Architecture::new("GptOssForCausalLM", gpt_oss::gpt_oss, &gpt_oss::NAMING),
+    Architecture::new("Gemma2ForCausalLM", gemma::gemma2, DECODER),
+    Architecture::new("Gemma2Model", gemma::gemma2_embedder, DECODER),
+    Architecture::new("Gemma3ForCausalLM", gemma::gemma3, DECODER),
+    Architecture::new("", gemma::gemma3, DECODER).wrapped("Gemma3ForConditionalGeneration"),
+    Architecture::new("Gemma4ForCausalLM", gemma4::gemma4, DECODER),
+    Architecture::new("", gemma4::gemma4, DECODER).wrapped("Gemma4ForConditionalGeneration"),
+    Architecture::new("Qwen3NextForCausalLM", qwen_delta::qwen3_next, DECODER),
+    Architecture::new("Qwen3_5ForCausalLM", qwen_delta::qwen3_5, DECODER),
+    Architecture::new("", qwen_delta::qwen3_5, DECODER).wrapped("Qwen3_5ForConditionalGeneration"),
+    Architecture::new("Qwen3_5MoeForCausalLM", qwen_delta::qwen3_5_moe, DECODER),
+    Architecture::new("", qwen_delta::qwen3_5_moe, DECODER).wrapped("Qwen3_5MoeForConditionalGeneration"),
+    Architecture::new("DeepseekV3ForCausalLM", deepseek::deepseek_v3, DECODER),
+    Architecture::new("XLMRobertaModel", encoder::xlm_roberta, &encoder::NAMING),
+    Architecture::new("XLMRobertaForSequenceClassification", encoder::xlm_roberta_classifier, &encoder::NAMING),
 ];
 
 /// Fields that change the numbers in some family. Where a family's function does not ask for one of them it would be

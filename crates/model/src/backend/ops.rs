@@ -47,12 +47,15 @@ pub enum Pairing {
     Halves,
     /// Element `2 i` with `2 i + 1`.
     Adjacent,
+    /// Element `i` with `i + n`, for `i` below `rotary_dim / 2`: as `Halves` of a longer head of which some pairs are not
+    /// rotated (Gemma 4).
+    Apart(usize),
 }
 
 /// Rotary position embedding tables: `[max_context, rotary_dim / 2]` cosines and sines, scaling already applied.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeTable {
-    /// Elements of a head that are rotated: the first ones.
+    /// Elements of a head that are rotated: the first ones, unless they pair [`Pairing::Apart`].
     pub rotary_dim: usize,
     /// How they pair.
     pub pairing: Pairing,
