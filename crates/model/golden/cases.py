@@ -41,6 +41,8 @@ class Case:
     tokens: tuple = ()
     # Fields that published configurations do not have.
     drop: tuple = ()
+    # Heads of single layers as transformers writes them when it saves a model again.
+    per_layer: bool = False
     # Fields that only the file has.
     add: dict = dataclasses.field(default_factory=dict)
 
@@ -106,9 +108,9 @@ DENSE = {
     "granite": Case("GraniteForCausalLM", dict(LLAMA, hidden_size=36, num_attention_heads=6, tie_word_embeddings=True,
                                                embedding_multiplier=3.0, logits_scaling=2.5, residual_multiplier=0.6,
                                                attention_multiplier=0.3), "bfloat16"),
-    "granite-bias": Case("GraniteForCausalLM", dict(LLAMA, attention_bias=True, mlp_bias=True, embedding_multiplier=12.0,
-                                                    logits_scaling=4.0, residual_multiplier=0.22,
-                                                    attention_multiplier=0.125, num_key_value_heads=1), "bfloat16"),
+    "granite-bias": Case("GraniteForCausalLM", dict(LLAMA, attention_bias=True, mlp_bias=True,
+                                                    embedding_multiplier=12.0, logits_scaling=4.0,
+                                                    residual_multiplier=0.22, attention_multiplier=0.125, num_key_value_heads=1), "bfloat16"),
     "olmo2": Case("Olmo2ForCausalLM", dict(LLAMA, hidden_size=40, num_key_value_heads=4, rms_norm_eps=1e-6),
                   "bfloat16"),
     "olmo2-gqa": Case("Olmo2ForCausalLM", dict(LLAMA, hidden_size=36, num_attention_heads=6, num_hidden_layers=3),
@@ -131,8 +133,9 @@ DENSE = {
                                                      logit_scale=0.5, attention_bias=True,
                                                      rope_parameters=rope(rope_theta=5e4)), "bfloat16"),
     "glm4": Case("Glm4ForCausalLM", shape(36, 6, 2, 12, rope_parameters=rope()), "bfloat16"),
-    "glm4-partial": Case("Glm4ForCausalLM", shape(28, 4, 1, 16, layers=3, attention_bias=False, partial_rotary_factor=0.25,
-                                                  tie_word_embeddings=True), "bfloat16", old_spelling=True),
+    "glm4-partial": Case("Glm4ForCausalLM", shape(28, 4, 1, 16, layers=3, attention_bias=False,
+                                                  partial_rotary_factor=0.25, tie_word_embeddings=True), "bfloat16",
+                         old_spelling=True),
 }
 
 EXPERTS = dict(moe_intermediate_size=12, num_experts=5, num_experts_per_tok=3)
@@ -144,8 +147,9 @@ MOE = {
                                                         tie_word_embeddings=True, **EXPERTS), "bfloat16", fused=True),
     "mixtral": Case("MixtralForCausalLM", dict(LLAMA, intermediate_size=20, head_dim=10, num_local_experts=5,
                                                num_experts_per_tok=2, sliding_window=None), "bfloat16"),
-    "mixtral-window": Case("MixtralForCausalLM", dict(LLAMA, hidden_size=36, num_attention_heads=6, intermediate_size=12,
-                                                      head_dim=12, num_local_experts=3, num_experts_per_tok=1,
+    "mixtral-window": Case("MixtralForCausalLM", dict(LLAMA, hidden_size=36, num_attention_heads=6,
+                                                      intermediate_size=12, head_dim=12, num_local_experts=3,
+                                                      num_experts_per_tok=1,
                                                       sliding_window=16, tie_word_embeddings=True), "bfloat16"),
     "gptoss": Case("GptOssForCausalLM", dict(
         shape(28, 6, 2, 10, layers=3), intermediate_size=14, num_local_experts=5, num_experts_per_tok=3,
@@ -209,7 +213,7 @@ GEMMA = {
         28, 4, 2, 10, layers=5, layer_types=["sliding_attention", "full_attention", "sliding_attention",
                                              "sliding_attention", "full_attention"],
         sliding_window=6, global_head_dim=16, hidden_size_per_layer_input=0, num_kv_shared_layers=2,
-        use_double_wide_mlp=True, rope_parameters=GEMMA4_ROPE), "bfloat16"),
+        use_double_wide_mlp=True, rope_parameters=GEMMA4_ROPE), "bfloat16", per_layer=True),
 }
 
 DELTA = dict(linear_conv_kernel_dim=4, linear_key_head_dim=8, linear_value_head_dim=6, linear_num_key_heads=2,
@@ -242,7 +246,8 @@ HYBRIDS = {
     "qwen3_5moe-wrapper": Case("Qwen3_5MoeForCausalLM", shape(
         28, 6, 2, 12, layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"],
         shared_expert_intermediate_size=14, rope_parameters=dict(
-            MROPE, partial_rotary_factor=0.5, mrope_section=[1, 1, 1]), **dict(EXPERTS, num_experts_per_tok=2), **DELTA),
+            MROPE, partial_rotary_factor=0.5, mrope_section=[1, 1, 1]),
+        **dict(EXPERTS, num_experts_per_tok=2), **DELTA),
         "bfloat16", lengths=DELTA_LENGTHS, shards=2, fused=True,
         wrapper=("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", "model.language_model.", "lm_head.")),
 }

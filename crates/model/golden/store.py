@@ -36,7 +36,7 @@ def config_json(model, case):
     config = json.loads(model.config.to_json_string(use_diff=False))
     config = {k: v for k, v in config.items() if k not in NOISE and k not in case.drop}
     # What transformers derives is not in published files; those have the fields that it was derived from.
-    if config.pop("per_layer_config", None) is not None:
+    if not case.per_layer and config.pop("per_layer_config", None) is not None:
         config.update({k: case.fields.get(k) for k in ("global_head_dim", "num_global_key_value_heads")})
     for field in ("sliding_window_pattern", "num_labels"):
         if field in case.fields:
