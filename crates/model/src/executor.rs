@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 
 use mirai_engine::{DeviceFault, Executor, Geometry, RowFault, RowInput, RowOutput, StepOutcome, StepPlan};
 
-use crate::backend::{Backend, Batch, BatchRow, StepShape};
+use crate::backend::{Backend, Batch, BatchRow, Pooling, StepShape};
 use crate::forward::Model;
 
 /// A model on a backend, behind the engine's trait.
@@ -79,15 +79,21 @@ impl<B: Backend> ModelExecutor<B> {
                 }
             }
             batch.positions.extend(row.start..row.start + row.len);
-            if row.output == RowOutput::Pool {
-                return Err(format!("row {index} pools, and this model has no pooling head"));
-            }
-            let sample = row.output == RowOutput::Sample;
+            let (sample, pool) = (row.output == RowOutput::Sample, row.output == RowOutput::Pool);
             let outputs_from = batch.outputs.len();
-            if self.prompt_logprobs[row.slot.0 as usize] {
-                batch.outputs.extend(first as u32..(first + len) as u32);
-            } else if sample {
-                batch.outputs.push((first + len - 1) as u32);
+            let (first_token, last_token) = (first as u32, (first + len - 1) as u32);
+            match self.model.pooling() {
+                None if pool => return Err(format!("row {index} pools, and this model has no pooling head")),
+                Some(_) if sample => {
+                    return Err(format!("row {index} draws, and this model does not generate"));
+                }
+                None if self.prompt_logprobs[row.slot.0 as usize] => {
+                    batch.outputs.extend(first_token..=last_token);
+                }
+                None if sample => batch.outputs.push(last_token),
+                Some(Pooling::First) if pool => batch.outputs.push(first_token),
+                Some(_) if pool => batch.outputs.push(last_token),
+                _ => {}
             }
             batch.rows.push(BatchRow {
                 slot: row.slot,
@@ -96,6 +102,7 @@ impl<B: Backend> ModelExecutor<B> {
                 start,
                 last_drawn: row.input == RowInput::LastDrawn,
                 sample,
+                pool,
                 outputs: (outputs_from, batch.outputs.len()),
             });
         }
@@ -114,7 +121,7 @@ impl<B: Backend> ModelExecutor<B> {
         if shape.tokens > 0 {
             backend.run(shape, &mut |backend| model.forward(backend)).map_err(|e| e.to_string())?;
         }
-        model.sample(backend).map_err(|e| e.to_string())?;
+        model.finish(backend).map_err(|e| e.to_string())?;
         if !faults.is_empty() {
             self.faults.push_back((plan.step, faults));
         }
@@ -156,6 +163,7 @@ fn apply_faults(outcome: &mut StepOutcome, faults: Vec<(usize, RowFault)>) {
         if fault.is_some() {
             row.fault = fault;
             row.logprobs = None;
+            row.pooled = None;
         } else {
             outcome.tokens.extend_from_slice(&drawn[row.tokens.start as usize..row.tokens.end as usize]);
         }

@@ -14,6 +14,7 @@ pub mod error;
 pub mod executor;
 pub mod forward;
 pub mod gguf;
+mod load_weights;
 pub mod loader;
 pub mod mmap;
 pub mod names;

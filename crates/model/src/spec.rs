@@ -3,7 +3,7 @@
 //! Owns the specification and the checks that hold for every architecture. Knows no file format and no name of
 //! a tensor or an architecture's field.
 
-use crate::backend::{Activation, DeltaShape, LatentShape, NormKind, Pooling, RouteSpec, Storage};
+use crate::backend::{Activation, DeltaShape, LatentShape, NormKind, Pooling, RouteSpec, Storage, Stored};
 use crate::rope::RopeSpec;
 
 /// Largest values that a specification may have. They bound what a hostile configuration can make us allocate,
@@ -133,7 +133,8 @@ pub struct LayerSpec {
     pub mixer: Mixer,
     /// Works on each token.
     pub ffn: Ffn,
-    /// Both see the same normed rows and are added together; the layer then has one norm.
+    /// Both see the same normed rows and are added together; the layer then has one norm. Only with
+    /// [`Placement::Before`].
     pub parallel: bool,
     /// Multiplies what each block adds to the residual stream.
     pub residual_scale: f32,
@@ -207,7 +208,7 @@ pub struct AttentionLayer {
     pub rope: Option<usize>,
     /// Norm of queries and keys, before the rotation.
     pub qk_norm: Option<QkNorm>,
-    /// Norm of each value head, without weights.
+    /// Norm of each value head, without weights; only beside a norm of queries and keys.
     pub v_norm: Option<NormSpec>,
     /// Whether q, k and v have biases.
     pub qkv_bias: bool,
@@ -237,7 +238,7 @@ pub enum KvSource {
     Own,
     /// One projection is both: see `Backend::append_shared`.
     KeysAreValues,
-    /// Those of an earlier layer with equal heads.
+    /// Those of an earlier layer with equal heads, window and rotation, which has two projections of its own.
     Layer(usize),
 }
 
@@ -339,7 +340,30 @@ pub struct MoeLayer {
 }
 
 impl ModelSpec {
-    /// Whether every token sees every other, so that a prompt must be computed at once.
+    /// What is stored of a key of this layer: its elements, and where the value is.
+    #[must_use]
+    pub fn stored(&self, a: &AttentionLayer) -> (usize, Stored) {
+        match a.kv {
+            KvSource::Own => (a.head_dim, Stored::KeysAndValues),
+            KvSource::KeysAreValues => {
+                let rotated = a.rope.map_or(0, |r| self.ropes[r].rotary_dim);
+                (a.head_dim + rotated, Stored::ValueInKey)
+            }
+            KvSource::Layer(source) => match &self.layers[source].mixer {
+                Mixer::Attention(source) => self.stored(source),
+                _ => (a.head_dim, Stored::KeysAndValues),
+            },
+        }
+    }
+
+    /// Whether a prompt must be computed at once: every token sees every other, or the row that stands for the sequence
+    /// is not its last.
+    #[must_use]
+    pub fn whole_prompts(&self) -> bool {
+        self.is_bidirectional() || matches!(&self.head, Head::Pool(pool) if pool.pooling != Pooling::Last)
+    }
+
+    /// Whether every token sees every other.
     #[must_use]
     pub fn is_bidirectional(&self) -> bool {
         self.layers.iter().any(|l| matches!(&l.mixer, Mixer::Attention(a) if a.bidirectional))

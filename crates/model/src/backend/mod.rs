@@ -17,8 +17,8 @@ use mirai_engine::{StepOutcome, StepPlan};
 
 pub use blocks::{AttentionBlock, BlockIo, DeltaBlock, LatentBlock, MlpBlock, MoeBlock};
 pub use data::{
-    Batch, BatchRow, CacheDtype, CacheLayout, GroupLayout, HostTensor, PageLayout, Rows, ScaleValues, Scales, StateLayout,
-    StepLimits, StepShape, Storage, Stored,
+    Batch, BatchRow, CacheDtype, CacheLayout, GroupLayout, HostTensor, PageLayout, Rows, ScaleValues, Scales,
+    StateLayout, StepLimits, StepShape, Storage, Stored,
 };
 pub use ops::{
     Activation, AttentionSpec, DeltaRule, DeltaShape, Experts, HeadNorms, HeadView, LatentShape, LogitsHead,
@@ -185,7 +185,7 @@ pub trait Backend {
     ) -> Result<()>;
     /// The same where keys and values are one projection, on rows `[q | k]` of heads of `dim`. With r rotated
     /// elements in a head, what is stored of a token is its value `norms.v(k)`, followed by the r rotated elements of
-    /// its key `rope(norms.k(k))`: `spec.key_dim = dim + r`, `spec.value_dim = dim`. The other elements of a key
+    /// its key `rope(norms.k(k))` in their order: `spec.key_dim = dim + r`, `spec.value_dim = dim`. The other elements of a key
     /// are those of the value times the weight of `norms.k`, so that weight goes into the queries: `q_out` gets
     /// `[q_heads, dim + r]`, 0 where the value's place holds an element that is rotated. Both norms divide by the
     /// same size, so `norms.k` and `norms.v` have equal kind and epsilon.
@@ -202,7 +202,8 @@ pub trait Backend {
     ) -> Result<()>;
     /// On rows `[latent | rope]`: norms the latent, rotates the rest, and writes both into the pages. Rotates the rope
     /// part of each query head in `q` (`[q_heads, nope + rope]`) into its place in `q_out` (`[q_heads, latent + rope]`),
-    /// whose other elements [`Backend::head_linear`] writes.
+    /// whose other elements [`Backend::head_linear`] wrote before; [`RopeTable::q_scale`] multiplies all. `io` is
+    /// `(q, latent and rope, q_out)`.
     /// # Errors
     /// The device failed.
     fn append_latent(
@@ -352,15 +353,20 @@ pub trait Backend {
         }
         if block.gated {
             let width = spec.q_heads * spec.value_dim;
-            let at = spec.q_heads * spec.key_dim
-                + if spec.appends { spec.kv_heads * (spec.key_dim + spec.value_dim) } else { 0 };
+            let at = match block.shared_dim {
+                Some(dim) => (spec.q_heads + spec.kv_heads) * dim,
+                None if spec.appends => {
+                    spec.q_heads * spec.key_dim + spec.kv_heads * (spec.key_dim + spec.value_dim)
+                }
+                None => spec.q_heads * spec.key_dim,
+            };
             self.gate(qkv, at, width, inner)?;
         }
         self.linear(block.output, block.output_bias, inner, io.out)
     }
 
-    /// Latent attention. Uses six scratch buffers: the compressed query and its norm, `[q_heads * (nope + rope)]`,
-    /// `[latent + rope]`, `[q_heads * (latent + rope)]`, `[q_heads * max(latent, value)]` twice.
+    /// Latent attention. Uses seven scratch buffers: the compressed query and its norm, `[q_heads * (nope +
+    /// rope)]`, `[latent + rope]`, `[q_heads * (latent + rope)]`, `[q_heads * latent]` and `[q_heads * value]`.
     /// # Errors
     /// The device failed.
     fn latent_block(&mut self, block: &LatentBlock<'_, Self>, io: BlockIo<'_, Self::Buffer>) -> Result<()>
