@@ -3,30 +3,38 @@
 //! Owns the change from a causal model to an embedder or a reranker, and the files that sentence-transformers writes
 //! beside a model (`modules.json` and the pooling module's `config.json`). Computes nothing.
 
-use std::path::Path;
+use std::collections::BTreeMap;
 
 use serde_json::Value;
 
 use crate::backend::Pooling;
 use crate::config::{Config, MAX_CONFIG_BYTES, parse_object};
 use crate::error::{ModelError, Result};
+use crate::mmap::FileSource;
 use crate::spec::{Head, ModelSpec, PoolHead, PoolOutput};
 
 /// Modules that a list may have; published ones have at most four.
 const MAX_MODULES: usize = 16;
+/// Lengths that a configuration may list.
+const MAX_DIMENSIONS: usize = 256;
 
 /// What a model is loaded for.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Task {
-    /// What its architecture is made for.
+    /// What its folder says: embeddings where sentence-transformers' files lie beside a model that can, else what the
+    /// architecture is made for.
     #[default]
     Native,
+    /// To generate, or what the architecture is made for, whatever lies beside it.
+    Plain,
     /// Embeddings: the final norm's rows, without a head.
     Embed(Pooling),
-    /// Relevance: the last token's logits of these tokens ("no" and "yes", say), in this order.
+    /// Relevance: the last token's logits of two tokens, in this order.
     Rerank {
-        /// Token ids.
-        tokens: Vec<u32>,
+        /// Token of irrelevance.
+        no: u32,
+        /// Token of relevance.
+        yes: u32,
     },
 }
 
@@ -35,53 +43,74 @@ impl Task {
     ///
     /// # Errors
     /// The model cannot do that.
-    pub fn apply(&self, spec: &mut ModelSpec) -> Result<()> {
+    pub fn apply(self, spec: &mut ModelSpec, published: Option<&PublishedPooling>) -> Result<()> {
         let refuse = |why: String| Err(ModelError::Option { option: "task", why });
-        match (self, &spec.head) {
-            (Self::Native, _) => Ok(()),
+        match (self, &spec.head, published) {
+            (
+                Self::Native,
+                Head::Logits { .. } | Head::Pool(PoolHead { output: PoolOutput::Embedding, .. }),
+                Some(published),
+            ) => Self::Embed(published.pooling).apply(spec, None),
+            (Self::Native | Self::Plain, ..) => Ok(()),
             (
                 Self::Embed(pooling),
                 Head::Logits { .. } | Head::Pool(PoolHead { output: PoolOutput::Embedding, .. }),
+                _,
             ) => {
-                if *pooling == Pooling::First && !spec.is_bidirectional() {
+                if pooling == Pooling::First && !spec.is_bidirectional() {
                     let why = "the first token of a causal model has seen nothing of the text".to_owned();
                     return refuse(why);
                 }
-                spec.head = Head::Pool(PoolHead { pooling: *pooling, output: PoolOutput::Embedding });
+                spec.head = Head::Pool(PoolHead { pooling, output: PoolOutput::Embedding });
                 Ok(())
             }
-            (Self::Rerank { tokens }, Head::Logits { tied, .. }) => {
-                if tokens.is_empty() || tokens.iter().any(|&id| id as usize >= spec.vocab) {
-                    return refuse(format!("tokens {tokens:?}, expected at least one, below {}", spec.vocab));
+            (Self::Rerank { no, yes }, Head::Logits { tied, .. }, _) => {
+                if no.max(yes) as usize >= spec.vocab {
+                    return refuse(format!("tokens {no} and {yes}, expected ids below {}", spec.vocab));
                 }
-                let output = PoolOutput::Tokens { ids: tokens.clone(), tied: *tied };
+                let output = PoolOutput::Tokens { ids: vec![no, yes], tied: *tied };
                 spec.head = Head::Pool(PoolHead { pooling: Pooling::Last, output });
                 Ok(())
             }
-            (task, head) => refuse(format!("{task:?}, but {} ends in {head:?}", spec.architecture)),
+            (task, head, _) => refuse(format!("{task:?}, but {} ends in {head:?}", spec.architecture)),
         }
     }
 }
 
+/// To how many numbers a vector may be cut (Matryoshka representation learning, arXiv 2205.13147).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Matryoshka {
+    /// Nobody says that it may.
+    #[default]
+    Unknown,
+    /// Any.
+    Any,
+    /// These.
+    Dimensions(Vec<usize>),
+}
+
 /// What a repository says about its embeddings.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PublishedPooling {
     /// Which row stands for a text.
     pub pooling: Pooling,
     /// Whether vectors are divided by their length.
     pub normalized: bool,
+    /// Lengths that vectors may be cut to: fields `is_matryoshka` and `matryoshka_dimensions` of `config.json`.
+    pub matryoshka: Matryoshka,
 }
 
 impl PublishedPooling {
-    /// Reads `modules.json` of a model's folder, and the pooling module's configuration.
+    /// Reads `modules.json` of a model's folder, and the configurations that it needs.
     ///
     /// # Errors
     /// A file that cannot be read or is no JSON; modules or a pooling that we do not have.
-    pub fn read(folder: &Path) -> Result<Option<Self>> {
-        let Some(modules) = read(&folder.join("modules.json"))? else { return Ok(None) };
+    pub fn read(files: &BTreeMap<String, FileSource>) -> Result<Option<Self>> {
         let file = "modules.json";
+        let Some(modules) = files.get(file) else { return Ok(None) };
         let corrupt = |why: String| ModelError::corrupt(file, "modules", why);
-        let list = match serde_json::from_slice::<Value>(&modules) {
+        let bytes = modules.read(file, MAX_CONFIG_BYTES)?;
+        let list = match serde_json::from_slice::<Value>(&bytes) {
             Ok(Value::Array(list)) if list.len() <= MAX_MODULES => list,
             Ok(_) => return Err(corrupt(format!("expected a list of at most {MAX_MODULES} modules"))),
             Err(e) => return Err(corrupt(format!("not valid JSON: {e}"))),
@@ -92,7 +121,7 @@ impl PublishedPooling {
             let kind = text("type").and_then(|kind| kind.rsplit('.').next());
             match kind {
                 Some("Transformer") => {}
-                Some("Pooling") => found = Some(pooling(folder, text("path").unwrap_or_default())?),
+                Some("Pooling") => found = Some(pooling(files, text("path").unwrap_or_default())?),
                 Some("Normalize") => normalized = true,
                 other => {
                     let other = other.unwrap_or("nothing").escape_default().to_string();
@@ -100,22 +129,32 @@ impl PublishedPooling {
                 }
             }
         }
-        Ok(found.map(|pooling| Self { pooling, normalized }))
+        let Some(pooling) = found else { return Ok(None) };
+        Ok(Some(Self { pooling, normalized, matryoshka: matryoshka(files)? }))
     }
 }
 
+/// Whether vectors may be cut, as servers' configurations say it.
+fn matryoshka(files: &BTreeMap<String, FileSource>) -> Result<Matryoshka> {
+    let file = "config.json";
+    let Some(source) = files.get(file) else { return Ok(Matryoshka::Unknown) };
+    let object = parse_object(file, &source.read(file, MAX_CONFIG_BYTES)?, MAX_CONFIG_BYTES)?;
+    let config = Config::new(file, &object);
+    Ok(match config.opt_wholes("matryoshka_dimensions", MAX_DIMENSIONS)? {
+        Some(list) => Matryoshka::Dimensions(list),
+        None if config.flag("is_matryoshka", false)? => Matryoshka::Any,
+        None => Matryoshka::Unknown,
+    })
+}
+
 /// The pooling that a module's configuration names.
-fn pooling(folder: &Path, path: &str) -> Result<Pooling> {
-    let inside =
-        !path.is_empty() && path.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
-    if !inside {
-        let why = format!("path `{}` is no plain name", path.escape_default());
-        return Err(ModelError::corrupt("modules.json", "path", why));
-    }
+fn pooling(files: &BTreeMap<String, FileSource>, path: &str) -> Result<Pooling> {
     let file = format!("{path}/config.json");
-    let Some(bytes) = read(&folder.join(path).join("config.json"))? else {
+    let Some(source) = files.get(&file) else {
+        let file = file.escape_default().to_string();
         return Err(ModelError::corrupt(&file, "file", "is missing, but modules.json names it"));
     };
+    let bytes = source.read(&file, MAX_CONFIG_BYTES)?;
     let object = parse_object(&file, &bytes, MAX_CONFIG_BYTES)?;
     let config = Config::new(&file, &object);
     let modes = [
@@ -140,22 +179,6 @@ fn pooling(folder: &Path, path: &str) -> Result<Pooling> {
     chosen.ok_or_else(|| config.error("pooling_mode_cls_token", "no pooling is true"))
 }
 
-/// A small file, if there is one.
-fn read(path: &Path) -> Result<Option<Vec<u8>>> {
-    let name = || path.display().to_string();
-    let io = |source| ModelError::Io { file: name(), source };
-    let length = match std::fs::metadata(path) {
-        Ok(data) => data.len(),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(io(e)),
-    };
-    if length > MAX_CONFIG_BYTES as u64 {
-        let why = format!("{length} bytes, at most {MAX_CONFIG_BYTES} are read");
-        return Err(ModelError::corrupt(&name(), "file", why));
-    }
-    std::fs::read(path).map(Some).map_err(io)
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -175,16 +198,24 @@ mod tests {
     fn causal_models_become_embedders_and_rerankers() {
         let mut s = spec("Qwen3ForCausalLM");
         let native = s.clone();
-        Task::Native.apply(&mut s).unwrap();
+        Task::Native.apply(&mut s, None).unwrap();
         assert_eq!(s, native);
-        Task::Embed(Pooling::Last).apply(&mut s).unwrap();
-        assert_eq!(s.head, Head::Pool(PoolHead { pooling: Pooling::Last, output: PoolOutput::Embedding }));
+        let last = Head::Pool(PoolHead { pooling: Pooling::Last, output: PoolOutput::Embedding });
+        let published =
+            PublishedPooling { pooling: Pooling::Last, normalized: true, matryoshka: Matryoshka::Unknown };
+        Task::Plain.apply(&mut s, Some(&published)).unwrap();
+        assert_eq!(s, native);
+        Task::Native.apply(&mut s, Some(&published)).unwrap();
+        assert_eq!(s.head, last);
+        let mut s = native.clone();
+        Task::Embed(Pooling::Last).apply(&mut s, None).unwrap();
+        assert_eq!(s.head, last);
         let mut s = native;
-        Task::Rerank { tokens: vec![9, 7] }.apply(&mut s).unwrap();
+        Task::Rerank { no: 9, yes: 7 }.apply(&mut s, None).unwrap();
         let output = PoolOutput::Tokens { ids: vec![9, 7], tied: true };
         assert_eq!(s.head, Head::Pool(PoolHead { pooling: Pooling::Last, output }));
         let mut encoder = spec("XLMRobertaModel");
-        Task::Embed(Pooling::Mean).apply(&mut encoder).unwrap();
+        Task::Embed(Pooling::Mean).apply(&mut encoder, None).unwrap();
         assert!(matches!(encoder.head, Head::Pool(PoolHead { pooling: Pooling::Mean, .. })));
     }
 
@@ -192,25 +223,24 @@ mod tests {
     fn tasks_that_a_model_cannot_do_are_refused() {
         let table = [
             ("Qwen3ForCausalLM", Task::Embed(Pooling::First), "seen nothing"),
-            ("Qwen3ForCausalLM", Task::Rerank { tokens: vec![] }, "at least one"),
-            ("Qwen3ForCausalLM", Task::Rerank { tokens: vec![100] }, "below 100"),
-            ("XLMRobertaModel", Task::Rerank { tokens: vec![1] }, "ends in"),
+            ("Qwen3ForCausalLM", Task::Rerank { no: 1, yes: 100 }, "below 100"),
+            ("XLMRobertaModel", Task::Rerank { no: 1, yes: 2 }, "ends in"),
             ("XLMRobertaForSequenceClassification", Task::Embed(Pooling::First), "Classifier"),
         ];
         for (name, task, words) in table {
-            let e = task.apply(&mut spec(name)).unwrap_err();
+            let e = task.apply(&mut spec(name), None).unwrap_err();
             assert!(e.to_string().contains(words) && e.exit_code() == 2, "{name} {task:?}: {e}");
         }
     }
 
-    fn folder(modules: &str, pooling: Option<&str>) -> tempfile::TempDir {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("modules.json"), modules).unwrap();
-        if let Some(pooling) = pooling {
-            std::fs::create_dir(folder.path().join("1_Pooling")).unwrap();
-            std::fs::write(folder.path().join("1_Pooling/config.json"), pooling).unwrap();
-        }
-        folder
+    fn read(modules: &str, pooling: Option<&str>, config: &str) -> Result<Option<PublishedPooling>> {
+        let mut files = vec![("modules.json", modules), ("config.json", config)];
+        files.extend(pooling.map(|text| ("1_Pooling/config.json", text)));
+        let file = |(name, text): (&str, &str)| {
+            let bytes: &'static [u8] = Box::leak(text.as_bytes().to_vec().into_boxed_slice());
+            (name.to_owned(), FileSource::Static(bytes))
+        };
+        PublishedPooling::read(&files.into_iter().map(file).collect())
     }
 
     const MODULES: &str = r#"[{"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
@@ -218,39 +248,36 @@ mod tests {
 
     #[test]
     fn published_pooling_is_read() {
-        let read = |f: &tempfile::TempDir| PublishedPooling::read(f.path());
-        let last =
-            folder(MODULES, Some(r#"{"pooling_mode_lasttoken": true, "pooling_mode_cls_token": false}"#));
-        let expected = PublishedPooling { pooling: Pooling::Last, normalized: false };
-        assert_eq!(read(&last).unwrap(), Some(expected));
+        let last = r#"{"pooling_mode_lasttoken": true, "pooling_mode_cls_token": false}"#;
+        let unknown = Matryoshka::Unknown;
+        let expected = PublishedPooling { pooling: Pooling::Last, normalized: false, matryoshka: unknown };
+        assert_eq!(read(MODULES, Some(last), "{}").unwrap(), Some(expected.clone()));
+        let any = read(MODULES, Some(last), r#"{"is_matryoshka": true}"#).unwrap();
+        assert_eq!(any, Some(PublishedPooling { matryoshka: Matryoshka::Any, ..expected.clone() }));
+        let listed = read(MODULES, Some(last), r#"{"matryoshka_dimensions": [64, 128]}"#).unwrap();
+        assert_eq!(listed.unwrap().matryoshka, Matryoshka::Dimensions(vec![64, 128]));
         let normed = MODULES.replace("}]", r#"}, {"path": "2_Normalize", "type": "a.Normalize"}]"#);
-        let cls = folder(&normed, Some(r#"{"pooling_mode_cls_token": true}"#));
-        assert_eq!(read(&cls).unwrap(), Some(PublishedPooling { pooling: Pooling::First, normalized: true }));
-        let none = folder("[]", None);
-        assert_eq!(read(&none).unwrap(), None);
-        assert_eq!(PublishedPooling::read(&none.path().join("nowhere")).unwrap(), None);
+        let cls = read(&normed, Some(r#"{"pooling_mode_cls_token": true}"#), "{}").unwrap();
+        assert_eq!(cls, Some(PublishedPooling { pooling: Pooling::First, normalized: true, ..expected }));
+        assert_eq!(read("[]", None, "{}").unwrap(), None);
+        assert_eq!(PublishedPooling::read(&BTreeMap::new()).unwrap(), None);
     }
 
     #[test]
     fn pooling_that_we_do_not_have_is_refused() {
         let dense = MODULES.replace("}]", r#"}, {"path": "2_Dense", "type": "a.Dense"}]"#);
-        let escape = MODULES.replace("1_Pooling", "../x");
+        let two = r#"{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": true}"#;
         let table = [
             (MODULES, None, "is missing"),
             (MODULES, Some(r#"{"pooling_mode_max_tokens": true}"#), "not supported"),
-            (
-                MODULES,
-                Some(r#"{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": true}"#),
-                "one is supported",
-            ),
+            (MODULES, Some(two), "one is supported"),
             (MODULES, Some("{}"), "no pooling is true"),
             (&dense, Some(r#"{"pooling_mode_cls_token": true}"#), "`Dense`"),
-            (&escape, None, "no plain name"),
             ("{}", None, "a list"),
             ("[", None, "not valid JSON"),
         ];
         for (modules, pooling, words) in table {
-            let e = PublishedPooling::read(folder(modules, pooling).path()).unwrap_err();
+            let e = read(modules, pooling, "{}").unwrap_err();
             assert!(e.to_string().contains(words), "{e}");
         }
     }
