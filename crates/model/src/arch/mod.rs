@@ -98,7 +98,11 @@ pub const REGISTRY: &[Architecture] = &[
     Architecture::new("", qwen_delta::qwen3_5_moe, DECODER).wrapped("Qwen3_5MoeForConditionalGeneration"),
     Architecture::new("DeepseekV3ForCausalLM", deepseek::deepseek_v3, DECODER),
     Architecture::new("XLMRobertaModel", encoder::xlm_roberta, &encoder::NAMING),
-    Architecture::new("XLMRobertaForSequenceClassification", encoder::xlm_roberta_classifier, &encoder::NAMING),
+    Architecture::new(
+        "XLMRobertaForSequenceClassification",
+        encoder::xlm_roberta_classifier,
+        &encoder::NAMING,
+    ),
 ];
 
 /// Fields that change the numbers in some family. Where a family's function does not ask for one of them it would be
@@ -130,6 +134,11 @@ const FOREIGN: &[&str] = &[
     "use_bidirectional_attention",
     "use_qk_norm",
 ];
+
+/// Layers after the last that only draft tokens.
+const DRAFT_LAYERS: &str = "num_nextn_predict_layers";
+/// Most of them.
+const MAX_DRAFT_LAYERS: usize = 64;
 
 /// Fields of a configuration for several modalities that are also its text part's, unless that has its own.
 const INHERITED: &[&str] =
@@ -188,7 +197,11 @@ fn described(arch: &'static Architecture, config: &Config<'_>) -> Result<Descrip
     let mut spec = (arch.build)(config)?;
     spec.architecture = arch.name;
     let quantized = Quantized::from_config(config)?;
-    let draft_layers = config.opt_count("num_nextn_predict_layers", 64)?.unwrap_or(0);
+    let draft_layers = config.opt_whole(DRAFT_LAYERS)?.unwrap_or(0);
+    if draft_layers > MAX_DRAFT_LAYERS {
+        let why = format!("is {draft_layers}, expected at most {MAX_DRAFT_LAYERS}");
+        return Err(config.error(DRAFT_LAYERS, why));
+    }
     for field in FOREIGN.iter().filter(|field| !config.was_asked(field)) {
         if let Some(value) = config.get(field).filter(|v| !says_nothing(v)) {
             let why = format!("{} does not support it (it is {})", arch.name, short(value));

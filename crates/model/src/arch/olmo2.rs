@@ -26,7 +26,6 @@ mod tests {
     use serde_json::json;
 
     use super::super::tests::{attention, spec};
-    use super::*;
     use crate::weights::{Part, TensorId, layer_parts, shape};
 
     #[test]

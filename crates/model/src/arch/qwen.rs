@@ -112,9 +112,9 @@ mod tests {
         let types = json!({"use_sliding_window": true, "layer_types":
             ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]});
         assert_eq!(windows(types), [Some(9), None, Some(9), None]);
-        let unused = json!({KV: 2, "layer_types": ["sliding_attention"; 4]});
+        let unused = json!({KV: 2, "layer_types": vec!["sliding_attention"; 4]});
         assert!(refusal("Qwen2ForCausalLM", &unused).contains("no `sliding_window` is in force"));
-        let linear = json!({KV: 2, "layer_types": ["linear_attention"; 4]});
+        let linear = json!({KV: 2, "layer_types": vec!["linear_attention"; 4]});
         assert!(refusal("Qwen3ForCausalLM", &linear).contains("`linear_attention` is not supported"));
     }
 
