@@ -157,6 +157,19 @@ fn pooling(files: &BTreeMap<String, FileSource>, path: &str) -> Result<Pooling> 
     let bytes = source.read(&file, MAX_CONFIG_BYTES)?;
     let object = parse_object(&file, &bytes, MAX_CONFIG_BYTES)?;
     let config = Config::new(&file, &object);
+    // Newer files have one text, older ones a truth value for each.
+    if let Some(mode) = config.opt_text("pooling_mode")? {
+        return match mode {
+            "cls" => Ok(Pooling::First),
+            "mean" => Ok(Pooling::Mean),
+            "lasttoken" => Ok(Pooling::Last),
+            other => {
+                let why =
+                    format!("`{}` is not supported; supported: cls, mean, lasttoken", other.escape_default());
+                Err(config.error("pooling_mode", why))
+            }
+        };
+    }
     let modes = [
         ("pooling_mode_cls_token", Some(Pooling::First)),
         ("pooling_mode_mean_tokens", Some(Pooling::Mean)),
@@ -259,6 +272,12 @@ mod tests {
         let normed = MODULES.replace("}]", r#"}, {"path": "2_Normalize", "type": "a.Normalize"}]"#);
         let cls = read(&normed, Some(r#"{"pooling_mode_cls_token": true}"#), "{}").unwrap();
         assert_eq!(cls, Some(PublishedPooling { pooling: Pooling::First, normalized: true, ..expected }));
+        for (mode, pooling) in
+            [("cls", Pooling::First), ("mean", Pooling::Mean), ("lasttoken", Pooling::Last)]
+        {
+            let text = format!(r#"{{"pooling_mode": "{mode}"}}"#);
+            assert_eq!(read(MODULES, Some(&text), "{}").unwrap().unwrap().pooling, pooling);
+        }
         assert_eq!(read("[]", None, "{}").unwrap(), None);
         assert_eq!(PublishedPooling::read(&BTreeMap::new()).unwrap(), None);
     }
@@ -271,6 +290,7 @@ mod tests {
             (MODULES, None, "is missing"),
             (MODULES, Some(r#"{"pooling_mode_max_tokens": true}"#), "not supported"),
             (MODULES, Some(two), "one is supported"),
+            (MODULES, Some(r#"{"pooling_mode": "max"}"#), "`max` is not supported"),
             (MODULES, Some("{}"), "no pooling is true"),
             (&dense, Some(r#"{"pooling_mode_cls_token": true}"#), "`Dense`"),
             ("{}", None, "a list"),
