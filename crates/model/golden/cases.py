@@ -237,7 +237,7 @@ HYBRIDS = {
     "qwen3_5": Case("Qwen3_5ForCausalLM", shape(28, 6, 2, 16, layers=4, layer_types=HYBRID * 2,
                                                 rope_parameters=MROPE, **DELTA), "bfloat16", lengths=DELTA_LENGTHS),
     "qwen3_5-wrapper": Case("Qwen3_5ForCausalLM", shape(
-        32, 4, 4, 12, layers=3, layer_types=["linear_attention", "linear_attention", "full_attention"],
+        32, 4, 4, 8, layers=3, layer_types=["linear_attention", "linear_attention", "full_attention"],
         tie_word_embeddings=True, rope_parameters=dict(MROPE, partial_rotary_factor=0.25, mrope_section=[1, 0, 0]),
         **dict(DELTA, linear_num_value_heads=6, linear_key_head_dim=6)), "bfloat16", lengths=DELTA_LENGTHS,
         wrapper=("Qwen3_5ForConditionalGeneration", "qwen3_5", "model.language_model.", "lm_head.")),
