@@ -14,6 +14,7 @@ pub mod error;
 pub mod executor;
 pub mod forward;
 pub mod gguf;
+pub mod inspect;
 mod load_weights;
 pub mod loader;
 pub mod mmap;

@@ -334,7 +334,7 @@ fn open_gguf(name: &str, file: &FileSource, options: &LoadOptions) -> Result<Ope
 }
 
 /// What the configuration says, with the head that the task needs, and what the folder says about pooling.
-fn describe_files(
+pub(crate) fn describe_files(
     place: &str,
     files: &BTreeMap<String, FileSource>,
     task: Task,

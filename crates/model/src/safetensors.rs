@@ -14,7 +14,7 @@ use crate::config::parse_object;
 use crate::error::{ModelError, Result};
 use crate::mmap::{FileBytes, FileSource};
 use crate::names::{Checkpoint, Naming, Stored};
-use crate::quant::{RawTensor, RawTensors, assemble, names_of};
+use crate::quant::{Depth, RawTensor, RawTensors, assemble, names_of};
 use crate::spec::ModelSpec;
 use crate::weights::{TensorId, WeightSource, shape, tensors};
 
@@ -198,10 +198,26 @@ impl SafetensorsSource {
         Ok(unused)
     }
 
+    /// Bytes in the files by type of element, those of parts that are not run included.
+    #[must_use]
+    pub fn bytes_by_type(&self) -> BTreeMap<String, u64> {
+        let mut sums = BTreeMap::new();
+        for entry in self.entries.values() {
+            *sums.entry(entry.dtype.to_string().to_lowercase()).or_insert(0) +=
+                (entry.end - entry.start) as u64;
+        }
+        sums
+    }
+
+    fn missing(&self, id: TensorId, spellings: Vec<Stored>) -> ModelError {
+        let tensor = spellings.into_iter().next().map_or_else(|| format!("{id:?}"), |stored| stored.name);
+        ModelError::MissingTensor { file: self.label.clone(), tensor }
+    }
+
     /// What the files hold under one spelling, if they have it.
-    fn find(&self, stored: &Stored) -> Result<Option<HostTensor<'_>>> {
+    fn find(&self, stored: &Stored, depth: Depth) -> Result<Option<HostTensor<'_>>> {
         if let Some(quantized) = self.checkpoint.quantized
-            && let Some(tensor) = assemble(quantized, self, &stored.name, &stored.shape)?
+            && let Some(tensor) = assemble(quantized, self, &stored.name, &stored.shape, depth)?
         {
             return Ok(Some(tensor));
         }
@@ -281,12 +297,21 @@ impl WeightSource for SafetensorsSource {
     fn tensor(&self, spec: &ModelSpec, id: TensorId) -> Result<HostTensor<'_>> {
         let spellings = self.checkpoint.naming.spell(self.prefix, spec, id);
         for stored in &spellings {
-            if let Some(tensor) = self.find(stored)? {
+            if let Some(tensor) = self.find(stored, Depth::Data)? {
                 return stored.cut.apply(tensor, &shape(spec, id));
             }
         }
-        let tensor = spellings.into_iter().next().map_or_else(|| format!("{id:?}"), |stored| stored.name);
-        Err(ModelError::MissingTensor { file: self.label.clone(), tensor })
+        Err(self.missing(id, spellings))
+    }
+
+    fn check(&self, spec: &ModelSpec, id: TensorId) -> Result<Storage> {
+        let spellings = self.checkpoint.naming.spell(self.prefix, spec, id);
+        for stored in &spellings {
+            if let Some(tensor) = self.find(stored, Depth::Headers)? {
+                return Ok(tensor.storage);
+            }
+        }
+        Err(self.missing(id, spellings))
     }
 
     fn has(&self, spec: &ModelSpec, id: TensorId) -> bool {
@@ -300,5 +325,158 @@ impl WeightSource for SafetensorsSource {
 
     fn label(&self) -> &str {
         &self.label
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::{Map, Value, json};
+
+    use super::*;
+    use crate::arch::{Description, describe};
+    use crate::convert::to_f32;
+    use crate::weights::{MlpPart, Part};
+
+    /// A tensor of a file under construction.
+    type Tensor = (&'static str, &'static str, Vec<usize>, Vec<u8>);
+
+    fn floats(name: &'static str, shape: &[usize]) -> Tensor {
+        let count = shape.iter().product::<usize>();
+        let bytes = (0..count).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        (name, "F32", shape.to_vec(), bytes)
+    }
+
+    fn file(tensors: &[Tensor]) -> FileSource {
+        let (mut header, mut data) = (Map::new(), Vec::new());
+        for (name, dtype, shape, bytes) in tensors {
+            let range = [data.len(), data.len() + bytes.len()];
+            header.insert((*name).into(), json!({"dtype": dtype, "shape": shape, "data_offsets": range}));
+            data.extend(bytes);
+        }
+        let header = Value::Object(header).to_string();
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.bytes());
+        bytes.extend(data);
+        FileSource::Static(Box::leak(bytes.into_boxed_slice()))
+    }
+
+    fn open(config: &Value, tensors: &[Tensor]) -> (ModelSpec, SafetensorsSource) {
+        let Description { spec, checkpoint } = describe("config.json", config.as_object().unwrap()).unwrap();
+        let files = BTreeMap::from([(SINGLE.to_owned(), file(tensors))]);
+        (spec, SafetensorsSource::open("dir", &files, checkpoint).unwrap())
+    }
+
+    fn config(architecture: &str, extra: &Value) -> Value {
+        let mut config = json!({"architectures": [architecture], "hidden_size": 4, "intermediate_size": 6,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
+            "vocab_size": 8, "max_position_embeddings": 16});
+        config.as_object_mut().unwrap().extend(extra.as_object().cloned().unwrap());
+        config
+    }
+
+    #[test]
+    fn what_is_unused_is_told_apart() {
+        let llama = config("LlamaForCausalLM", &json!({"num_nextn_predict_layers": 1}));
+        let tensors = |last: &'static str| {
+            vec![
+                floats("language_model.model.layers.0.input_layernorm.weight", &[4]),
+                floats("language_model.lm_head.weight", &[8, 4]),
+                floats("vision_tower.blocks.0.weight", &[1]),
+                floats("language_model.model.layers.1.mlp.up_proj.weight", &[1]),
+                floats("language_model.model.layers.0.self_attn.rotary_emb.inv_freq", &[1]),
+                floats(last, &[1]),
+            ]
+        };
+        let (spec, source) = open(&llama, &tensors("something.else"));
+        let unused = source.unused(&spec).unwrap();
+        assert_eq!((&unused.names[..], unused.ignored), (&["something.else".to_owned()][..], 3));
+        assert!(source.has(&spec, TensorId::Head) && !source.has(&spec, TensorId::Embedding));
+        let norm = source.tensor(&spec, TensorId::Layer(0, Part::AttentionNorm)).unwrap();
+        assert_eq!(norm.name, "language_model.model.layers.0.input_layernorm.weight");
+        let missing = source.tensor(&spec, TensorId::Layer(0, Part::Q)).unwrap_err().to_string();
+        let name = "language_model.model.layers.0.self_attn.q_proj.weight";
+        assert_eq!(missing, format!("model.safetensors: tensor `{name}` is missing"));
+        let (spec, source) = open(&llama, &tensors("language_model.model.layers.2.norm"));
+        let error = source.unused(&spec).unwrap_err().to_string();
+        assert!(error.contains("is of layer 2, the configuration has 1 layers"), "{error}");
+    }
+
+    #[test]
+    fn parts_of_quantized_projections_keep_their_scales() {
+        let fp8 = json!({"quantization_config": {"quant_method": "fp8"}});
+        let numbers = |name, rows: usize| (name, "F8_E4M3", vec![rows, 4], vec![0x38; rows * 4]);
+        let (spec, source) = open(
+            &config("Phi3ForCausalLM", &fp8),
+            &[
+                floats("model.layers.0.input_layernorm.weight", &[4]),
+                numbers("model.layers.0.self_attn.qkv_proj.weight", 16),
+                floats("model.layers.0.self_attn.qkv_proj.weight_scale", &[16, 1]),
+                numbers("model.layers.0.mlp.gate_up_proj.weight", 12),
+            ],
+        );
+        let v = source.tensor(&spec, TensorId::Layer(0, Part::V)).unwrap();
+        assert_eq!((v.storage, &v.shape[..]), (Storage::F8E4M3, &[4, 4][..]));
+        let expected = [12.0, 13.0, 14.0, 15.0].map(|scale| [scale; 4]);
+        assert_eq!(to_f32(&v).unwrap(), expected.as_flattened());
+        assert!(source.has(&spec, TensorId::Layer(0, Part::Q)));
+        let error = source.tensor(&spec, TensorId::Layer(0, Part::Mlp(MlpPart::Up))).unwrap_err().to_string();
+        assert!(error.contains("gate_up_proj.weight_scale` is missing"), "{error}");
+        assert_eq!(source.unused(&spec).unwrap(), Unused::default());
+    }
+
+    #[test]
+    fn experts_in_four_bits_and_in_plain_numbers_are_cut_alike() {
+        let (experts, hidden, inner) = (2, 32, 32);
+        let sizes = json!({"hidden_size": hidden, "intermediate_size": inner, "num_local_experts": experts,
+            "num_experts_per_tok": 1});
+        let up = TensorId::Layer(0, Part::Expert(1, MlpPart::Up));
+        let gate_bias = TensorId::Layer(0, Part::Expert(1, MlpPart::GateBias));
+        // Row r of an expert has the number r % 2 + 1 in every place: gates 1, ups 2; scales 2^expert.
+        let rows = experts * 2 * inner;
+        let blocks: Vec<u8> = (0..rows).flat_map(|r| [[0x22, 0x44][r % 2]; 16]).collect();
+        let scales = (0..rows).map(|r| 127 + (r / (2 * inner)) as u8).collect();
+        let base = "model.layers.0.mlp.experts.gate_up_proj";
+        let packed = [
+            (
+                "model.layers.0.mlp.experts.gate_up_proj_blocks",
+                "U8",
+                vec![experts, 2 * inner, hidden / 32, 16],
+                blocks,
+            ),
+            (
+                "model.layers.0.mlp.experts.gate_up_proj_scales",
+                "U8",
+                vec![experts, 2 * inner, hidden / 32],
+                scales,
+            ),
+            floats("model.layers.0.mlp.experts.gate_up_proj_bias", &[experts, 2 * inner]),
+        ];
+        let mut mxfp4 = config("GptOssForCausalLM", &sizes);
+        mxfp4["quantization_config"] = json!({"quant_method": "mxfp4"});
+        let (spec, source) = open(&mxfp4, &packed);
+        let tensor = source.tensor(&spec, up).unwrap();
+        assert_eq!((tensor.storage, &tensor.shape[..]), (Storage::F4E2M1, &[inner, hidden][..]));
+        assert_eq!(to_f32(&tensor).unwrap(), vec![4.0; inner * hidden], "2 times the scale of expert 1");
+        assert!(source.has(&spec, up) && source.unused(&spec).unwrap() == Unused::default());
+        let bias = to_f32(&source.tensor(&spec, gate_bias).unwrap()).unwrap();
+        assert!(bias.iter().enumerate().all(|(i, b)| *b == (2 * inner + 2 * i) as f32), "{bias:?}");
+
+        let plain = (base, "F32", vec![experts, hidden, 2 * inner], floats(base, &[rows * hidden]).3);
+        let (spec, source) = open(&config("GptOssForCausalLM", &sizes), &[plain]);
+        let tensor = to_f32(&source.tensor(&spec, up).unwrap()).unwrap();
+        // Element (out, in) of expert 1 is stored at (expert, in, 2 out + 1).
+        let at = |o: usize, i: usize| ((hidden + i) * 2 * inner + 2 * o + 1) as f32;
+        assert_eq!((tensor[0], tensor[1], tensor[hidden]), (at(0, 0), at(0, 1), at(1, 0)));
+        assert_eq!(tensor.last().copied(), Some(at(inner - 1, hidden - 1)));
+    }
+
+    #[test]
+    fn one_number_may_have_no_dimension() {
+        let sizes = json!({"num_hidden_layers": 1});
+        let scalar = ("model.layers.0.mlp.act_fn.alpha_p", "F32", vec![], 0.5f32.to_le_bytes().to_vec());
+        let (spec, source) = open(&config("ApertusForCausalLM", &sizes), &[scalar]);
+        let alpha = source.tensor(&spec, TensorId::Layer(0, Part::XieluP)).unwrap();
+        assert_eq!((&alpha.shape[..], to_f32(&alpha).unwrap()), (&[1][..], vec![0.5]));
     }
 }

@@ -9,7 +9,7 @@ mod spec;
 mod tokenizer;
 
 use std::borrow::Cow;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 pub use names::name_of;
 pub use parse::{GgufHeader, TensorInfo, Value};
@@ -17,7 +17,7 @@ pub use spec::spec_from_gguf;
 pub use tokenizer::GgufTokenizer;
 
 use crate::arch::REGISTRY;
-use crate::backend::HostTensor;
+use crate::backend::{HostTensor, Storage};
 use crate::error::{ModelError, Result};
 use crate::mmap::{FileBytes, FileSource};
 use crate::names::{Cut, Run};
@@ -118,6 +118,17 @@ impl GgufSource {
         Ok(names.cloned().collect())
     }
 
+    /// Bytes in the file by type of element.
+    #[must_use]
+    pub fn bytes_by_type(&self) -> BTreeMap<String, u64> {
+        let mut sums = BTreeMap::new();
+        for info in self.header.tensors.values() {
+            let bytes = info.storage.tensor_bytes(&info.shape).unwrap_or_default();
+            *sums.entry(info.storage.name().to_owned()).or_insert(0) += bytes as u64;
+        }
+        sums
+    }
+
     fn rope_divisors(&self) -> Result<Vec<f32>> {
         let info = &self.header.tensors[ROPE_FREQS];
         let bytes = Cow::Borrowed(self.header.data(info, self.bytes.as_ref()));
@@ -160,8 +171,9 @@ fn halves(spec: &ModelSpec, id: TensorId) -> Option<Cut> {
     Some(Cut::Rows((0..heads).flat_map(head).collect()))
 }
 
-impl WeightSource for GgufSource {
-    fn tensor(&self, spec: &ModelSpec, id: TensorId) -> Result<HostTensor<'_>> {
+impl GgufSource {
+    /// The tensor's entry of the header, held against the specification.
+    fn entry(&self, spec: &ModelSpec, id: TensorId) -> Result<(String, &TensorInfo)> {
         let name = name_of(id).unwrap_or_else(|| format!("{id:?}"));
         let Some(info) = self.header.tensors.get(&name) else {
             return Err(ModelError::MissingTensor { file: self.file.clone(), tensor: name });
@@ -171,11 +183,23 @@ impl WeightSource for GgufSource {
             let got = info.shape.clone();
             return Err(ModelError::WrongShape { file: self.file.clone(), tensor: name, expected, got });
         }
+        Ok((name, info))
+    }
+}
+
+impl WeightSource for GgufSource {
+    fn tensor(&self, spec: &ModelSpec, id: TensorId) -> Result<HostTensor<'_>> {
+        let (name, info) = self.entry(spec, id)?;
+        let expected = info.shape.clone();
         let bytes = Cow::Borrowed(self.header.data(info, self.bytes.as_ref()));
         let cut = halves(spec, id).filter(|_| self.pairs).unwrap_or(Cut::Whole);
         let storage = info.storage;
         let tensor = HostTensor { name, shape: expected.clone(), storage, bytes, scales: None };
         cut.apply(tensor, &expected)
+    }
+
+    fn check(&self, spec: &ModelSpec, id: TensorId) -> Result<Storage> {
+        self.entry(spec, id).map(|(_, info)| info.storage)
     }
 
     fn has(&self, _spec: &ModelSpec, id: TensorId) -> bool {
@@ -192,7 +216,6 @@ impl WeightSource for GgufSource {
 mod tests {
     use super::*;
     use crate::arch::spec_from_config;
-    use crate::backend::Storage;
 
     #[test]
     fn pairs_become_halves_within_each_head() {

@@ -55,11 +55,21 @@ pub fn names_of(weight: &str) -> Vec<String> {
     }
 }
 
+/// How much of a weight is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// All.
+    Data,
+    /// Types and shapes: packed numbers are not unpacked, so the tensor's bytes may be missing.
+    Headers,
+}
+
 /// One weight of a checkpoint, for errors and lookups.
 struct Weight<'a, 'n> {
     tensors: &'a dyn RawTensors,
     name: &'n str,
     shape: &'n [usize],
+    depth: Depth,
 }
 
 /// Makes one tensor of the parts of a quantized weight of this shape (`[out, in]`, or `[n, out, in]` for experts). None
@@ -72,8 +82,9 @@ pub fn assemble<'a>(
     tensors: &'a dyn RawTensors,
     name: &str,
     shape: &[usize],
+    depth: Depth,
 ) -> Result<Option<HostTensor<'a>>> {
-    let weight = Weight { tensors, name, shape };
+    let weight = Weight { tensors, name, shape, depth };
     match quantized {
         Quantized::Fp8 { block } => weight.fp8(block),
         Quantized::Mxfp4 => weight.mxfp4(),
@@ -175,6 +186,11 @@ impl<'a> Weight<'a, '_> {
         }
     }
 
+    /// Numbers of a matrix in our order.
+    fn unpacked(&self, rows: usize, columns: usize, number: impl Fn(usize, usize) -> u8) -> Vec<u8> {
+        if self.depth == Depth::Data { pack(rows, columns, number) } else { Vec::new() }
+    }
+
     fn fp8(&self, block: Option<(usize, usize)>) -> Result<Option<HostTensor<'a>>> {
         let Some(raw) = self.tensors.raw(self.name) else { return Ok(None) };
         if raw.dtype != Dtype::F8_E4M3 {
@@ -265,7 +281,7 @@ impl<'a> Weight<'a, '_> {
         self.check("qzeros", zeros, Dtype::I32, &[groups, rows / 8])?;
         let scale = self.need("scales", raw)?;
         let scale = transpose(&self.floats("scales", scale, Some(&[groups, rows]))?, rows);
-        let bytes = pack(rows, columns, |row, column| down(raw.bytes, rows, column, row));
+        let bytes = self.unpacked(rows, columns, |row, column| down(raw.bytes, rows, column, row));
         let less = u8::from(zeros_less_one);
         let zero = |i: usize| across(zeros.bytes, rows, Order::Plain, i % groups, i / groups) + less;
         let zeros = (0..rows * groups).map(zero).collect();
@@ -274,7 +290,11 @@ impl<'a> Weight<'a, '_> {
         match self.find("g_idx") {
             Some(order) => {
                 self.check("g_idx", order, Dtype::I32, &[columns])?;
-                self.reordered(tensor, order, group).map(Some)
+                if self.depth == Depth::Data {
+                    self.reordered(tensor, order, group).map(Some)
+                } else {
+                    Ok(Some(tensor))
+                }
             }
             None => Ok(Some(tensor)),
         }
@@ -329,7 +349,8 @@ impl<'a> Weight<'a, '_> {
         self.check("qzeros", zeros, Dtype::I32, &[groups, rows / 8])?;
         let scale = self.need("scales", raw)?;
         let scale = transpose(&self.floats("scales", scale, Some(&[groups, rows]))?, rows);
-        let bytes = pack(rows, columns, |row, column| across(raw.bytes, rows, Order::Awq, column, row));
+        let bytes =
+            self.unpacked(rows, columns, |row, column| across(raw.bytes, rows, Order::Awq, column, row));
         let zero = |i: usize| across(zeros.bytes, rows, Order::Awq, i % groups, i / groups);
         let zeros = (0..rows * groups).map(zero).collect();
         let scales = Scales { block: (1, group), values: ScaleValues::F32(scale), zeros: Some(zeros) };

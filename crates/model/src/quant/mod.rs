@@ -10,7 +10,7 @@ mod assemble;
 mod packed;
 pub mod scaled;
 
-pub use assemble::{RawTensor, RawTensors, assemble, names_of, widen};
+pub use assemble::{Depth, RawTensor, RawTensors, assemble, names_of, widen};
 
 use crate::config::Config;
 use crate::error::Result;

@@ -7,7 +7,7 @@ mod list;
 
 pub use list::{layer_parts, shape, tensors};
 
-use crate::backend::HostTensor;
+use crate::backend::{HostTensor, Storage};
 use crate::error::{ModelError, Result};
 use crate::spec::ModelSpec;
 use list::{HeadKind, head_of};
@@ -261,6 +261,15 @@ pub trait WeightSource {
     /// # Errors
     /// Missing, of another shape, or of a type that is not supported.
     fn tensor(&self, spec: &ModelSpec, id: TensorId) -> Result<HostTensor<'_>>;
+
+    /// Holds the tensor's type and shape against the specification, without reading its numbers where they lie in a
+    /// file, and tells how they are stored.
+    ///
+    /// # Errors
+    /// As [`WeightSource::tensor`].
+    fn check(&self, spec: &ModelSpec, id: TensorId) -> Result<Storage> {
+        self.tensor(spec, id).map(|tensor| tensor.storage)
+    }
 
     /// Whether the source has it.
     fn has(&self, spec: &ModelSpec, id: TensorId) -> bool;
