@@ -358,6 +358,106 @@ fn every_form_computes_what_its_plain_twin_does() {
     }
 }
 
+/// gpt-oss with experts in MXFP4, and with the same numbers plainly, which lie the other way round there.
+fn mxfp4_pair() -> (Checkpoint, Checkpoint, Value) {
+    const EXPERTS: usize = 3;
+    const WIDTH: usize = 32;
+    let mut r = Random(11);
+    let (mut quantized, mut plain) = (Checkpoint::default(), Checkpoint::default());
+    let mut shared = |quantized: &mut Checkpoint, plain: &mut Checkpoint, name: String, shape: &[usize]| {
+        let values: Vec<f32> = (0..shape.iter().product()).map(|_| r.unit() * 0.5).collect();
+        quantized.floats(name.clone(), shape, &values);
+        plain.floats(name, shape, &values);
+    };
+    for (name, shape) in [
+        ("model.embed_tokens.weight", vec![VOCAB, HIDDEN]),
+        ("lm_head.weight", vec![VOCAB, HIDDEN]),
+        ("model.norm.weight", vec![HIDDEN]),
+    ] {
+        shared(&mut quantized, &mut plain, name.to_owned(), &shape);
+    }
+    for layer in 0..2 {
+        for (part, shape) in [
+            ("input_layernorm.weight", vec![HIDDEN]),
+            ("post_attention_layernorm.weight", vec![HIDDEN]),
+            ("self_attn.q_proj.weight", vec![HIDDEN, HIDDEN]),
+            ("self_attn.q_proj.bias", vec![HIDDEN]),
+            ("self_attn.k_proj.weight", vec![HIDDEN / 2, HIDDEN]),
+            ("self_attn.k_proj.bias", vec![HIDDEN / 2]),
+            ("self_attn.v_proj.weight", vec![HIDDEN / 2, HIDDEN]),
+            ("self_attn.v_proj.bias", vec![HIDDEN / 2]),
+            ("self_attn.o_proj.weight", vec![HIDDEN, HIDDEN]),
+            ("self_attn.o_proj.bias", vec![HIDDEN]),
+            ("self_attn.sinks", vec![4]),
+            ("mlp.router.weight", vec![EXPERTS, HIDDEN]),
+            ("mlp.router.bias", vec![EXPERTS]),
+            ("mlp.experts.gate_up_proj_bias", vec![EXPERTS, 2 * WIDTH]),
+            ("mlp.experts.down_proj_bias", vec![EXPERTS, HIDDEN]),
+        ] {
+            shared(&mut quantized, &mut plain, format!("model.layers.{layer}.{part}"), &shape);
+        }
+    }
+    let mut r = Random(12);
+    for layer in 0..2 {
+        for (part, rows, columns) in [("gate_up_proj", 2 * WIDTH, HIDDEN), ("down_proj", HIDDEN, WIDTH)] {
+            let name = format!("model.layers.{layer}.mlp.experts.{part}");
+            let (mut blocks, mut scales) = (Vec::new(), Vec::new());
+            let mut turned = vec![0.0; EXPERTS * rows * columns];
+            for (expert, row) in (0..EXPERTS).flat_map(|e| (0..rows).map(move |row| (e, row))) {
+                for block in 0..columns / 32 {
+                    let exponent = r.below(4) as i32 - 5;
+                    scales.push((127 + exponent) as u8);
+                    let numbers: [u8; 32] = std::array::from_fn(|_| r.below(16) as u8);
+                    blocks.extend(numbers.chunks(2).map(|pair| pair[0] | pair[1] << 4));
+                    for (i, number) in numbers.iter().enumerate() {
+                        const SIZES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+                        let size = SIZES[usize::from(number & 7)] * 2f32.powi(exponent);
+                        let at = (expert * columns + block * 32 + i) * rows + row;
+                        turned[at] = if number & 8 == 0 { size } else { -size };
+                    }
+                }
+            }
+            quantized.push(format!("{name}_blocks"), Dtype::U8, &[EXPERTS, rows, columns / 32, 16], blocks);
+            quantized.push(format!("{name}_scales"), Dtype::U8, &[EXPERTS, rows, columns / 32], scales);
+            plain.floats(name, &[EXPERTS, columns, rows], &turned);
+        }
+    }
+    let mut config = config(None);
+    for (field, value) in [
+        ("architectures", json!(["GptOssForCausalLM"])),
+        ("intermediate_size", json!(WIDTH)),
+        ("head_dim", json!(16)),
+        ("num_local_experts", json!(EXPERTS)),
+        ("num_experts_per_tok", json!(2)),
+        ("sliding_window", json!(8)),
+        ("swiglu_limit", json!(7.0)),
+        ("attention_bias", json!(true)),
+        (
+            "rope_scaling",
+            json!({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32,
+            "truncate": false}),
+        ),
+    ] {
+        config[field] = value;
+    }
+    (quantized, plain, config)
+}
+
+#[test]
+fn experts_of_four_bits_compute_what_their_plain_twins_do() {
+    let (quantized, plain, config) = mxfp4_pair();
+    let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    plain.write(b.path(), &config);
+    let mut with_method = config;
+    with_method["quantization_config"] = json!({"quant_method": "mxfp4"});
+    quantized.write(a.path(), &with_method);
+    let (got, expected) = (logprobs(a.path()), logprobs(b.path()));
+    let spread = expected.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let worst = largest_difference(&expected, &got) / spread;
+    println!("mxfp4: largest relative difference {worst:e}, log-probabilities down to -{spread}");
+    assert!(spread > 3.0 && worst < TOLERANCE, "mxfp4: {worst:e}");
+}
+
 #[test]
 fn broken_parts_are_named() {
     type Edit = fn(&mut Checkpoint);
