@@ -172,8 +172,8 @@ impl CpuBackend {
             return Err(device(NAME, message));
         }
         self.check_positions(NAME, rope, dim)?;
-        let (Some(k_norm), Some(v_norm), false) = (norms.k, norms.v, norms.across_heads) else {
-            return Err(device(NAME, "norms of keys and values for each head are needed".to_owned()));
+        let (Some(k_norm), false) = (norms.k, norms.across_heads) else {
+            return Err(device(NAME, "a norm of each key head is needed".to_owned()));
         };
         let q = Heads { stride, first: 0, heads: spec.q_heads, head_dim: dim };
         let k = Heads { first: spec.q_heads * dim, heads: spec.kv_heads, ..q };
@@ -202,9 +202,11 @@ impl CpuBackend {
             }
         });
         let values = Heads { stride: key_width, first: 0, heads: 1, head_dim: dim };
-        for head in 0..spec.kv_heads {
-            let values = Heads { first: head * spec.key_dim, ..values };
-            self.norm_heads(stored, values, v_norm, false, rows)?;
+        if let Some(norm) = norms.v {
+            for head in 0..spec.kv_heads {
+                let values = Heads { first: head * spec.key_dim, ..values };
+                self.norm_heads(stored, values, norm, false, rows)?;
+            }
         }
 
         // Queries with the weights of the keys' norm on what is not rotated.
