@@ -138,7 +138,13 @@ fn cast(tensor: &HostTensor<'_>, to: Storage) -> Result<HostTensor<'static>> {
         });
     }
     let bytes = Cow::Owned(float_bytes(&to_f32(tensor)?, to));
-    Ok(HostTensor { name: tensor.name.clone(), shape: tensor.shape.clone(), storage: to, bytes, scales: None })
+    Ok(HostTensor {
+        name: tensor.name.clone(),
+        shape: tensor.shape.clone(),
+        storage: to,
+        bytes,
+        scales: None,
+    })
 }
 
 fn quantize(tensor: &HostTensor<'_>, to: Storage) -> Result<HostTensor<'static>> {

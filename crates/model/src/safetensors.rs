@@ -348,7 +348,7 @@ mod tests {
     }
 
     fn file(tensors: &[Tensor]) -> FileSource {
-        let (mut header, mut data) = (Map::new(), Vec::new());
+        let (mut header, mut data) = (Map::new(), Vec::<u8>::new());
         for (name, dtype, shape, bytes) in tensors {
             let range = [data.len(), data.len() + bytes.len()];
             header.insert((*name).into(), json!({"dtype": dtype, "shape": shape, "data_offsets": range}));

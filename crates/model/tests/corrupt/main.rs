@@ -161,7 +161,7 @@ fn safetensors_files() {
             with_header(|h| h["model.layers.0.mlp.down_proj.weight"]["shape"] = json!([96])),
             &[FILE, "down_proj", "[96]"],
         ),
-        ("missing tensor", raw(&part.to_string(), part_len), &[FILE, "k_proj", "missing"]),
+        ("missing tensor", raw(&part.to_string(), part_len), &[FILE, "model.layers.0.", "missing"]),
         (
             "tensor of a layer that is not there",
             with_header(|h| {
