@@ -259,8 +259,8 @@ XLMR = dict(vocab_size=71, hidden_size=36, num_hidden_layers=2, num_attention_he
 
 POOLING = {
     "xlmr-embed": Case("XLMRobertaModel", XLMR, "bfloat16", task="embed", pooling=("cls", True)),
-    "xlmr-types": Case("XLMRobertaModel", dict(XLMR, hidden_size=40, num_attention_heads=4, num_hidden_layers=2,
-                                               type_vocab_size=2, pad_token_id=0), "float16", task="embed",
+    "xlmr-types": Case("XLMRobertaModel", dict(XLMR, hidden_size=40, num_attention_heads=4, type_vocab_size=2,
+                                               pad_token_id=0, bos_token_id=1), "float16", task="embed",
                        pooling=("mean", False)),
     "xlmr-rerank": Case("XLMRobertaForSequenceClassification", dict(XLMR, num_labels=1), "bfloat16", task="rerank"),
     "xlmr-labels": Case("XLMRobertaForSequenceClassification", dict(XLMR, hidden_size=24, num_attention_heads=3,

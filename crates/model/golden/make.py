@@ -125,8 +125,10 @@ def prompts(name, case):
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ 1)
     vocab = case.fields["vocab_size"]
     ids = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in case.lengths]
-    # An encoder's text has a token at either end.
-    return [[0, *i, 2] if "XLMRoberta" in case.model else i for i in ids]
+    # An encoder's text has a token at either end, and no padding within.
+    if "XLMRoberta" not in case.model:
+        return ids
+    return [[case.fields["bos_token_id"], *i, case.fields["eos_token_id"]] for i in ids]
 
 
 def logits(model, ids):

@@ -7,9 +7,7 @@ use std::path::{Path, PathBuf};
 use mirai_model::backend::{Backend, CacheDtype};
 use mirai_model::pooling::Task;
 use mirai_model::reference::Reference;
-use mirai_model::testing::{
-    Driver, GoldenCase, GoldenTask, Mutant, Mutation, Script, largest_difference,
-};
+use mirai_model::testing::{Driver, GoldenCase, GoldenTask, Mutant, Mutation, Script, largest_difference};
 use mirai_model::{CacheBudget, LoadOptions, LoadedModel, ModelExecutor, ModelSource, load};
 
 /// All of them; a test holds the list against the folder.

@@ -211,7 +211,9 @@ impl Reference {
             let beside = |p: usize, at: usize, dim: usize| &q.data[(row.first + p) * q.width + at..][..dim];
             let key = |p: usize, head: usize| match spec.visibility {
                 Visibility::Whole => beside(p, q_width + head * spec.key_dim, spec.key_dim),
-                Visibility::Causal => &self.pages[self.at(spec, row.slot.0, p, false, head)..][..spec.key_dim],
+                Visibility::Causal => {
+                    &self.pages[self.at(spec, row.slot.0, p, false, head)..][..spec.key_dim]
+                }
             };
             let value = |p: usize, head: usize| match spec.visibility {
                 Visibility::Whole => beside(p, q_width + k_width + head * spec.value_dim, spec.value_dim),

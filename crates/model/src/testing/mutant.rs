@@ -293,7 +293,12 @@ where
     fn gate(&mut self, gates: &B::Buffer, at: usize, width: usize, x: &mut B::Buffer) -> Result<()> {
         if self.is(Mutation::NoGate) { Ok(()) } else { self.inner.gate(gates, at, width, x) }
     }
-    fn delta_rule(&mut self, rule: &DeltaRule<'_, B::Vector>, x: &B::Buffer, out: &mut B::Buffer) -> Result<()> {
+    fn delta_rule(
+        &mut self,
+        rule: &DeltaRule<'_, B::Vector>,
+        x: &B::Buffer,
+        out: &mut B::Buffer,
+    ) -> Result<()> {
         let a_log = if self.is(Mutation::WrongDecay) { rule.dt_bias } else { rule.a_log };
         self.inner.delta_rule(&DeltaRule { a_log, ..*rule }, x, out)
     }
