@@ -68,7 +68,10 @@ impl SafetensorsSource {
     /// Neither is there, a shard is missing, or a header is broken.
     pub fn open(place: &str, files: &BTreeMap<String, FileSource>, checkpoint: Checkpoint) -> Result<Self> {
         let mut source = Self::open_files(place, files, checkpoint)?;
-        source.prefix = checkpoint.naming.prefix(source.entries.keys().map(String::as_str));
+        source.prefix = checkpoint.naming.prefix(|start| {
+            let mut after = source.entries.range(start.to_owned()..);
+            after.next().is_some_and(|(name, _)| name.starts_with(start))
+        });
         Ok(source)
     }
 

@@ -43,11 +43,10 @@ pub(super) fn rope(
     context: usize,
     absent: RopeDefaults,
 ) -> Result<RopeSpec> {
-    read(config, parameters(config)?, head_dim, context, absent)
+    read(config, parameters(config)?.as_ref(), head_dim, context, absent)
 }
 
 /// The rotation of one kind of layers: `rope_parameters` may have an object for it.
-#[allow(dead_code, reason = "families with a rotation for each kind of layer")]
 pub(super) fn rope_of_kind(
     config: &Config<'_>,
     kind: &str,
@@ -57,7 +56,7 @@ pub(super) fn rope_of_kind(
 ) -> Result<RopeSpec> {
     let all = parameters(config)?;
     let own = all.as_ref().map(|c| c.object(kind)).transpose()?.flatten();
-    read(config, own.or(all), head_dim, context, absent)
+    read(config, own.or(all).as_ref(), head_dim, context, absent)
 }
 
 /// `rope_parameters` or `rope_scaling`.
@@ -71,18 +70,18 @@ fn parameters<'a>(config: &Config<'a>) -> Result<Option<Config<'a>>> {
 
 fn read(
     config: &Config<'_>,
-    inner: Option<Config<'_>>,
+    inner: Option<&Config<'_>>,
     head_dim: usize,
     context: usize,
     absent: RopeDefaults,
 ) -> Result<RopeSpec> {
-    if let Some(c) = &inner
+    if let Some(c) = inner
         && let Some(field) = c.nested_field()
     {
         return Err(c.error(field, "rope parameters for each layer type are not supported"));
     }
     let outer_theta = config.opt_positive("rope_theta")?;
-    let inner_theta = inner.as_ref().map(|c| c.opt_positive("rope_theta")).transpose()?.flatten();
+    let inner_theta = inner.map(|c| c.opt_positive("rope_theta")).transpose()?.flatten();
     if let (Some(a), Some(b)) = (outer_theta, inner_theta)
         && a != b
     {
@@ -92,12 +91,12 @@ fn read(
     if theta <= 1.0 {
         return Err(config.error("rope_theta", format!("is {theta}, expected more than 1")));
     }
-    let rotary_dim = rotary_dim(config, inner.as_ref(), head_dim, absent.partial)?;
-    let scaling = match &inner {
+    let rotary_dim = rotary_dim(config, inner, head_dim, absent.partial)?;
+    let scaling = match inner {
         None => RopeScaling::None,
         Some(c) => scaling(c, original(config, c, context, absent)?, context, rotary_dim)?,
     };
-    let q_scale = match &inner {
+    let q_scale = match inner {
         Some(c) => query_scale(c, original(config, c, context, absent)?, absent)?,
         None => None,
     };

@@ -54,7 +54,7 @@ pub fn decoder_layer(spec: &ModelSpec, layer: usize, part: Part) -> Vec<Stored> 
         Part::RouterNorm => whole("router.scale"),
         Part::ExpertScale => whole("router.per_expert_scale"),
         Part::Correction => whole("mlp.gate.e_score_correction_bias"),
-        mixer => mixer_names(spec, layer, mixer, wanted),
+        mixer => mixer_names(spec, layer, mixer),
     }
 }
 
@@ -121,7 +121,8 @@ fn expert_names(spec: &ModelSpec, layer: usize, expert: usize, part: MlpPart) ->
     all
 }
 
-fn mixer_names(spec: &ModelSpec, layer: usize, part: Part, wanted: Vec<usize>) -> Vec<Stored> {
+fn mixer_names(spec: &ModelSpec, layer: usize, part: Part) -> Vec<Stored> {
+    let wanted = shape(spec, TensorId::Layer(layer, part));
     match &spec.layers[layer].mixer {
         Mixer::Attention(_) => attention(spec, layer, part, wanted),
         Mixer::Latent(l) => {
@@ -152,7 +153,7 @@ fn mixer_names(spec: &ModelSpec, layer: usize, part: Part, wanted: Vec<usize>) -
             };
             vec![Stored::whole(name, wanted)]
         }
-        Mixer::Delta(_) => delta(spec, layer, part, wanted),
+        Mixer::Delta(_) => delta(spec, layer, part, &wanted),
     }
 }
 
@@ -193,7 +194,7 @@ fn attention(spec: &ModelSpec, layer: usize, part: Part, wanted: Vec<usize>) -> 
 }
 
 /// Delta nets: `[q | k | v]`, z, b and a apart; or grouped by key heads, `[q | k | v | z]` and `[b | a]` of each.
-fn delta(spec: &ModelSpec, layer: usize, part: Part, wanted: Vec<usize>) -> Vec<Stored> {
+fn delta(spec: &ModelSpec, layer: usize, part: Part, wanted: &[usize]) -> Vec<Stored> {
     let Mixer::Delta(d) = &spec.layers[layer].mixer else { return Vec::new() };
     let s = &d.shape;
     let per_key = s.v_heads / s.k_heads.max(1);
@@ -208,7 +209,7 @@ fn delta(spec: &ModelSpec, layer: usize, part: Part, wanted: Vec<usize>) -> Vec<
         let run = Run { first, len: per_key, stride: 2 * per_key, times: s.k_heads };
         Stored::rows("linear_attn.in_proj_ba.weight", vec![2 * s.v_heads, spec.hidden], vec![run])
     };
-    let whole = |name: &str| Stored::whole(format!("linear_attn.{name}"), wanted.clone());
+    let whole = |name: &str| Stored::whole(format!("linear_attn.{name}"), wanted.to_vec());
     match part {
         Part::DeltaQkv => {
             let runs = vec![run(0, s.k_dim), run(s.k_dim, s.k_dim), run(2 * s.k_dim, values)];
