@@ -475,6 +475,91 @@ mod tests {
         assert_eq!(report.max_context, (100 - 13) / 2 * 16, "the context shrinks to what fits");
     }
 
+    /// Specification of a golden case.
+    fn case(name: &str) -> ModelSpec {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+        let source = crate::loader::ModelSource::directory(&folder).unwrap();
+        crate::loader::read_spec(&source).unwrap()
+    }
+
+    fn pages(layout: &GroupLayout) -> PageLayout {
+        match layout {
+            GroupLayout::Paged(pages) => *pages,
+            GroupLayout::Recurrent(_) => panic!("a recurrent group"),
+        }
+    }
+
+    #[test]
+    fn a_latent_is_stored_once_for_all_heads() {
+        let spec = case("deepseek");
+        let g = Grouping::new(&spec, CacheDtype::Bf16, 96);
+        assert_eq!(g.kinds, [GroupKind::Full]);
+        let p = pages(&g.layouts[0]);
+        assert_eq!((p.layers, p.kv_heads, p.key_dim, p.value_dim), (3, 1, 18 + 8, 18));
+        assert_eq!((p.stored, g.token_bytes()), (Stored::ValueInKey, 3 * 26 * 2));
+        let a = g.attention(&spec, 2);
+        assert_eq!((a.q_heads, a.kv_heads, a.layer_in_group, a.appends), (3, 1, 2, true));
+    }
+
+    #[test]
+    fn keys_that_are_values_are_stored_with_their_rotated_part() {
+        let spec = case("gemma4");
+        let g = Grouping::new(&spec, CacheDtype::F32, 96);
+        assert_eq!(g.kinds.iter().filter(|k| **k == GroupKind::Window(7)).count(), 1);
+        let (group, _) = g.place(1);
+        let p = pages(&g.layouts[group]);
+        assert_eq!((p.kv_heads, p.key_dim, p.value_dim, p.stored), (2, 24 + 6, 24, Stored::ValueInKey));
+        assert_eq!((g.attention(&spec, 0).window, g.attention(&spec, 1).window), (Some(7), None));
+    }
+
+    #[test]
+    fn layers_that_read_another_layers_keys_have_its_place() {
+        let spec = case("gemma4-shared-kv");
+        let g = Grouping::new(&spec, CacheDtype::F32, 96);
+        assert_eq!((g.place(3), g.place(4)), (g.place(2), g.place(1)));
+        let (own, borrowed) = (g.attention(&spec, 1), g.attention(&spec, 4));
+        assert!(own.appends && !borrowed.appends);
+        assert_eq!((own.key_dim, own.window), (borrowed.key_dim, borrowed.window));
+        assert_eq!(g.attention(&spec, 3).window, Some(6));
+        assert_eq!(g.layouts.iter().map(layers).sum::<usize>(), 3);
+    }
+
+    #[test]
+    fn an_encoder_keeps_nothing() {
+        let spec = case("xlmr-embed");
+        let (g, layout, report) = plan_cache(&spec, &request(CacheBudget::Bytes(0))).unwrap();
+        assert!(g.kinds.is_empty() && layout.groups.is_empty());
+        assert_eq!((layout.blocks, report.blocks, report.bytes, report.tokens), (0, 0, 0, 0));
+        assert_eq!((report.max_context, report.token_bytes), (spec.context, 0));
+        let a = g.attention(&spec, 1);
+        assert_eq!((a.visibility, a.appends, a.window), (Visibility::Whole, false, None));
+    }
+
+    #[test]
+    fn states_and_snapshots_are_paid_from_the_budget() {
+        let spec = case("qwen3_5");
+        let g = Grouping::new(&spec, CacheDtype::F32, 96);
+        assert_eq!(g.kinds, [GroupKind::Recurrent, GroupKind::Full]);
+        assert_eq!((g.places[0], g.places[2], g.places[3]), (Some((0, 0)), Some((0, 1)), Some((1, 1))));
+        // Two layers: convolution of 2 * 2 * 8 + 4 * 6 over 3 rows, state of 4 * 8 * 6; f32.
+        let state = 2 * (56 * 3 + 192) * 4;
+        assert_eq!(g.state_bytes(), state);
+        let state = state as u64;
+        let ask = |budget, snapshot_bytes| {
+            plan_cache(&spec, &CacheRequest { snapshot_bytes, ..request(CacheBudget::Bytes(budget)) })
+        };
+        let (_, layout, report) = ask(80 * state, None).unwrap();
+        assert_eq!((layout.snapshots, report.snapshots, report.state_bytes), (10, 10, state));
+        assert_eq!(report.bytes, report.blocks * report.page_bytes + (4 + 10) * state);
+        assert!(report.bytes <= 80 * state);
+        let (_, layout, _) = ask(80 * state, Some(3 * state)).unwrap();
+        assert_eq!(layout.snapshots, 3);
+        let e = ask(3 * state, None).unwrap_err();
+        assert!(e.to_string().contains("`max-num-seqs`") && e.to_string().contains("is 4"), "{e}");
+        let (_, layout, _) = plan_cache(&spec, &request(CacheBudget::Tokens(96))).unwrap();
+        assert_eq!((layout.snapshots, layout.blocks), (4, 7), "a snapshot a slot, pages of one group");
+    }
+
     #[test]
     fn what_does_not_fit_is_refused() {
         let ask = |budget, len| plan_cache(&mixed(), &CacheRequest { max_model_len: len, ..request(budget) });

@@ -313,6 +313,67 @@ mod tests {
         assert_eq!(e.batch.positions, [0, 1, 2, 0, 1, 0, 1]);
     }
 
+    fn pooling_executor(pooling: Pooling) -> ModelExecutor<Reference> {
+        let source = ModelSource::memory("dummy", &[("config.json", CONFIG)]);
+        let options = LoadOptions {
+            dummy: Some(1),
+            cache: CacheBudget::Tokens(256),
+            task: crate::pooling::Task::Embed(pooling),
+            max_slots: 3,
+            max_step_tokens: 20,
+            ..LoadOptions::default()
+        };
+        load(&source, &options, Reference::default(), &mut |_, _| {}).unwrap().executor
+    }
+
+    #[test]
+    fn pooling_rows_have_one_output() {
+        let mut e = pooling_executor(Pooling::Mean);
+        assert!(e.geometry.pools && !e.geometry.generates && e.geometry.whole_prompts);
+        let mut pools = row(0, 0, 3, RowInput::Tokens(0));
+        pools.output = RowOutput::Pool;
+        let mut quiet = row(1, 0, 2, RowInput::Tokens(3));
+        quiet.output = RowOutput::Nothing;
+        let plan = StepPlan {
+            opens: vec![open(0), open(1)],
+            rows: vec![pools, quiet],
+            tokens: vec![1, 2, 3, 4, 5],
+            ..StepPlan::default()
+        };
+        e.submit(&plan).unwrap();
+        assert_eq!(
+            (e.batch.outputs.clone(), e.batch.rows[0].pool, e.batch.rows[1].pool),
+            (vec![2], true, false)
+        );
+        let mut out = StepOutcome::default();
+        e.collect(&mut out).unwrap();
+        let pooled = out.rows[0].pooled.clone().unwrap();
+        assert_eq!((pooled.len(), out.rows[1].pooled.clone()), (16, None));
+        // A row that fails before it reaches the device has no numbers either.
+        let plan = StepPlan { step: 1, tokens: vec![1, 2, 20, 4, 5], ..plan };
+        e.submit(&plan).unwrap();
+        e.collect(&mut out).unwrap();
+        assert!(out.rows[0].fault.is_some() && out.rows[0].pooled.is_none());
+        // The last token's row is another vector.
+        let mut last = pooling_executor(Pooling::Last);
+        assert!(!last.geometry.whole_prompts);
+        last.submit(&StepPlan { step: 0, tokens: vec![1, 2, 3, 4, 5], ..plan }).unwrap();
+        last.collect(&mut out).unwrap();
+        assert_ne!(out.rows[0].pooled.clone().unwrap(), pooled);
+    }
+
+    #[test]
+    fn a_row_that_the_head_cannot_answer_is_refused() {
+        let mut pools = row(0, 0, 1, RowInput::Tokens(0));
+        let plan =
+            |row| StepPlan { opens: vec![open(0)], rows: vec![row], tokens: vec![1], ..StepPlan::default() };
+        let fault = pooling_executor(Pooling::Last).submit(&plan(pools)).unwrap_err();
+        assert!(fault.message.contains("does not generate"), "{fault}");
+        pools.output = RowOutput::Pool;
+        let fault = executor().submit(&plan(pools)).unwrap_err();
+        assert!(fault.message.contains("no pooling head"), "{fault}");
+    }
+
     #[test]
     fn an_empty_step_has_an_empty_outcome() {
         let mut e = executor();

@@ -4,10 +4,13 @@
 
 use std::path::{Path, PathBuf};
 
+use mirai_engine::{BlockId, SnapshotId};
 use mirai_model::backend::{Backend, CacheDtype};
 use mirai_model::pooling::Task;
 use mirai_model::reference::Reference;
-use mirai_model::testing::{Driver, GoldenCase, GoldenTask, Mutant, Mutation, Script, largest_difference};
+use mirai_model::testing::{
+    Driver, GoldenCase, GoldenTask, Mutant, Mutation, Prefix, Script, largest_difference,
+};
 use mirai_model::{CacheBudget, LoadOptions, LoadedModel, ModelExecutor, ModelSource, load};
 
 /// All of them; a test holds the list against the folder.
@@ -236,6 +239,64 @@ fn the_gate_fails_for_faults() {
         }
     }
     assert!(passed.is_empty(), "faults that pass the gate:\n{}", passed.join("\n"));
+}
+
+/// What the driver's prefixes are worth: without the snapshot, or with pages of another length, a hit gives other numbers
+/// or none.
+#[test]
+fn a_wrong_prefix_is_found_out() {
+    let fails = |name: &str, spoil: fn(&mut Prefix)| {
+        let case = GoldenCase::read(&case_dir(name));
+        let mut driver = case_driver(&case, Reference::default());
+        let mut prefix = driver.prefixes(&case.prompts[0].ids).remove(1);
+        spoil(&mut prefix);
+        let script = case.script(0, 7).after(prefix.clone());
+        let play = std::panic::AssertUnwindSafe(|| driver.play(&[script]));
+        std::panic::catch_unwind(play)
+            .map_or(f32::INFINITY, |played| case.difference(0, prefix.computed, &played[0]))
+    };
+    for name in ["qwen3next", "gemma4", "mistral-window", "deepseek"] {
+        assert!(fails(name, |_| {}) < TOLERANCE, "{name}: an honest prefix");
+    }
+    let no_snapshot = fails("qwen3next", |p| p.restore = None);
+    let older_snapshot = fails("qwen3next", |p| p.restore = p.restore.map(|s| SnapshotId(s.0 - 1)));
+    let other_page = fails("deepseek", |p| p.blocks[0][0] = p.blocks[0][1]);
+    let lost_window = fails("mistral-window", |p| p.blocks[0].fill(BlockId::NULL));
+    for worst in [no_snapshot, older_snapshot, other_page, lost_window] {
+        assert!(worst > 0.05, "{no_snapshot} {older_snapshot} {other_page} {lost_window}");
+    }
+}
+
+#[test]
+fn dummy_weights_run_in_every_architecture() {
+    for name in CASES {
+        let case = GoldenCase::read(&case_dir(name));
+        let source = ModelSource::directory(&case.dir).unwrap();
+        let options = LoadOptions { dummy: Some(7), ..options(case.load_task()) };
+        let model = load(&source, &options, Reference::default(), &mut |_, _| {}).unwrap();
+        let worst = case.mixed(&mut Driver::new(model.executor), &[usize::MAX; 3]);
+        assert!(worst.is_finite() && worst > 0.05, "{name}: {worst:e}");
+    }
+}
+
+/// A pool with room for a window alone is enough for a context that is many windows long.
+#[test]
+fn passed_windows_give_their_pages_back() {
+    let case = GoldenCase::read(&case_dir("mistral-window"));
+    let source = ModelSource::directory(&case.dir).unwrap();
+    let options =
+        LoadOptions { cache: CacheBudget::Tokens(48), max_step_tokens: 16, ..options(Task::Native) };
+    let model = load(&source, &options, Reference::default(), &mut |_, _| {}).unwrap();
+    assert_eq!((model.cache.blocks, model.cache.max_context), (4, 96));
+    let mut small = Driver::new(model.executor);
+    for chunk in [1, 7, 16] {
+        let played = small.play(&[case.script(0, chunk)]);
+        let worst = case.difference(0, 0, &played[0]);
+        assert!(worst < TOLERANCE, "chunks of {chunk}: {worst:e}");
+    }
+    let script = Script::greedy(&case.prompts[0].ids, 50, 0);
+    let drawn = small.play(&[Script { chunk: 5, ..script.clone() }]);
+    assert_eq!(drawn[0].tokens, case_driver(&case, Reference::default()).play(&[script])[0].tokens);
 }
 
 #[test]

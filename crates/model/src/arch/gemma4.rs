@@ -33,6 +33,10 @@ pub(super) fn gemma4(config: &Config<'_>) -> Result<ModelSpec> {
         let kv = source(config, &kinds, shared_from, i)?;
         Ok(match kinds[i] {
             Kind::Full => {
+                if keys_are_values && kv != KvSource::Own {
+                    let why = "layers that read the keys of layers whose values are their keys are not supported";
+                    return Err(config.error("num_kv_shared_layers", why));
+                }
                 let kv = if kv == KvSource::Own && keys_are_values { KvSource::KeysAreValues } else { kv };
                 AttentionLayer { head_dim: full_heads.0, kv_heads: full_heads.1, kv, ..sliding.clone() }
             }
@@ -272,6 +276,8 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!((width(5), width(6)), (10, 20));
+        let both = json!({"num_kv_shared_layers": 1, "attention_k_eq_v": true});
+        assert!(spec(&both).unwrap_err().to_string().contains("num_kv_shared_layers"));
     }
 
     #[test]
