@@ -41,6 +41,10 @@ fn dense(config: &Config<'_>, c: Common, a: &AttentionLayer) -> Result<ModelSpec
 
 pub(super) fn qwen3_moe(config: &Config<'_>) -> Result<ModelSpec> {
     let c = Common::read(config, 1e-6)?;
+    // Some published configurations say so; it is always so.
+    if !config.flag("use_qk_norm", true)? {
+        return Err(config.error("use_qk_norm", "is false, but heads of this architecture are always normed"));
+    }
     let heads = HeadDefaults { kv_heads: Some(4), head_dim: None };
     let used = config.flag("use_sliding_window", false)?;
     let a = AttentionLayer {
@@ -150,6 +154,8 @@ mod tests {
         assert_eq!((moe.route.experts, moe.route.top_k, moe.expert.intermediate), (128, 8, 768));
         let Ffn::Moe(moe) = &spec(name, &json!({"num_local_experts": 12})).layers[0].ffn else { panic!() };
         assert_eq!(moe.route.experts, 12);
+        spec(name, &json!({"use_qk_norm": true, "shared_expert_intermediate_size": 0}));
+        assert!(refusal(name, &json!({"use_qk_norm": false})).contains("`use_qk_norm`"));
         assert!(refusal(name, &json!({"mlp_only_layers": 3})).contains("`mlp_only_layers`"));
         assert!(refusal(name, &json!({"n_shared_experts": 1.5})).contains("`n_shared_experts`"));
     }

@@ -62,7 +62,15 @@ impl Cut {
         match self {
             Self::Whole => Ok(HostTensor { shape: shape.to_vec(), ..tensor }),
             Self::Rows(runs) => rows(&tensor, runs, shape),
-            Self::Turned { rows, columns } => turned(widen(tensor)?, *rows, *columns, shape),
+            Self::Turned { rows: run, columns } if tensor.storage.is_float() => {
+                turned(tensor, *run, *columns, shape)
+            }
+            Self::Turned { rows: run, columns } => {
+                // Only what is wanted is widened: a stored tensor has the parts of many heads.
+                let part = [run.len * run.times, tensor.shape.last().copied().unwrap_or(1)];
+                let part = widen(rows(&tensor, &[*run], &part)?)?;
+                turned(part, Run::span(0, run.len * run.times), *columns, shape)
+            }
         }
     }
 }
@@ -117,7 +125,7 @@ fn turned<'a>(tensor: HostTensor<'_>, rows: Run, columns: Run, shape: &[usize]) 
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::backend::Storage;
+    use crate::backend::{ScaleValues, Scales, Storage};
 
     fn matrix(shape: &[usize]) -> HostTensor<'static> {
         let n: usize = shape.iter().product();
@@ -154,6 +162,22 @@ mod tests {
         let turned =
             Cut::Turned { rows: Run::span(3, 3), columns: Run { first: 1, len: 1, stride: 2, times: 2 } };
         assert_eq!(cut(&turned, &[2, 3, 4], &[2, 3]), [13.0, 17.0, 21.0, 15.0, 19.0, 23.0]);
+    }
+
+    #[test]
+    fn what_is_turned_of_scaled_numbers_is_widened() {
+        let scales = Scales { block: (1, 2), values: ScaleValues::F32(vec![1.0, 2.0, 4.0]), zeros: None };
+        let tensor = HostTensor {
+            name: "t".into(),
+            shape: vec![3, 2],
+            storage: Storage::F8E4M3,
+            bytes: Cow::Owned(vec![0x38; 6]),
+            scales: Some(scales),
+        };
+        let part =
+            Cut::Turned { rows: Run::span(1, 2), columns: Run::span(0, 2) }.apply(tensor, &[2, 2]).unwrap();
+        let numbers: Vec<_> = part.bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        assert_eq!((part.storage, numbers), (Storage::F32, vec![2.0, 4.0, 2.0, 4.0]));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::files::{HIDDEN, INTERMEDIATE, VOCAB, config, directory, header, safetensors};
+use crate::files::{HIDDEN, INTERMEDIATE, config, directory, header, safetensors};
 use crate::{Case, check, try_load};
 use mirai_model::ModelSource;
 
