@@ -28,6 +28,19 @@ pub(crate) enum Command {
     CheckConfig(Box<ServeArgs>),
     /// Download a model into the local store, with checksums.
     Pull(PullArgs),
+    /// Say what a model is, what it needs and what would be refused, without loading it.
+    Verify(VerifyArgs),
+}
+
+/// Arguments of `verify`.
+#[derive(Args)]
+pub(crate) struct VerifyArgs {
+    /// A folder, a GGUF file, or ORG/NAME in the local store.
+    #[arg(value_name = "DIR|FILE.gguf|ORG/NAME")]
+    pub(crate) model: String,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Flags of `serve`. Each overrides the environment (`MIRAI__SECTION__KEY`), which overrides `--config`.

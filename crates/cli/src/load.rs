@@ -127,12 +127,17 @@ fn source(config: &Config) -> Result<(ModelSource, String), Failure> {
         ];
         return Ok((ModelSource::memory("embedded demo model", &files), demo::NAME.to_owned()));
     };
-    let reference = ModelRef::parse(given).map_err(Failure::model)?;
     let store = StoreOptions {
         allow_missing_weights: config.model.load_format == LoadFormat::Dummy,
         ..StoreOptions::from_env()
     };
-    let local = mirai_hub::resolve(&reference, &store).map_err(Failure::model)?;
+    named_source(given, &store)
+}
+
+/// The model that a folder, a file or a name in the local store stands for, and its own name.
+pub(crate) fn named_source(given: &str, store: &StoreOptions) -> Result<(ModelSource, String), Failure> {
+    let reference = ModelRef::parse(given).map_err(Failure::model)?;
+    let local = mirai_hub::resolve(&reference, store).map_err(Failure::model)?;
     let source = match &local.weights {
         mirai_hub::Weights::Gguf(file) => ModelSource::gguf(file),
         _ => ModelSource::directory(&local.root).map_err(Failure::model)?,

@@ -15,6 +15,7 @@ mod load;
 mod logging;
 mod pull;
 mod serve;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(*options),
         Command::CheckConfig(args) => serve::check_config(&args),
         Command::Pull(args) => pull::run(&args),
+        Command::Verify(args) => verify::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -8,7 +8,7 @@
 
 use half::bf16;
 use mirai_cpu::pool::Pool;
-use mirai_cpu::simd::ops::{self, Heads, NormWeight, RopeTables};
+use mirai_cpu::simd::ops::{self, Activation, Glu, Heads, NormParams, Pairs, RopeTables};
 use mirai_cpu::simd::{
     AttnParams, AttnRow, Isa, KvData, KvDataMut, KvLayout, KvView, KvViewMut, PackedMatrix, Scratch,
     kv_append, paged_attention,
@@ -115,9 +115,14 @@ impl Model {
         let positions: Vec<u32> = (0..m).map(|t| (kv_len - q_len + t % q_len) as u32).collect();
         let cosines = vec![0.6; (kv_len + 1) * HEAD_DIM / 2];
         let sines = vec![0.8; (kv_len + 1) * HEAD_DIM / 2];
-        let tables = RopeTables { rotary_dim: HEAD_DIM, cos: &cosines, sin: &sines };
+        let tables = RopeTables {
+            rotary_dim: HEAD_DIM,
+            pairs: Pairs::Apart(HEAD_DIM / 2),
+            cos: &cosines,
+            sin: &sines,
+        };
         let ones = vec![1.0; HIDDEN];
-        let norm = NormWeight { weight: &ones, offset: 0.0, eps: 1e-5 };
+        let norm = NormParams { center: false, weight: Some(&ones), bias: None, offset: 0.0, eps: 1e-5 };
         let mut x = vec![0.5_f32; m * HIDDEN];
         let (mut normed, mut qkv) = (vec![0.0; m * HIDDEN], vec![0.0; m * QKV]);
         let (mut attn, mut proj) = (vec![0.0; m * HIDDEN], vec![0.0; m * HIDDEN]);
@@ -143,7 +148,7 @@ impl Model {
             at = now;
         };
         for (l, layer) in self.layers.iter().enumerate() {
-            ops::add_rms_norm(pool, isa, &mut x, &proj, norm, &mut normed);
+            ops::add_norm(pool, isa, &mut x, (&proj, 1.0), HIDDEN, norm, &mut normed);
             lap(&mut times.rest);
             layer.qkv.matmul(pool, &normed, m, &mut qkv, &mut self.scratch);
             lap(&mut times.matmul);
@@ -153,13 +158,14 @@ impl Model {
                 kv_heads: KV_HEADS,
                 head_dim: HEAD_DIM,
                 v_head_dim: HEAD_DIM,
+                value_in_key: false,
                 first: l * part,
                 page_stride: LAYERS * part,
             };
             let mut view = KvViewMut { data: KvDataMut::Bf16(&mut self.cache), layout };
             for row in &attn_rows {
                 let tokens = row.q_start..row.q_start + q_len;
-                kv_append(&mut view, (&qkv, k), (&qkv, v), tokens, kv_len - q_len, row.table);
+                kv_append(&mut view, (&qkv, k), Some((&qkv, v)), tokens, kv_len - q_len, row.table);
             }
             lap(&mut times.rest);
             let view = KvView { data: KvData::Bf16(&self.cache), layout };
@@ -167,11 +173,11 @@ impl Model {
             lap(&mut times.attention);
             layer.output.matmul(pool, &attn, m, &mut proj, &mut self.scratch);
             lap(&mut times.matmul);
-            ops::add_rms_norm(pool, isa, &mut x, &proj, norm, &mut normed);
+            ops::add_norm(pool, isa, &mut x, (&proj, 1.0), HIDDEN, norm, &mut normed);
             lap(&mut times.rest);
             layer.gate_up.matmul(pool, &normed, m, &mut wide, &mut self.scratch);
             lap(&mut times.matmul);
-            ops::silu_mul(pool, isa, &wide, FFN, &mut inner);
+            ops::glu(pool, isa, Glu::Gated(Activation::Silu), &wide, FFN, &mut inner);
             lap(&mut times.rest);
             layer.down.matmul(pool, &inner, m, &mut proj, &mut self.scratch);
             lap(&mut times.matmul);

@@ -3,6 +3,8 @@
 //! Owns the growth of buffers: an operation that writes one makes it as long as the step needs, so that memory
 //! follows the largest step that was really run.
 
+use std::sync::OnceLock;
+
 use mirai_model::backend::{Result, Rows};
 
 use crate::linear::device;
@@ -20,13 +22,65 @@ pub struct CpuBuffer {
     data: Vec<f32>,
 }
 
-/// Parameters of a norm, or a bias.
+/// Parameters of a norm, a bias, or any other small tensor.
 #[derive(Clone, Debug)]
-pub struct CpuVector(pub(crate) Vec<f32>);
+pub struct CpuVector {
+    values: Vec<f32>,
+    /// The same as a matrix transposed, made when it is first asked for.
+    transposed: OnceLock<Vec<f32>>,
+}
 
 /// Rotary tables.
 #[derive(Clone, Debug)]
 pub struct CpuRope(pub(crate) mirai_model::backend::RopeTable);
+
+/// One expert of a token.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Choice {
+    /// Which.
+    pub expert: u32,
+    /// What its output is multiplied with.
+    pub weight: f32,
+}
+
+/// The experts of each token of a step.
+#[derive(Debug)]
+pub struct CpuRouting {
+    /// Experts of a token.
+    pub(crate) top_k: usize,
+    /// `[tokens][top_k]`, in the order of the choice.
+    pub(crate) choices: Vec<Choice>,
+}
+
+impl CpuRouting {
+    pub(crate) fn new(top_k: usize) -> Self {
+        Self { top_k, choices: Vec::new() }
+    }
+
+    /// The choices of the first `tokens` tokens, if so many were made. For tests and tools.
+    #[must_use]
+    pub fn choices(&self, tokens: usize) -> Option<&[Choice]> {
+        self.choices.get(..tokens * self.top_k)
+    }
+}
+
+impl CpuVector {
+    pub(crate) fn new(values: Vec<f32>) -> Self {
+        Self { values, transposed: OnceLock::new() }
+    }
+
+    pub(crate) fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// The vector as a matrix with lines of `width`, transposed. Always asked for with one width.
+    pub(crate) fn transposed(&self, width: usize) -> &[f32] {
+        self.transposed.get_or_init(|| {
+            let lines = self.values.len() / width.max(1);
+            (0..lines * width).map(|i| self.values[i % lines * width + i / lines]).collect()
+        })
+    }
+}
 
 impl CpuBuffer {
     pub(crate) fn new(rows: Rows, width: usize) -> Self {

@@ -1,15 +1,17 @@
-//! The KV cache's memory: one pool of equal pages for all layer groups.
+//! The memory of the cache: one pool of equal pages for all paged layer groups, and states for the recurrent ones.
 //!
 //! Owns the allocation and where a layer's part of a page begins. Which page belongs to whom is the engine's
-//! business; the pages' inner layout `[K|V][kv_head][16][head_dim]` is the kernels'.
+//! business; the pages' inner layout is the kernels'.
 
 use half::bf16;
 use half::vec::HalfBitsVecExt;
-use mirai_model::backend::{AttentionSpec, CacheDtype, CacheLayout, GroupLayout, Result};
+use mirai_engine::{BLOCK_TOKENS, SlotId, SnapshotId};
+use mirai_model::backend::{AttentionSpec, CacheDtype, CacheLayout, GroupLayout, PageLayout, Result, Stored};
 
 use crate::linear::device;
 use crate::memory;
 use crate::simd::{KvData, KvDataMut, KvLayout, KvView, KvViewMut};
+use crate::states::States;
 
 const WHAT: &str = "the KV cache";
 
@@ -19,41 +21,49 @@ pub(crate) enum Pages {
     Bf16(Vec<bf16>),
 }
 
-/// The pool.
+/// Pages and states.
 pub(crate) struct Cache {
-    pub(crate) layout: CacheLayout,
-    pub(crate) pages: Pages,
+    layout: CacheLayout,
+    pages: Pages,
     /// Elements from one page to the next: as many as the largest group needs.
-    pub(crate) page_elements: usize,
+    page_elements: usize,
+    /// One for each group; none for paged ones.
+    states: Vec<Option<States>>,
+}
+
+fn paged(layout: &CacheLayout) -> impl Iterator<Item = (usize, PageLayout)> {
+    layout.groups.iter().enumerate().filter_map(|(index, group)| match group {
+        GroupLayout::Paged(pages) => Some((index, *pages)),
+        GroupLayout::Recurrent(_) => None,
+    })
 }
 
 impl Cache {
-    /// Allocates the pool; the system gives the memory page by page when it is first written, unless `poison` fills
-    /// it with NaN at once.
+    /// Allocates; the system gives the memory page by page when it is first written, unless `poison` fills it with NaN
+    /// at once.
     pub(crate) fn new(layout: &CacheLayout, poison: bool) -> Result<Self> {
-        let Some(first) = layout.groups.first() else {
-            return Err(device("allocate_cache", "no layer group".to_owned()));
-        };
-        if let Some((index, group)) = layout.groups.iter().enumerate().find(|(_, g)| g.dtype != first.dtype) {
-            let message = format!(
-                "group {index} is {:?}, group 0 is {:?}; all must be equal",
-                group.dtype, first.dtype
-            );
+        let dtype = paged(layout).next().map_or(CacheDtype::F32, |(_, pages)| pages.dtype);
+        if let Some((index, pages)) = paged(layout).find(|(_, pages)| pages.dtype != dtype) {
+            let message =
+                format!("group {index} is {:?}, an earlier one is {dtype:?}; all must be equal", pages.dtype);
             return Err(device("allocate_cache", message));
         }
-        let elements = |g: &GroupLayout| g.layers * g.layer_elements();
-        let page_elements = layout.groups.iter().map(elements).max().unwrap_or(0);
+        let elements = |pages: PageLayout| pages.layers * pages.layer_elements();
+        let page_elements = paged(layout).map(|(_, pages)| elements(pages)).max().unwrap_or(0);
         let len = page_elements.saturating_mul(layout.blocks);
-        let size = match first.dtype {
+        let size = match dtype {
             CacheDtype::F32 => size_of::<f32>(),
             CacheDtype::Bf16 => size_of::<bf16>(),
         };
-        if let Some(have) = memory::available()
-            && have < (len as u64).saturating_mul(size as u64)
-        {
-            return Err(memory::out_of_memory(WHAT, len, size));
-        }
-        let pages = match first.dtype {
+        check_room(layout, len, size)?;
+        let states = layout.groups.iter().map(|group| match group {
+            GroupLayout::Paged(_) => Ok(None),
+            GroupLayout::Recurrent(state) => {
+                States::new(*state, layout.slots, layout.snapshots, poison).map(Some)
+            }
+        });
+        let states = states.collect::<Result<Vec<_>>>()?;
+        let pages = match dtype {
             CacheDtype::F32 => {
                 memory::reserve::<f32>(WHAT, &mut Vec::new(), len)?;
                 Pages::F32(vec![if poison { f32::NAN } else { 0.0 }; len])
@@ -64,7 +74,44 @@ impl Cache {
                 Pages::Bf16(vec![if poison { bf16::NAN.to_bits() } else { 0 }; len].reinterpret_into())
             }
         };
-        Ok(Self { layout: layout.clone(), pages, page_elements })
+        Ok(Self { layout: layout.clone(), pages, page_elements, states })
+    }
+
+    /// Tokens that a slot has room for.
+    pub(crate) fn room(&self) -> usize {
+        // Nothing is kept of a sequence that lies whole in its step.
+        if self.layout.groups.is_empty() {
+            return usize::MAX;
+        }
+        self.layout.table_len * BLOCK_TOKENS
+    }
+
+    /// Takes a snapshot of a slot.
+    pub(crate) fn save(&mut self, slot: SlotId, snapshot: SnapshotId) -> Result<()> {
+        self.check_recurrent(slot, snapshot)?;
+        self.states.iter_mut().flatten().try_for_each(|states| states.save(slot, snapshot))
+    }
+
+    /// Sets the states of a slot to a snapshot, or to zero.
+    pub(crate) fn open(&mut self, slot: SlotId, restore: Option<SnapshotId>) -> Result<()> {
+        if let Some(snapshot) = restore {
+            self.check_recurrent(slot, snapshot)?;
+        }
+        self.states.iter_mut().flatten().try_for_each(|states| states.open(slot, restore))
+    }
+
+    fn check_recurrent(&self, slot: SlotId, snapshot: SnapshotId) -> Result<()> {
+        if self.states.iter().any(Option::is_some) {
+            return Ok(());
+        }
+        let message = format!("snapshot {} and slot {slot}: no layer group is recurrent", snapshot.0);
+        Err(device("begin", message))
+    }
+
+    /// The states of one group.
+    pub(crate) fn group_states(&mut self, group: usize) -> Result<&mut States> {
+        let states = self.states.get_mut(group).and_then(Option::as_mut);
+        states.ok_or_else(|| device("delta_rule", format!("layer group {group} has no recurrent state")))
     }
 
     /// One layer's keys and values, to read.
@@ -89,23 +136,47 @@ impl Cache {
 
     /// Where a layer's part of the pages lies.
     fn layer(&self, spec: &AttentionSpec) -> Result<KvLayout> {
-        let group = self.layout.groups.get(spec.group);
-        let fits = group.is_some_and(|g| {
-            (g.kv_heads, g.head_dim) == (spec.kv_heads, spec.head_dim) && spec.layer_in_group < g.layers
-        });
-        let Some(group) = group.filter(|_| fits) else {
-            let message = format!(
-                "layer {} of group {} with {} kv heads of {}: the cache has {:?}",
-                spec.layer_in_group, spec.group, spec.kv_heads, spec.head_dim, self.layout.groups
-            );
-            return Err(device("attention", message));
+        let wanted = (spec.kv_heads, spec.key_dim, spec.value_dim, spec.stored);
+        let fits = |p: &PageLayout| {
+            (p.kv_heads, p.key_dim, p.value_dim, p.stored) == wanted && spec.layer_in_group < p.layers
+        };
+        let pages = match self.layout.groups.get(spec.group) {
+            Some(GroupLayout::Paged(pages)) if fits(pages) => pages,
+            _ => {
+                let message = format!(
+                    "layer {} of group {} with heads {wanted:?}: the cache has {:?}",
+                    spec.layer_in_group, spec.group, self.layout.groups
+                );
+                return Err(device("attention", message));
+            }
         };
         Ok(KvLayout {
-            kv_heads: group.kv_heads,
-            head_dim: group.head_dim,
-            v_head_dim: group.head_dim,
-            first: spec.layer_in_group * group.layer_elements(),
+            kv_heads: pages.kv_heads,
+            head_dim: pages.key_dim,
+            v_head_dim: pages.value_dim,
+            value_in_key: pages.stored == Stored::ValueInKey,
+            first: spec.layer_in_group * pages.layer_elements(),
             page_stride: self.page_elements,
         })
+    }
+}
+
+/// Refuses a cache that cannot fit.
+fn check_room(layout: &CacheLayout, len: usize, size: usize) -> Result<()> {
+    let states: usize = layout
+        .groups
+        .iter()
+        .map(|group| match group {
+            GroupLayout::Paged(_) => 0,
+            GroupLayout::Recurrent(state) => state
+                .elements()
+                .saturating_mul(layout.slots + layout.snapshots)
+                .saturating_mul(size_of::<f32>()),
+        })
+        .fold(0, usize::saturating_add);
+    let need = len.saturating_mul(size).saturating_add(states);
+    match memory::available() {
+        Some(have) if have < need as u64 => Err(memory::out_of_memory(WHAT, need, 1)),
+        _ => Ok(()),
     }
 }

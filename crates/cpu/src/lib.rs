@@ -16,14 +16,18 @@ mod linear;
 mod memory;
 mod options;
 pub mod pool;
+mod routing;
 mod rows;
 mod sampling;
 pub mod simd;
 mod slots;
+mod stack;
+mod states;
 #[cfg(test)]
 mod test_support;
 
 pub use backend::CpuBackend;
-pub use buffer::{CpuBuffer, CpuRope, CpuVector};
+pub use buffer::{Choice, CpuBuffer, CpuRope, CpuRouting, CpuVector};
 pub use linear::CpuLinear;
 pub use options::{CpuOptions, default_threads};
+pub use stack::CpuStack;

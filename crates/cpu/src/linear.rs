@@ -2,7 +2,9 @@
 //!
 //! Owns the choice of a kernel for a storage: f32, f16, bf16, q8_0 and q4_k are packed for the kernels of
 //! [`simd`](crate::simd); the other GGUF formats keep their blocks and are multiplied by candle, whose result for a
-//! row depends on that row and the weight alone. A weight may be stacked from tensors of several storages.
+//! row depends on that row and the weight alone. Storages with scales beside them are widened to the narrowest float
+//! that holds their values: e2m1 with powers of two to bf16, the others to f32. A weight may be stacked from tensors of
+//! several storages.
 //!
 //! Candle computes on threads of its own: `CpuOptions::threads` does not bound them (its `RAYON_NUM_THREADS` does).
 
@@ -11,13 +13,14 @@ use std::borrow::Cow;
 use candle_core::CpuStorage;
 use candle_core::quantized::{GgmlDType, QuantizedType};
 use half::{bf16, f16};
-use mirai_model::backend::{BackendError, HostTensor, Result, Storage};
+use mirai_model::backend::{BackendError, HostTensor, Result, ScaleValues, Storage};
+use mirai_model::quant::scaled;
 
 use crate::pool::Pool;
 use crate::simd::{Isa, PackedMatrix, Scratch};
 
 /// Rows of a weight that are of one storage.
-enum Part {
+pub(crate) enum Part {
     Packed(PackedMatrix),
     Blocks { data: Box<dyn QuantizedType>, rows: usize },
 }
@@ -38,13 +41,15 @@ impl std::fmt::Debug for CpuLinear {
 /// Buffers of products.
 #[derive(Default)]
 pub(crate) struct LinearScratch {
-    packed: Scratch,
+    pub(crate) packed: Scratch,
     /// Product of one part of a weight that has several.
-    part: Vec<f32>,
+    pub(crate) part: Vec<f32>,
+    /// Rows gathered for a product that wants them back to back.
+    pub(crate) rows: Vec<f32>,
 }
 
 impl Part {
-    fn rows(&self) -> usize {
+    pub(crate) fn rows(&self) -> usize {
         match self {
             Self::Packed(matrix) => matrix.n(),
             Self::Blocks { rows, .. } => *rows,
@@ -76,7 +81,14 @@ impl Part {
         Ok(())
     }
 
-    fn matmul(&self, pool: &Pool, x: &[f32], m: usize, out: &mut [f32], scratch: &mut Scratch) -> Result<()> {
+    pub(crate) fn matmul(
+        &self,
+        pool: &Pool,
+        x: &[f32],
+        m: usize,
+        out: &mut [f32],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
         match self {
             Self::Packed(matrix) => {
                 matrix.matmul(pool, x, m, out, scratch);
@@ -96,6 +108,7 @@ impl CpuLinear {
         let mut group: Vec<HostTensor<'_>> = Vec::new();
         for tensor in parts {
             let columns = checked_width(&tensor)?;
+            let tensor = widened(tensor)?;
             if loaded.columns != 0 && columns != loaded.columns {
                 let why = format!("stacked with tensors of width {}", loaded.columns);
                 return Err(unsupported(&tensor, why));
@@ -125,6 +138,11 @@ impl CpuLinear {
         self.rows += rows;
         self.parts.push(part);
         Ok(())
+    }
+
+    /// What it is stacked from.
+    pub(crate) fn parts(&self) -> &[Part] {
+        &self.parts
     }
 
     /// Output features.
@@ -204,6 +222,22 @@ pub(crate) fn load_vector(parts: &[HostTensor<'_>]) -> Result<Vec<f32>> {
     Ok(values)
 }
 
+/// A tensor with scales as plain floats; any other as it is.
+fn widened(tensor: HostTensor<'_>) -> Result<HostTensor<'_>> {
+    if !matches!(tensor.storage, Storage::F8E4M3 | Storage::F4E2M1 | Storage::U4) {
+        return Ok(tensor);
+    }
+    let values = scaled::to_f32(&tensor).map_err(|why| unsupported(&tensor, why))?;
+    // Two bits of mantissa times a power of two.
+    let powers = matches!(&tensor.scales, Some(scales) if matches!(scales.values, ScaleValues::E8M0(_)));
+    let (storage, bytes) = if tensor.storage == Storage::F4E2M1 && powers {
+        (Storage::Bf16, values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect())
+    } else {
+        (Storage::F32, values.iter().flat_map(|v| v.to_le_bytes()).collect())
+    };
+    Ok(HostTensor { name: tensor.name, shape: tensor.shape, storage, bytes: Cow::Owned(bytes), scales: None })
+}
+
 /// Little-endian numbers of a plain storage, widened.
 fn floats(storage: Storage, bytes: &[u8]) -> Vec<f32> {
     match storage {
@@ -240,6 +274,9 @@ fn pack(tensor: &HostTensor<'_>, rows: usize, columns: usize, isa: Isa) -> Resul
         Storage::Q3K => return Ok(blocks(GgmlDType::Q3K, bytes, rows)),
         Storage::Q5K => return Ok(blocks(GgmlDType::Q5K, bytes, rows)),
         Storage::Q6K => return Ok(blocks(GgmlDType::Q6K, bytes, rows)),
+        Storage::F8E4M3 | Storage::F4E2M1 | Storage::U4 => {
+            return Err(unsupported(tensor, "was not widened".to_owned()));
+        }
     };
     packed.map(Part::Packed).map_err(|error| unsupported(tensor, error.to_string()))
 }

@@ -10,11 +10,11 @@ use crate::pool::{Pool, balanced};
 const SERIAL: usize = 8 * 1024;
 
 /// Calls `f(index, row)` for each row of `out`, `[rows, width]`.
-pub(crate) fn for_each_row(
+pub(crate) fn for_each_row<T: Send>(
     pool: &Pool,
-    out: &mut [f32],
+    out: &mut [T],
     width: usize,
-    f: &(dyn Fn(usize, &mut [f32]) + Sync),
+    f: &(dyn Fn(usize, &mut [T]) + Sync),
 ) {
     if width == 0 {
         return;

@@ -5,16 +5,17 @@
 //! with numbers, not a write into somebody else's pages.
 
 use mirai_engine::{BlockAppend, SlotId, SlotOpen, StepPlan, TokenId};
-use mirai_model::backend::{BackendError, CacheLayout, Result};
+use mirai_model::backend::{BackendError, CacheLayout, GroupLayout, Result};
 
+use crate::cache::Cache;
 use crate::linear::device;
 use crate::sampling::History;
 
 /// A running sequence.
 #[derive(Default)]
 pub(crate) struct Slot {
-    /// For each layer group, the page of each 16 tokens. As long as the layout allows from the start, so that a step
-    /// allocates nothing.
+    /// For each layer group, the page of each 16 tokens; empty for recurrent ones. As long as the layout allows from
+    /// the start, so that a step allocates nothing.
     pub(crate) tables: Vec<Vec<u32>>,
     pub(crate) last_drawn: TokenId,
     /// None before the first sequence.
@@ -30,8 +31,11 @@ pub(crate) struct Slots {
 
 impl Slots {
     pub(crate) fn new(layout: &CacheLayout) -> Self {
-        let slot =
-            || Slot { tables: vec![vec![0; layout.table_len]; layout.groups.len()], ..Slot::default() };
+        let table = |group: &GroupLayout| match group {
+            GroupLayout::Paged(_) => vec![0; layout.table_len],
+            GroupLayout::Recurrent(_) => Vec::new(),
+        };
+        let slot = || Slot { tables: layout.groups.iter().map(table).collect(), ..Slot::default() };
         Self { slots: (0..layout.slots).map(|_| slot()).collect(), blocks: layout.blocks }
     }
 
@@ -45,14 +49,13 @@ impl Slots {
     }
 
     /// Applies saves, opens and appends, in this order.
-    pub(crate) fn apply(&mut self, plan: &StepPlan) -> Result<()> {
-        if let Some(save) = plan.saves.first() {
-            let message =
-                format!("snapshot {} of slot {}: no layer group is recurrent", save.snapshot.0, save.slot);
-            return Err(device("begin", message));
+    pub(crate) fn apply(&mut self, plan: &StepPlan, cache: &mut Cache) -> Result<()> {
+        for save in &plan.saves {
+            cache.save(save.slot, save.snapshot)?;
         }
         for open in &plan.opens {
             self.open(open)?;
+            cache.open(open.slot, open.restore)?;
         }
         for append in &plan.appends {
             self.append(append)?;
@@ -61,13 +64,6 @@ impl Slots {
     }
 
     fn open(&mut self, open: &SlotOpen) -> Result<()> {
-        if let Some(snapshot) = open.restore {
-            let message = format!(
-                "restore of snapshot {} into slot {}: no layer group is recurrent",
-                snapshot.0, open.slot
-            );
-            return Err(device("begin", message));
-        }
         let blocks = self.blocks;
         let slot = self.get_mut(open.slot)?;
         if open.blocks.len() != slot.tables.len() {

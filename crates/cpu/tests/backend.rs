@@ -10,8 +10,8 @@ use mirai_engine::{
     TokenLogprobs,
 };
 use mirai_model::backend::{
-    Activation, Backend, BackendError, CacheDtype, CacheLayout, GroupLayout, LogitsHead, Norm, RopeTable,
-    Rows, StepShape, Storage,
+    Activation, Backend, BackendError, CacheDtype, CacheLayout, GroupLayout, LogitsHead, Norm, NormKind,
+    PageLayout, Pairing, RopeTable, Rows, StepShape, Storage, Stored, Visibility,
 };
 use rig::{Feed, Rig, Rng, Shape, log_softmax, tensor};
 
@@ -379,6 +379,10 @@ fn plans_that_do_not_fit_are_errors_with_numbers() {
     assert!(message(&rig.backend.begin(&plan, &batch).unwrap_err()).contains("4 steps"));
 }
 
+fn pages(dtype: CacheDtype) -> PageLayout {
+    PageLayout { layers: 1, kv_heads: 1, key_dim: 2, value_dim: 2, stored: Stored::KeysAndValues, dtype }
+}
+
 #[test]
 fn operations_check_their_widths() {
     let mut b = CpuBackend::new(&CpuOptions { threads: Some(1), ..Default::default() });
@@ -390,19 +394,19 @@ fn operations_check_their_widths() {
     let three = b.load_vector(vec![three]).unwrap();
     let mut four = b.buffer(Rows::Tokens, 4).unwrap();
     let mut six = b.buffer(Rows::Tokens, 6).unwrap();
-    let norm = Norm { weight: three.clone(), offset: 0.0, eps: 1e-6 };
+    let norm = Norm { kind: NormKind::Rms, weight: Some(three.clone()), bias: None, offset: 0.0, eps: 1e-6 };
     let fails = |result: Result<(), BackendError>, words: &str| {
         let error = message(&result.unwrap_err());
         assert!(error.contains(words), "`{error}` should say `{words}`");
     };
-    fails(b.rms_norm(&four, &norm, &mut six), "a norm of 3 over rows of 4");
+    fails(b.norm(&four, &norm, &mut six), "a norm of 3 over rows of 4");
     let mut other = b.buffer(Rows::Tokens, 4).unwrap();
-    fails(b.add_rms_norm(&mut six, &four, &norm, &mut other), "rows of 4, expected 6");
+    fails(b.add_norm(&mut six, &four, 1.0, &norm, &mut other), "rows of 4, expected 6");
     fails(b.linear(&w, None, &six, &mut four), "rows of 6, expected 4");
     let mut small = b.buffer(Rows::Tokens, 5).unwrap();
     fails(b.linear(&w, None, &four, &mut small), "rows of 6 into a buffer of 5");
     fails(b.glu(Activation::Silu, &small, &mut six), "rows of 5");
-    fails(b.add(&mut six, &four), "rows of 4, expected 6");
+    fails(b.add(&mut six, &four, 1.0), "rows of 4, expected 6");
     let head = LogitsHead { weight: &w, scale: 1.0, soft_cap: None, vocab: 7 };
     fails(b.sample(&head, &six), "rows of 6, expected 4");
     fails(b.sample(&head, &four), "no step was begun");
@@ -411,16 +415,32 @@ fn operations_check_their_widths() {
         layer_in_group: 0,
         q_heads: 1,
         kv_heads: 1,
-        head_dim: 2,
+        appends: true,
+        key_dim: 2,
+        value_dim: 2,
+        stored: Stored::KeysAndValues,
+        visibility: Visibility::Causal,
         scale: 1.0,
         window: None,
         soft_cap: None,
     };
-    fails(b.attention(&spec, &six, &mut four), "not allocated");
-    fails(b.attention(&spec, &four, &mut six), "rows of 4, expected 6");
-    fails(b.rope_append(&spec, None, None, &mut six), "not allocated");
-    let table = RopeTable { rotary_dim: 4, cos: vec![1.0; 6], sin: vec![0.0; 4] };
-    assert!(message(&b.load_rope(&table).unwrap_err()).contains("6 cosines and 4 sines"));
+    fails(b.attention(&spec, None, &six, &mut four), "not allocated");
+    let wide = mirai_model::backend::AttentionSpec { key_dim: 7, ..spec.clone() };
+    fails(b.attention(&wide, None, &four, &mut six), "rows of 4");
+    fails(b.append(&spec, None, None, &mut four), "rows of 4, 6 are needed");
+    fails(b.append(&spec, None, None, &mut six), "not allocated");
+    fails(b.gate(&four, 2, 4, &mut other), "4 gates at 2 of rows of 4");
+    let clamped = Activation::ClampedSwiglu { alpha: 1.0, limit: 1.0 };
+    fails(b.activate(clamped, &four, &mut other), "needs a gate");
+    fails(b.emit(&four), "no step was begun");
+    let table = RopeTable {
+        rotary_dim: 4,
+        pairing: Pairing::Halves,
+        cos: vec![1.0; 6],
+        sin: vec![0.0; 4],
+        q_scale: Vec::new(),
+    };
+    assert!(message(&b.load_rope(&table).unwrap_err()).contains("6 cosines, 4 sines"));
     // A step of nothing is a step.
     let shape = StepShape { tokens: 0, outputs: 0, decode_only: false };
     b.run(shape, &mut |b| b.linear(&w, Some(&three), &four, &mut six)).unwrap();
@@ -473,9 +493,10 @@ fn stacked_parts_of_mixed_storage_multiply_as_each_alone() {
     assert_eq!(w.rows(), 152);
     // The table's rows come back through `embed`, the products through a step of several tokens.
     let layout = CacheLayout {
-        groups: vec![GroupLayout { layers: 1, kv_heads: 1, head_dim: 2, dtype: CacheDtype::F32 }],
+        groups: vec![GroupLayout::Paged(pages(CacheDtype::F32))],
         blocks: 4,
         slots: 1,
+        snapshots: 0,
         table_len: 1,
     };
     b.allocate_cache(&layout).unwrap();
@@ -514,16 +535,21 @@ fn stacked_parts_of_mixed_storage_multiply_as_each_alone() {
 #[test]
 fn caches_that_cannot_be_are_refused() {
     let mut b = CpuBackend::new(&CpuOptions::default());
-    let group = GroupLayout { layers: 4, kv_heads: 8, head_dim: 128, dtype: CacheDtype::Bf16 };
-    let layout = |groups: Vec<GroupLayout>, blocks| CacheLayout { groups, blocks, slots: 1, table_len: 1 };
-    let error = b.allocate_cache(&layout(vec![group], 1 << 40)).unwrap_err();
+    let group =
+        PageLayout { layers: 4, kv_heads: 8, key_dim: 128, value_dim: 128, ..pages(CacheDtype::Bf16) };
+    let layout = |groups: &[PageLayout], blocks| CacheLayout {
+        groups: groups.iter().map(|group| GroupLayout::Paged(*group)).collect(),
+        blocks,
+        slots: 1,
+        snapshots: 0,
+        table_len: 1,
+    };
+    let error = b.allocate_cache(&layout(&[group], 1 << 40)).unwrap_err();
     let BackendError::OutOfMemory { need, .. } = &error else { panic!("{error}") };
     assert_eq!(*need, group.page_bytes() as u64 * (1 << 40));
-    let mixed = GroupLayout { dtype: CacheDtype::F32, ..group };
-    assert!(
-        message(&b.allocate_cache(&layout(vec![group, mixed], 2)).unwrap_err()).contains("group 1 is F32")
-    );
-    assert!(message(&b.allocate_cache(&layout(vec![], 2)).unwrap_err()).contains("no layer group"));
+    let mixed = PageLayout { dtype: CacheDtype::F32, ..group };
+    assert!(message(&b.allocate_cache(&layout(&[group, mixed], 2)).unwrap_err()).contains("group 1 is F32"));
+    b.allocate_cache(&layout(&[], 0)).unwrap();
     assert_eq!(b.threads(), default_threads());
     assert!(Isa::ALL.contains(&b.isa()) && format!("{b:?}").contains("CpuBackend"));
 }

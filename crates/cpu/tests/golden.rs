@@ -8,30 +8,17 @@ use std::path::{Path, PathBuf};
 
 use mirai_cpu::simd::Isa;
 use mirai_cpu::{CpuBackend, CpuOptions};
+use mirai_engine::Executor;
 use mirai_model::backend::{Backend, CacheDtype, Storage};
 use mirai_model::reference::Reference;
 use mirai_model::testing::{
-    Driver, GoldenPrompt, Mutant, Mutation, Played, Script, largest_difference, read_golden,
+    Driver, GoldenCase, GoldenPrompt, GoldenTask, Mutant, Mutation, Played, Script, largest_difference,
+    read_golden,
 };
 use mirai_model::{CacheBudget, LoadOptions, ModelExecutor, ModelSource, Quantization, load};
 
 /// The gate of f32: largest difference of a log-probability.
 const F32_GATE: f32 = 1e-3;
-
-const CASES: [&str; 12] = [
-    "llama-mha-tied",
-    "llama-gqa-bias",
-    "llama-mqa-bf16",
-    "llama-llama3",
-    "llama-linear",
-    "llama-yarn",
-    "llama-sharded",
-    "llama-only-head",
-    "mistral-window",
-    "qwen2",
-    "qwen2-mixed-window",
-    "qwen3",
-];
 
 fn case_dir(case: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/golden").join(case)
@@ -66,6 +53,21 @@ fn driver<B: Backend>(source: &ModelSource, options: &LoadOptions, backend: B) -
     Driver::new(load(source, options, backend, &mut |_, _| {}).unwrap().executor)
 }
 
+fn case_driver<B: Backend>(case: &GoldenCase, backend: B) -> Driver<ModelExecutor<B>> {
+    let options = LoadOptions { task: case.load_task(), ..exact() };
+    driver(&ModelSource::directory(&case.dir).unwrap(), &options, backend)
+}
+
+/// Every folder of golden files.
+fn cases() -> Vec<(String, GoldenCase)> {
+    let folders = std::fs::read_dir(case_dir("")).unwrap().map(|entry| entry.unwrap().path());
+    let mut folders: Vec<_> = folders.filter(|path| path.is_dir()).collect();
+    folders.sort();
+    assert!(folders.len() >= 50, "{} cases", folders.len());
+    let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_owned();
+    folders.iter().map(|path| (name(path), GoldenCase::read(path))).collect()
+}
+
 fn teacher_forced(golden: &[GoldenPrompt], chunks: [usize; 3]) -> Vec<Script> {
     golden.iter().zip(chunks).map(|(p, chunk)| Script::teacher_forced(&p.ids, chunk)).collect()
 }
@@ -75,31 +77,97 @@ fn worst(golden: &[GoldenPrompt], played: &[Played]) -> f32 {
     each.fold(0.0, f32::max)
 }
 
-/// Log-probabilities of each prompt, bit for bit.
-fn bits(played: &[Played]) -> Vec<Vec<u32>> {
-    played.iter().map(|p| p.prompt_logprobs().iter().map(|v| v.to_bits()).collect()).collect()
+/// All numbers that a prompt gave, bit for bit.
+fn bits(played: &Played) -> Vec<u32> {
+    let pooled = played.pooled.iter().flatten().copied();
+    played.prompt_logprobs().into_iter().chain(pooled).map(f32::to_bits).collect()
 }
 
-/// Batch 1 and mixed batch, whole prompts and chunks of 1, 7 and 16, on the best and on the portable kernels.
+/// Each prompt alone and whole is within the gate; beside others, in chunks of 1, 7 and 16 tokens, behind each of its
+/// prefixes, and after a preemption, it has the very same bits.
+fn check(name: &str, case: &GoldenCase, isa: Option<Isa>, failures: &mut Vec<String>) {
+    let mut driver = case_driver(case, cpu(isa));
+    let whole = driver.executor.geometry().whole_prompts;
+    let prompts = 0..case.prompts.len();
+    let alone: Vec<Played> =
+        prompts.clone().map(|p| driver.play(&[case.script(p, usize::MAX)]).remove(0)).collect();
+    for (p, played) in alone.iter().enumerate() {
+        let difference = case.difference(p, 0, played);
+        if difference.is_nan() || difference > F32_GATE {
+            failures.push(format!("{name}, {isa:?}, prompt {p}: {difference:e}"));
+        }
+    }
+    let mut same = |what: String, p: usize, skipped: usize, played: &Played| {
+        if bits(played) != bits(&alone[p])[skipped..] {
+            failures.push(format!("{name}, {isa:?}, prompt {p}, {what}: other bits"));
+        }
+    };
+    let chunk = |chunk| if whole { usize::MAX } else { chunk };
+    for chunks in [[usize::MAX; 3], [1, 7, 16], [7, 16, 1], [16, 1, 7]] {
+        let scripts: Vec<_> = prompts.clone().map(|p| case.script(p, chunk(chunks[p % 3]))).collect();
+        for (p, played) in driver.play(&scripts).iter().enumerate() {
+            same(format!("chunks {chunks:?}"), p, 0, played);
+        }
+    }
+    for at in [[7, 14, 1], [33, 16, 4]] {
+        let scripts = prompts.clone().map(|p| case.script(p, chunk(7)).preempted_at(at[p % 3]));
+        for (p, played) in driver.play(&scripts.collect::<Vec<_>>()).iter().enumerate() {
+            same(format!("preempted at {at:?}"), p, 0, played);
+        }
+    }
+    if whole {
+        return;
+    }
+    for p in prompts {
+        for size in [1, 7, usize::MAX] {
+            let mut driver = case_driver(case, cpu(isa));
+            let prefixes = driver.prefixes(&case.prompts[p].ids);
+            assert_eq!(prefixes.len(), (case.prompts[p].ids.len() - 1) / 16);
+            let scripts = prefixes.iter().map(|prefix| case.script(p, size).after(prefix.clone()));
+            let played = driver.play(&scripts.collect::<Vec<_>>());
+            for (prefix, played) in prefixes.iter().zip(&played) {
+                let skipped = if played.pooled.is_some() { 0 } else { prefix.computed };
+                same(format!("{} tokens there, chunks of {size}", prefix.computed), p, skipped, played);
+            }
+        }
+    }
+}
+
+fn check_all(isa: Option<Isa>) {
+    let mut failures = Vec::new();
+    for (name, case) in cases() {
+        check(&name, &case, isa, &mut failures);
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
 #[test]
-fn every_case_is_within_the_gate() {
-    for case in CASES {
-        let golden = read_golden(&case_dir(case));
-        let source = ModelSource::directory(&case_dir(case)).unwrap();
-        for isa in [None, Some(Isa::Portable)] {
-            let mut driver = driver(&source, &exact(), cpu(isa));
-            let mut alone = Vec::new();
-            for prompt in &golden {
-                alone.extend(driver.play(&[Script::teacher_forced(&prompt.ids, usize::MAX)]));
-            }
-            let w = worst(&golden, &alone);
-            assert!(w < F32_GATE, "{case} alone, {isa:?}: {w:e}");
-            for chunks in [[usize::MAX; 3], [1, 7, 16], [16, 1, 7], [7, 16, 1]] {
-                let mixed = driver.play(&teacher_forced(&golden, chunks));
-                let w = worst(&golden, &mixed);
-                assert!(w < F32_GATE, "{case} mixed, chunks {chunks:?}, {isa:?}: {w:e}");
-                assert_eq!(bits(&mixed), bits(&alone), "{case}: the batch changes a row, chunks {chunks:?}");
-            }
+fn every_case_on_the_best_instructions() {
+    check_all(None);
+}
+
+#[test]
+fn every_case_on_portable_instructions() {
+    check_all(Some(Isa::Portable));
+}
+
+#[test]
+fn embeddings_point_where_transformers_says() {
+    for (name, case) in cases() {
+        if case.task == GoldenTask::Embed {
+            let least = case.least_cosine(&mut case_driver(&case, cpu(None)));
+            assert!(least >= 0.999_99, "{name}: {least}");
+        }
+    }
+}
+
+/// Tokens drawn after each prompt are those of an undisturbed run, bit for bit.
+#[test]
+fn drawn_tokens_survive_a_preemption() {
+    for (name, case) in cases() {
+        if case.task == GoldenTask::Generate {
+            let difference = case.drawn_after_preemption(&mut case_driver(&case, cpu(None)), 6);
+            assert!(difference == 0.0, "{name}: {difference:e}");
         }
     }
 }
@@ -142,23 +210,27 @@ fn mean_difference(golden: &[GoldenPrompt], played: &[Played]) -> f32 {
 /// A gate that cannot fail proves nothing.
 #[test]
 fn the_gate_fails_for_faults() {
-    let table = [
-        ("llama-mha-tied", Mutation::NoRope),
-        ("qwen3", Mutation::NoRope),
-        ("mistral-window", Mutation::WiderWindow),
-        ("mistral-window", Mutation::NarrowerWindow),
-        ("qwen2-mixed-window", Mutation::NarrowerWindow),
-        ("llama-linear", Mutation::RotatedKvHeads(8)),
-        ("qwen3", Mutation::NoQkNorm),
-        ("qwen2", Mutation::NoBias),
+    use Mutation as M;
+    let table: &[(&str, &[Mutation])] = &[
+        ("llama-mha-tied", &[M::NoRope]),
+        ("qwen3", &[M::NoRope, M::NoQkNorm]),
+        ("mistral-window", &[M::WiderWindow, M::NarrowerWindow]),
+        ("qwen2-mixed-window", &[M::NarrowerWindow]),
+        ("llama-linear", &[M::RotatedKvHeads(8)]),
+        ("qwen2", &[M::NoBias]),
+        ("gptoss", &[M::NoSinks, M::SwappedExperts, M::WiderWindow]),
+        ("deepseek", &[M::SwappedExperts, M::NoCorrection]),
+        ("gemma4", &[M::WeighedValues, M::NoValueNorm, M::LostNorm(4)]),
+        ("qwen3next", &[M::WrongDecay, M::ReversedTaps, M::NoGate]),
+        ("xlmr-embed", &[M::NoPositions, M::LostNorm(1)]),
     ];
-    for (case, mutation) in table {
-        let golden = read_golden(&case_dir(case));
-        let source = ModelSource::directory(&case_dir(case)).unwrap();
-        let mutant = Mutant { inner: cpu(None), mutation };
-        let played = driver(&source, &exact(), mutant).play(&teacher_forced(&golden, [usize::MAX; 3]));
-        let w = worst(&golden, &played);
-        assert!(w > 50.0 * F32_GATE, "{case} with {mutation:?} passes the gate: {w:e}");
+    for (name, mutations) in table {
+        let case = GoldenCase::read(&case_dir(name));
+        for &mutation in *mutations {
+            let mut driver = case_driver(&case, Mutant::new(cpu(None), mutation));
+            let worst = case.mixed(&mut driver, &[usize::MAX; 3]);
+            assert!(worst > 50.0 * F32_GATE, "{name} with {mutation:?} passes the gate: {worst:e}");
+        }
     }
 }
 

@@ -1,25 +1,33 @@
 //! How much KV memory there is, and how layers share it.
 //!
-//! Owns the grouping of layers and the arithmetic from a budget to pages. All groups take pages of equal size
-//! from one pool, so a page is as large as the largest group needs; the grouping is chosen to waste least.
+//! Owns the grouping of layers and the arithmetic from a budget to pages and snapshots. All paged groups take pages of
+//! equal size from one pool, so a page is as large as the largest group needs; the grouping is chosen to waste least.
+//! Layers that read another layer's keys share its place; layers that see whole prompts keep nothing.
 
 use mirai_engine::{BLOCK_TOKENS, GroupKind};
 
-use crate::backend::{AttentionSpec, CacheDtype, CacheLayout, GroupLayout};
+use crate::backend::{
+    AttentionSpec, CacheDtype, CacheLayout, DeltaShape, GroupLayout, PageLayout, StateLayout, Stored,
+    Visibility,
+};
 use crate::error::{ModelError, Result};
-use crate::spec::ModelSpec;
+use crate::spec::{AttentionLayer, KvSource, Mixer, ModelSpec};
 
 /// Most groups. Each costs the scheduler a block table for every sequence.
 const MAX_GROUPS: usize = 16;
 /// Most pages: ids are 32 bits wide, and some room is left below.
 const MAX_BLOCKS: u64 = 1 << 31;
+/// Most snapshots, likewise.
+const MAX_SNAPSHOTS: u64 = 1 << 20;
+/// Snapshots may take this part of a budget in bytes, unless the user says otherwise.
+const SNAPSHOT_SHARE: u64 = 8;
 
 /// How much memory the cache may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CacheBudget {
-    /// Bytes of all pages together.
+    /// Bytes of pages, recurrent states and snapshots together.
     Bytes(u64),
-    /// Tokens, summed over sequences, that all groups can hold at once.
+    /// Tokens, summed over sequences, that all groups can hold at once. States and snapshots come on top.
     Tokens(u64),
 }
 
@@ -32,10 +40,16 @@ pub struct CacheReport {
     pub page_bytes: u64,
     /// Pages, the reserved one included.
     pub blocks: u64,
-    /// Bytes of all pages.
+    /// Bytes of all pages, states and snapshots.
     pub bytes: u64,
     /// Tokens that all groups can hold at once.
     pub tokens: u64,
+    /// Bytes that one token takes in the pages of all layers, windows not counted off.
+    pub token_bytes: u64,
+    /// Bytes of one sequence's recurrent state.
+    pub state_bytes: u64,
+    /// Snapshots of such states that can be kept.
+    pub snapshots: u64,
     /// Most tokens of one sequence.
     pub max_context: usize,
 }
@@ -45,23 +59,32 @@ pub struct CacheReport {
 pub struct Grouping {
     /// What each group keeps.
     pub kinds: Vec<GroupKind>,
-    /// Its pages.
+    /// Its pages or states.
     pub layouts: Vec<GroupLayout>,
-    /// For each layer its group, and its number in it.
-    pub places: Vec<(usize, usize)>,
+    /// For each layer its group, and its number in it; none where nothing is kept.
+    pub places: Vec<Option<(usize, usize)>>,
 }
 
-/// Layers that could share a group: equal heads and equal reach.
+/// Layers that could share a group: equal heads and equal reach, or equal states.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Class {
+enum Class {
+    Paged(PagedClass),
+    Recurrent(DeltaShape),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct PagedClass {
     window: Option<u32>,
     kv_heads: usize,
-    head_dim: usize,
+    key_dim: usize,
+    value_dim: usize,
+    stored: Stored,
 }
 
-impl Class {
-    fn layout(self, layers: usize, dtype: CacheDtype) -> GroupLayout {
-        GroupLayout { layers, kv_heads: self.kv_heads, head_dim: self.head_dim, dtype }
+impl PagedClass {
+    fn layout(self, layers: usize, dtype: CacheDtype) -> PageLayout {
+        let Self { kv_heads, key_dim, value_dim, stored, .. } = self;
+        PageLayout { layers, kv_heads, key_dim, value_dim, stored, dtype }
     }
 
     fn layer_bytes(self, dtype: CacheDtype) -> usize {
@@ -69,37 +92,71 @@ impl Class {
     }
 }
 
+/// What a layer keeps of a sequence in a place of its own.
+fn class(spec: &ModelSpec, mixer: &Mixer, max_context: usize) -> Option<Class> {
+    match mixer {
+        Mixer::Attention(a) if a.bidirectional || matches!(a.kv, KvSource::Layer(_)) => None,
+        Mixer::Attention(a) => {
+            let (key_dim, stored) = spec.stored(a);
+            let window = a.window.filter(|&w| (w as usize) < max_context);
+            let (kv_heads, value_dim) = (a.kv_heads, a.head_dim);
+            Some(Class::Paged(PagedClass { window, kv_heads, key_dim, value_dim, stored }))
+        }
+        Mixer::Latent(l) => Some(Class::Paged(PagedClass {
+            window: None,
+            kv_heads: 1,
+            key_dim: l.shape.latent + l.shape.rope,
+            value_dim: l.shape.latent,
+            stored: Stored::ValueInKey,
+        })),
+        Mixer::Delta(d) => Some(Class::Recurrent(d.shape)),
+    }
+}
+
 impl Grouping {
     /// Groups the layers of a model. A window that is not shorter than the context is none.
     #[must_use]
     pub fn new(spec: &ModelSpec, dtype: CacheDtype, max_context: usize) -> Self {
-        let class_of = |index: usize| {
-            let a = &spec.layers[index].attention;
-            let window = a.window.filter(|&w| (w as usize) < max_context);
-            Class { window, kv_heads: a.kv_heads, head_dim: a.head_dim }
-        };
         let mut classes: Vec<(Class, Vec<usize>)> = Vec::new();
-        for index in 0..spec.layers.len() {
-            let class = class_of(index);
+        for (index, layer) in spec.layers.iter().enumerate() {
+            let Some(class) = class(spec, &layer.mixer, max_context) else { continue };
             match classes.iter_mut().find(|(c, _)| *c == class) {
                 Some((_, members)) => members.push(index),
                 None => classes.push((class, vec![index])),
             }
         }
         let page = page_bytes(&classes, dtype);
-        let mut out = Self { kinds: vec![], layouts: vec![], places: vec![(0, 0); spec.layers.len()] };
+        let mut out = Self { kinds: vec![], layouts: vec![], places: vec![None; spec.layers.len()] };
         for (class, members) in &classes {
-            // Members are spread evenly, so that no group of a class is a lone rest.
-            let groups = members.len().div_ceil((page / class.layer_bytes(dtype)).max(1));
-            for run in members.chunks(members.len().div_ceil(groups)) {
-                for (place, &layer) in run.iter().enumerate() {
-                    out.places[layer] = (out.kinds.len(), place);
+            match class {
+                Class::Paged(class) => {
+                    // Members are spread evenly, so that no group of a class is a lone rest.
+                    let groups = members.len().div_ceil((page / class.layer_bytes(dtype)).max(1));
+                    for run in members.chunks(members.len().div_ceil(groups)) {
+                        let kind = class.window.map_or(GroupKind::Full, GroupKind::Window);
+                        out.push(kind, GroupLayout::Paged(class.layout(run.len(), dtype)), run);
+                    }
                 }
-                out.kinds.push(class.window.map_or(GroupKind::Full, GroupKind::Window));
-                out.layouts.push(class.layout(run.len(), dtype));
+                Class::Recurrent(shape) => {
+                    let layout = StateLayout { layers: members.len(), shape: *shape };
+                    out.push(GroupKind::Recurrent, GroupLayout::Recurrent(layout), members);
+                }
+            }
+        }
+        for (index, layer) in spec.layers.iter().enumerate() {
+            if let Mixer::Attention(AttentionLayer { kv: KvSource::Layer(source), .. }) = layer.mixer {
+                out.places[index] = out.places[source];
             }
         }
         out
+    }
+
+    fn push(&mut self, kind: GroupKind, layout: GroupLayout, layers: &[usize]) {
+        for (place, &layer) in layers.iter().enumerate() {
+            self.places[layer] = Some((self.kinds.len(), place));
+        }
+        self.kinds.push(kind);
+        self.layouts.push(layout);
     }
 
     /// Bytes of a page of the pool.
@@ -108,41 +165,97 @@ impl Grouping {
         self.layouts.iter().map(GroupLayout::page_bytes).max().unwrap_or(0)
     }
 
+    /// Bytes that one token takes in the pages of all layers, windows not counted off.
+    #[must_use]
+    pub fn token_bytes(&self) -> usize {
+        self.layouts.iter().map(GroupLayout::page_bytes).sum::<usize>() / BLOCK_TOKENS
+    }
+
+    /// Bytes of one sequence's recurrent state.
+    #[must_use]
+    pub fn state_bytes(&self) -> usize {
+        let elements = self.layouts.iter().map(|layout| match layout {
+            GroupLayout::Paged(_) => 0,
+            GroupLayout::Recurrent(state) => state.elements(),
+        });
+        elements.sum::<usize>() * size_of::<f32>()
+    }
+
+    /// Groups that take pages.
+    fn paged(&self) -> u64 {
+        self.kinds.iter().filter(|k| **k != GroupKind::Recurrent).count() as u64
+    }
+
+    /// A layer's group, and its number in it; zeros where nothing is kept.
+    #[must_use]
+    pub fn place(&self, layer: usize) -> (usize, usize) {
+        self.places[layer].unwrap_or_default()
+    }
+
     /// What the backend needs to know of a layer's attention.
+    ///
+    /// # Panics
+    /// The layer is a delta net.
     #[must_use]
     pub fn attention(&self, spec: &ModelSpec, layer: usize) -> AttentionSpec {
-        let a = &spec.layers[layer].attention;
-        let (group, layer_in_group) = self.places[layer];
-        let window = match self.kinds[group] {
-            GroupKind::Window(n) => Some(n),
-            _ => None,
-        };
-        AttentionSpec {
-            group,
-            layer_in_group,
-            q_heads: a.q_heads,
-            kv_heads: a.kv_heads,
-            head_dim: a.head_dim,
-            scale: a.scale,
-            window,
-            soft_cap: a.soft_cap,
+        let (group, layer_in_group) = self.place(layer);
+        match &spec.layers[layer].mixer {
+            Mixer::Attention(a) => {
+                let (key_dim, stored) = spec.stored(a);
+                let window = match (a.bidirectional, self.kinds.get(group)) {
+                    (true, _) => a.window,
+                    (false, Some(GroupKind::Window(n))) => Some(*n),
+                    (false, _) => None,
+                };
+                AttentionSpec {
+                    group,
+                    layer_in_group,
+                    appends: !a.bidirectional && !matches!(a.kv, KvSource::Layer(_)),
+                    q_heads: a.q_heads,
+                    kv_heads: a.kv_heads,
+                    key_dim,
+                    value_dim: a.head_dim,
+                    stored,
+                    scale: a.scale,
+                    visibility: if a.bidirectional { Visibility::Whole } else { Visibility::Causal },
+                    window,
+                    soft_cap: a.soft_cap,
+                }
+            }
+            Mixer::Latent(l) => AttentionSpec {
+                group,
+                layer_in_group,
+                appends: true,
+                q_heads: l.heads,
+                kv_heads: 1,
+                key_dim: l.shape.latent + l.shape.rope,
+                value_dim: l.shape.latent,
+                stored: Stored::ValueInKey,
+                scale: l.scale,
+                visibility: Visibility::Causal,
+                window: None,
+                soft_cap: None,
+            },
+            Mixer::Delta(_) => unreachable!("a delta net has no attention"),
         }
     }
 }
 
 /// The page size that wastes least in a token's pages, and among equals needs the fewest groups.
 fn page_bytes(classes: &[(Class, Vec<usize>)], dtype: CacheDtype) -> usize {
-    let candidates = classes.iter().flat_map(|(class, members)| {
-        let bytes = class.layer_bytes(dtype);
-        (1..=members.len()).map(move |n| n * bytes)
+    let paged = classes.iter().filter_map(|(class, members)| match class {
+        Class::Paged(class) => Some((class.layer_bytes(dtype), members.len())),
+        Class::Recurrent(_) => None,
     });
+    let paged: Vec<(usize, usize)> = paged.collect();
+    let candidates = paged.iter().flat_map(|&(bytes, members)| (1..=members).map(move |n| n * bytes));
     let cost = |page: usize| {
-        let groups = classes.iter().map(|(class, members)| match page / class.layer_bytes(dtype) {
+        let groups = paged.iter().map(|&(bytes, members)| match page / bytes {
             0 => usize::MAX / 2,
-            fit => members.len().div_ceil(fit),
+            fit => members.div_ceil(fit),
         });
         let groups = groups.fold(0usize, usize::saturating_add);
-        (groups > MAX_GROUPS.max(classes.len()), groups.saturating_mul(page), groups)
+        (groups > MAX_GROUPS.max(paged.len()), groups.saturating_mul(page), groups)
     };
     candidates.min_by_key(|&page| cost(page)).unwrap_or(0)
 }
@@ -180,6 +293,9 @@ fn longest(grouping: &Grouping, wanted: usize, max_step_tokens: usize, pages: u6
 pub struct CacheRequest {
     /// Memory.
     pub budget: CacheBudget,
+    /// Bytes that snapshots of recurrent state may take of it. By default an eighth of a budget in bytes; of a budget
+    /// in tokens, a snapshot for each slot.
+    pub snapshot_bytes: Option<u64>,
     /// Element type.
     pub dtype: CacheDtype,
     /// Longest sequence, if the user named one; else the model's context, or what fits.
@@ -188,6 +304,36 @@ pub struct CacheRequest {
     pub slots: usize,
     /// Most tokens in a step.
     pub max_step_tokens: usize,
+}
+
+impl CacheRequest {
+    /// Snapshots, of states of so many bytes.
+    fn snapshots(&self, state: u64) -> u64 {
+        if state == 0 {
+            return 0;
+        }
+        let count = match (self.snapshot_bytes, self.budget) {
+            (Some(bytes), _) => bytes / state,
+            (None, CacheBudget::Bytes(bytes)) => bytes / SNAPSHOT_SHARE / state,
+            (None, CacheBudget::Tokens(_)) => self.slots as u64,
+        };
+        count.min(MAX_SNAPSHOTS)
+    }
+
+    /// Bytes that are left for pages; none of a budget in tokens.
+    fn page_budget(&self, state: u64, snapshots: u64) -> Result<Option<u64>> {
+        let CacheBudget::Bytes(bytes) = self.budget else { return Ok(None) };
+        let states = state.saturating_mul(self.slots as u64 + snapshots);
+        let left = bytes.checked_sub(states).ok_or_else(|| ModelError::Option {
+            option: "max-num-seqs",
+            why: format!(
+                "is {}: with {snapshots} snapshots, recurrent states of {state} bytes take {states} bytes, \
+                 the cache's budget is {bytes}",
+                self.slots
+            ),
+        })?;
+        Ok(Some(left))
+    }
 }
 
 /// Turns a budget into a layout.
@@ -201,11 +347,13 @@ pub fn plan_cache(spec: &ModelSpec, request: &CacheRequest) -> Result<(Grouping,
         return Err(ModelError::Option { option: "max-model-len", why });
     }
     let grouping = Grouping::new(spec, request.dtype, wanted);
-    let page = grouping.page_bytes() as u64;
-    let groups = grouping.kinds.len() as u64;
-    let pages = match request.budget {
-        CacheBudget::Bytes(bytes) => (bytes / page.max(1)).saturating_sub(1),
-        CacheBudget::Tokens(tokens) => tokens.div_ceil(BLOCK_TOKENS as u64).saturating_mul(groups),
+    let (page, groups) = (grouping.page_bytes() as u64, grouping.paged());
+    let state = grouping.state_bytes() as u64;
+    let snapshots = request.snapshots(state);
+    let pages = match (request.page_budget(state, snapshots)?, request.budget) {
+        (Some(bytes), _) => (bytes / page.max(1)).saturating_sub(1),
+        (None, CacheBudget::Tokens(tokens)) => tokens.div_ceil(BLOCK_TOKENS as u64).saturating_mul(groups),
+        (None, CacheBudget::Bytes(_)) => 0,
     };
     // More pages than all running sequences can fill would only make memory grow without an end.
     let useful =
@@ -220,19 +368,25 @@ pub fn plan_cache(spec: &ModelSpec, request: &CacheRequest) -> Result<(Grouping,
         );
         return Err(ModelError::Option { option: "kv-cache budget", why });
     }
-    let blocks = pages + 1;
+    // Page 0 is nobody's; without groups there is no pool at all.
+    let blocks = if groups == 0 { 0 } else { pages + 1 };
     let layout = CacheLayout {
         groups: grouping.layouts.clone(),
         blocks: blocks as usize,
         slots: request.slots,
+        snapshots: snapshots as usize,
         table_len: fits.div_ceil(BLOCK_TOKENS),
     };
+    let states = state.saturating_mul(request.slots as u64 + snapshots);
     let report = CacheReport {
         groups: grouping.kinds.len(),
         page_bytes: page,
         blocks,
-        bytes: blocks.saturating_mul(page),
+        bytes: blocks.saturating_mul(page).saturating_add(states),
         tokens: pages / groups.max(1) * BLOCK_TOKENS as u64,
+        token_bytes: grouping.token_bytes() as u64,
+        state_bytes: state,
+        snapshots,
         max_context: fits,
     };
     Ok((grouping, layout, report))
@@ -261,15 +415,29 @@ mod tests {
         )
     }
 
+    fn layers(layout: &GroupLayout) -> usize {
+        match layout {
+            GroupLayout::Paged(pages) => pages.layers,
+            GroupLayout::Recurrent(states) => states.layers,
+        }
+    }
+
     fn request(budget: CacheBudget) -> CacheRequest {
-        CacheRequest { budget, dtype: CacheDtype::Bf16, max_model_len: None, slots: 4, max_step_tokens: 128 }
+        CacheRequest {
+            budget,
+            snapshot_bytes: None,
+            dtype: CacheDtype::Bf16,
+            max_model_len: None,
+            slots: 4,
+            max_step_tokens: 128,
+        }
     }
 
     #[test]
     fn layers_of_one_kind_make_one_group() {
         let g = Grouping::new(&spec(r#""num_hidden_layers": 12"#), CacheDtype::Bf16, 4_096);
         assert_eq!(g.kinds, [GroupKind::Full]);
-        assert_eq!(g.places[11], (0, 11));
+        assert_eq!(g.places[11], Some((0, 11)));
         // 12 layers, keys and values, 2 heads, 16 tokens, 16 elements, 2 bytes.
         assert_eq!(g.page_bytes(), 12 * 2 * 2 * 16 * 16 * 2);
     }
@@ -278,8 +446,8 @@ mod tests {
     fn mixed_layers_waste_nothing() {
         let g = Grouping::new(&mixed(), CacheDtype::F32, 4_096);
         assert_eq!(g.kinds, [GroupKind::Full, GroupKind::Full, GroupKind::Window(64)]);
-        assert!(g.layouts.iter().all(|l| l.layers == 4));
-        assert_eq!((g.places[0], g.places[7], g.places[8]), ((0, 0), (1, 3), (2, 0)));
+        assert!(g.layouts.iter().all(|l| layers(l) == 4));
+        assert_eq!((g.place(0), g.place(7), g.place(8)), ((0, 0), (1, 3), (2, 0)));
         let short = Grouping::new(&mixed(), CacheDtype::F32, 64);
         assert_eq!(short.kinds, [GroupKind::Full], "a window as long as the context is none");
     }
@@ -292,7 +460,7 @@ mod tests {
         );
         let g = Grouping::new(&s, CacheDtype::F32, 4_096);
         assert!(g.kinds.len() <= MAX_GROUPS, "{}", g.kinds.len());
-        assert_eq!(g.layouts.iter().map(|l| l.layers).sum::<usize>(), 63);
+        assert_eq!(g.layouts.iter().map(layers).sum::<usize>(), 63);
     }
 
     #[test]
@@ -305,6 +473,91 @@ mod tests {
         assert_eq!((layout.blocks, report.bytes), (101, bytes));
         // Two full groups, and a window of 64 with a step of 128: 13 pages.
         assert_eq!(report.max_context, (100 - 13) / 2 * 16, "the context shrinks to what fits");
+    }
+
+    /// Specification of a golden case.
+    fn case(name: &str) -> ModelSpec {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+        let source = crate::loader::ModelSource::directory(&folder).unwrap();
+        crate::loader::read_spec(&source).unwrap()
+    }
+
+    fn pages(layout: &GroupLayout) -> PageLayout {
+        match layout {
+            GroupLayout::Paged(pages) => *pages,
+            GroupLayout::Recurrent(_) => panic!("a recurrent group"),
+        }
+    }
+
+    #[test]
+    fn a_latent_is_stored_once_for_all_heads() {
+        let spec = case("deepseek");
+        let g = Grouping::new(&spec, CacheDtype::Bf16, 96);
+        assert_eq!(g.kinds, [GroupKind::Full]);
+        let p = pages(&g.layouts[0]);
+        assert_eq!((p.layers, p.kv_heads, p.key_dim, p.value_dim), (3, 1, 18 + 8, 18));
+        assert_eq!((p.stored, g.token_bytes()), (Stored::ValueInKey, 3 * 26 * 2));
+        let a = g.attention(&spec, 2);
+        assert_eq!((a.q_heads, a.kv_heads, a.layer_in_group, a.appends), (3, 1, 2, true));
+    }
+
+    #[test]
+    fn keys_that_are_values_are_stored_with_their_rotated_part() {
+        let spec = case("gemma4");
+        let g = Grouping::new(&spec, CacheDtype::F32, 96);
+        assert_eq!(g.kinds.iter().filter(|k| **k == GroupKind::Window(7)).count(), 1);
+        let (group, _) = g.place(1);
+        let p = pages(&g.layouts[group]);
+        assert_eq!((p.kv_heads, p.key_dim, p.value_dim, p.stored), (2, 24 + 6, 24, Stored::ValueInKey));
+        assert_eq!((g.attention(&spec, 0).window, g.attention(&spec, 1).window), (Some(7), None));
+    }
+
+    #[test]
+    fn layers_that_read_another_layers_keys_have_its_place() {
+        let spec = case("gemma4-shared-kv");
+        let g = Grouping::new(&spec, CacheDtype::F32, 96);
+        assert_eq!((g.place(3), g.place(4)), (g.place(2), g.place(1)));
+        let (own, borrowed) = (g.attention(&spec, 1), g.attention(&spec, 4));
+        assert!(own.appends && !borrowed.appends);
+        assert_eq!((own.key_dim, own.window), (borrowed.key_dim, borrowed.window));
+        assert_eq!(g.attention(&spec, 3).window, Some(6));
+        assert_eq!(g.layouts.iter().map(layers).sum::<usize>(), 3);
+    }
+
+    #[test]
+    fn an_encoder_keeps_nothing() {
+        let spec = case("xlmr-embed");
+        let (g, layout, report) = plan_cache(&spec, &request(CacheBudget::Bytes(0))).unwrap();
+        assert!(g.kinds.is_empty() && layout.groups.is_empty());
+        assert_eq!((layout.blocks, report.blocks, report.bytes, report.tokens), (0, 0, 0, 0));
+        assert_eq!((report.max_context, report.token_bytes), (spec.context, 0));
+        let a = g.attention(&spec, 1);
+        assert_eq!((a.visibility, a.appends, a.window), (Visibility::Whole, false, None));
+    }
+
+    #[test]
+    fn states_and_snapshots_are_paid_from_the_budget() {
+        let spec = case("qwen3_5");
+        let g = Grouping::new(&spec, CacheDtype::F32, 96);
+        assert_eq!(g.kinds, [GroupKind::Recurrent, GroupKind::Full]);
+        assert_eq!((g.places[0], g.places[2], g.places[3]), (Some((0, 0)), Some((0, 1)), Some((1, 1))));
+        // Two layers: convolution of 2 * 2 * 8 + 4 * 6 over 3 rows, state of 4 * 8 * 6; f32.
+        let state = 2 * (56 * 3 + 192) * 4;
+        assert_eq!(g.state_bytes(), state);
+        let state = state as u64;
+        let ask = |budget, snapshot_bytes| {
+            plan_cache(&spec, &CacheRequest { snapshot_bytes, ..request(CacheBudget::Bytes(budget)) })
+        };
+        let (_, layout, report) = ask(80 * state, None).unwrap();
+        assert_eq!((layout.snapshots, report.snapshots, report.state_bytes), (10, 10, state));
+        assert_eq!(report.bytes, report.blocks * report.page_bytes + (4 + 10) * state);
+        assert!(report.bytes <= 80 * state);
+        let (_, layout, _) = ask(80 * state, Some(3 * state)).unwrap();
+        assert_eq!(layout.snapshots, 3);
+        let e = ask(3 * state, None).unwrap_err();
+        assert!(e.to_string().contains("`max-num-seqs`") && e.to_string().contains("is 4"), "{e}");
+        let (_, layout, _) = plan_cache(&spec, &request(CacheBudget::Tokens(96))).unwrap();
+        assert_eq!((layout.snapshots, layout.blocks), (4, 7), "a snapshot a slot, pages of one group");
     }
 
     #[test]

@@ -45,6 +45,24 @@ impl<'a> Config<'a> {
         Self { file, prefix: String::new(), object, asked: RefCell::default() }
     }
 
+    /// An object inside of another, at this path.
+    #[must_use]
+    pub fn nested(file: &'a str, path: &str, object: &'a Map<String, Value>) -> Self {
+        Self { file, prefix: format!("{path}."), object, asked: RefCell::default() }
+    }
+
+    /// The file, for errors.
+    #[must_use]
+    pub const fn file(&self) -> &'a str {
+        self.file
+    }
+
+    /// Whether somebody asked for the field.
+    #[must_use]
+    pub fn was_asked(&self, field: &str) -> bool {
+        self.asked.borrow().contains(field)
+    }
+
     /// Fields that nobody asked for.
     #[must_use]
     pub fn unasked(&self) -> Vec<String> {
@@ -74,6 +92,11 @@ impl<'a> Config<'a> {
     #[must_use]
     pub fn nested_field(&self) -> Option<&'a str> {
         self.object.iter().find(|(_, v)| v.is_object()).map(|(k, _)| k.as_str())
+    }
+
+    /// Names of its fields.
+    pub fn names(&self) -> impl Iterator<Item = &'a str> {
+        self.object.keys().map(String::as_str)
     }
 
     /// The required field.
@@ -134,6 +157,44 @@ impl<'a> Config<'a> {
         self.opt_count(field, max)?.ok_or_else(|| self.error(field, "is missing"))
     }
 
+    /// A whole number in `1..=max`, or what transformers takes where the field is absent.
+    ///
+    /// # Errors
+    /// As [`Config::opt_count`].
+    pub fn count_or(&self, field: &str, max: u64, default: usize) -> Result<usize> {
+        Ok(self.opt_count(field, max)?.unwrap_or(default))
+    }
+
+    /// A list of whole numbers, of any length up to `most`.
+    ///
+    /// # Errors
+    /// Another type, in the list or of it, or a longer list.
+    pub fn opt_wholes(&self, field: &str, most: usize) -> Result<Option<Vec<usize>>> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        let wrong = || {
+            let got = show(value);
+            self.error(field, format!("expected a list of at most {most} whole numbers, got {got}"))
+        };
+        let list = value.as_array().filter(|l| l.len() <= most).ok_or_else(wrong)?;
+        let whole = |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok()).ok_or_else(wrong);
+        list.iter().map(whole).collect::<Result<_>>().map(Some)
+    }
+
+    /// A list of exactly `len` finite numbers above zero.
+    ///
+    /// # Errors
+    /// Absent, another type, another length, or a number that is not above zero.
+    pub fn positives(&self, field: &str, len: usize) -> Result<Vec<f64>> {
+        let value = self.require(field)?;
+        let wrong = || {
+            let got = show(value);
+            self.error(field, format!("expected a list of {len} numbers above 0, got {got}"))
+        };
+        let list = value.as_array().filter(|l| l.len() == len).ok_or_else(wrong)?;
+        let number = |v: &Value| v.as_f64().filter(|n| *n > 0.0 && n.is_finite()).ok_or_else(wrong);
+        list.iter().map(number).collect()
+    }
+
     /// A finite number.
     ///
     /// # Errors
@@ -158,6 +219,14 @@ impl<'a> Config<'a> {
             Some(n) if n <= 0.0 => Err(self.error(field, format!("is {n}, expected more than 0"))),
             n => Ok(n),
         }
+    }
+
+    /// A finite number above zero, or what transformers takes where the field is absent.
+    ///
+    /// # Errors
+    /// As [`Config::opt_positive`].
+    pub fn positive_or(&self, field: &str, default: f64) -> Result<f64> {
+        Ok(self.opt_positive(field)?.unwrap_or(default))
     }
 
     /// A finite number above zero.
@@ -261,9 +330,11 @@ impl<'a> Config<'a> {
         match self.opt_text(field)?.unwrap_or("silu") {
             "silu" | "swish" => Ok(Activation::Silu),
             "gelu_pytorch_tanh" | "gelu_new" => Ok(Activation::GeluTanh),
+            "gelu" => Ok(Activation::Gelu),
             other => {
-                Err(self
-                    .error(field, format!("`{other}` is not supported; supported: silu, gelu_pytorch_tanh")))
+                let other = other.escape_default();
+                let why = format!("`{other}` is not supported; supported: silu, gelu_pytorch_tanh, gelu");
+                Err(self.error(field, why))
             }
         }
     }

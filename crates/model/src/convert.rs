@@ -16,6 +16,7 @@ use half::{bf16, f16};
 
 use crate::backend::{HostTensor, Storage};
 use crate::error::{ModelError, Result};
+use crate::quant::scaled;
 use crate::weights::TensorId;
 
 /// What linear weights become at load.
@@ -84,6 +85,7 @@ pub fn to_f32(tensor: &HostTensor<'_>) -> Result<Vec<f32>> {
         Storage::F32 => floats(&tensor.bytes, f32::from_le_bytes),
         Storage::F16 => floats(&tensor.bytes, |b| f16::from_le_bytes(b).to_f32()),
         Storage::Bf16 => floats(&tensor.bytes, |b| bf16::from_le_bytes(b).to_f32()),
+        Storage::F8E4M3 | Storage::F4E2M1 | Storage::U4 => scaled::to_f32(tensor).map_err(fail)?,
         blocks => dequantize(tensor, ggml(blocks)).map_err(|e| fail(e.to_string()))?,
     })
 }
@@ -99,7 +101,8 @@ fn dequantize(tensor: &HostTensor<'_>, dtype: GgmlDType) -> candle_core::Result<
 
 const fn ggml(storage: Storage) -> GgmlDType {
     match storage {
-        Storage::F32 => GgmlDType::F32,
+        // Storages with scales are widened before anything asks candle.
+        Storage::F32 | Storage::F8E4M3 | Storage::F4E2M1 | Storage::U4 => GgmlDType::F32,
         Storage::F16 => GgmlDType::F16,
         Storage::Bf16 => GgmlDType::BF16,
         Storage::Q4_0 => GgmlDType::Q4_0,
@@ -135,7 +138,13 @@ fn cast(tensor: &HostTensor<'_>, to: Storage) -> Result<HostTensor<'static>> {
         });
     }
     let bytes = Cow::Owned(float_bytes(&to_f32(tensor)?, to));
-    Ok(HostTensor { name: tensor.name.clone(), shape: tensor.shape.clone(), storage: to, bytes })
+    Ok(HostTensor {
+        name: tensor.name.clone(),
+        shape: tensor.shape.clone(),
+        storage: to,
+        bytes,
+        scales: None,
+    })
 }
 
 fn quantize(tensor: &HostTensor<'_>, to: Storage) -> Result<HostTensor<'static>> {
@@ -156,6 +165,7 @@ fn quantize(tensor: &HostTensor<'_>, to: Storage) -> Result<HostTensor<'static>>
         shape: tensor.shape.clone(),
         storage: to,
         bytes: Cow::Owned(bytes),
+        scales: None,
     })
 }
 
@@ -211,7 +221,7 @@ mod tests {
 
     fn tensor(shape: &[usize], storage: Storage) -> HostTensor<'static> {
         let bytes = Cow::Owned(float_bytes(&wave(shape.iter().product()), storage));
-        HostTensor { name: "t".into(), shape: shape.to_vec(), storage, bytes }
+        HostTensor { name: "t".into(), shape: shape.to_vec(), storage, bytes, scales: None }
     }
 
     const LINEAR: TensorId = TensorId::Layer(0, Part::Q);

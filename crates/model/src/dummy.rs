@@ -10,7 +10,7 @@ use half::{bf16, f16};
 use crate::backend::{HostTensor, Storage};
 use crate::error::{ModelError, Result};
 use crate::spec::ModelSpec;
-use crate::weights::{Part, TensorId, WeightSource, shape};
+use crate::weights::{TensorId, WeightSource, shape};
 
 /// Standard deviation of the weights, as in common initialisations.
 const DEVIATION: f32 = 0.02;
@@ -94,26 +94,21 @@ fn hash(name: &str) -> u64 {
 
 impl WeightSource for DummySource {
     fn tensor(&self, spec: &ModelSpec, id: TensorId) -> Result<HostTensor<'_>> {
-        let (name, shape) = (id.hf_name(), shape(spec, id));
-        let is_norm = matches!(
-            id,
-            TensorId::FinalNorm
-                | TensorId::Layer(_, Part::AttentionNorm | Part::MlpNorm | Part::QNorm | Part::KNorm)
-        );
+        let (name, shape) = (format!("{id:?}"), shape(spec, id));
         let count = self.storage.tensor_bytes(&shape).map(|b| b / self.storage.block_bytes());
         let count = count.ok_or_else(|| {
             ModelError::corrupt("dummy weights", format!("tensor `{name}`"), format!("shape {shape:?}"))
         })?;
         let mut bytes = vec![0; count * self.storage.block_bytes()];
-        if is_norm {
+        if id.is_norm() {
             put(self.storage, &mut bytes, || 1.0);
         } else {
             fill(self.storage, self.seed ^ hash(&name), &mut bytes);
         }
-        Ok(HostTensor { name, shape, storage: self.storage, bytes: Cow::Owned(bytes) })
+        Ok(HostTensor { name, shape, storage: self.storage, bytes: Cow::Owned(bytes), scales: None })
     }
 
-    fn has(&self, _id: TensorId) -> bool {
+    fn has(&self, _spec: &ModelSpec, _id: TensorId) -> bool {
         true
     }
 

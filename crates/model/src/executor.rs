@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 
 use mirai_engine::{DeviceFault, Executor, Geometry, RowFault, RowInput, RowOutput, StepOutcome, StepPlan};
 
-use crate::backend::{Backend, Batch, BatchRow, StepShape};
+use crate::backend::{Backend, Batch, BatchRow, Pooling, StepShape};
 use crate::forward::Model;
 
 /// A model on a backend, behind the engine's trait.
@@ -79,15 +79,21 @@ impl<B: Backend> ModelExecutor<B> {
                 }
             }
             batch.positions.extend(row.start..row.start + row.len);
-            if row.output == RowOutput::Pool {
-                return Err(format!("row {index} pools, and this model has no pooling head"));
-            }
-            let sample = row.output == RowOutput::Sample;
+            let (sample, pool) = (row.output == RowOutput::Sample, row.output == RowOutput::Pool);
             let outputs_from = batch.outputs.len();
-            if self.prompt_logprobs[row.slot.0 as usize] {
-                batch.outputs.extend(first as u32..(first + len) as u32);
-            } else if sample {
-                batch.outputs.push((first + len - 1) as u32);
+            let (first_token, last_token) = (first as u32, (first + len - 1) as u32);
+            match self.model.pooling() {
+                None if pool => return Err(format!("row {index} pools, and this model has no pooling head")),
+                Some(_) if sample => {
+                    return Err(format!("row {index} draws, and this model does not generate"));
+                }
+                None if self.prompt_logprobs[row.slot.0 as usize] => {
+                    batch.outputs.extend(first_token..=last_token);
+                }
+                None if sample => batch.outputs.push(last_token),
+                Some(Pooling::First) if pool => batch.outputs.push(first_token),
+                Some(_) if pool => batch.outputs.push(last_token),
+                _ => {}
             }
             batch.rows.push(BatchRow {
                 slot: row.slot,
@@ -96,6 +102,7 @@ impl<B: Backend> ModelExecutor<B> {
                 start,
                 last_drawn: row.input == RowInput::LastDrawn,
                 sample,
+                pool,
                 outputs: (outputs_from, batch.outputs.len()),
             });
         }
@@ -114,7 +121,7 @@ impl<B: Backend> ModelExecutor<B> {
         if shape.tokens > 0 {
             backend.run(shape, &mut |backend| model.forward(backend)).map_err(|e| e.to_string())?;
         }
-        model.sample(backend).map_err(|e| e.to_string())?;
+        model.finish(backend).map_err(|e| e.to_string())?;
         if !faults.is_empty() {
             self.faults.push_back((plan.step, faults));
         }
@@ -156,6 +163,7 @@ fn apply_faults(outcome: &mut StepOutcome, faults: Vec<(usize, RowFault)>) {
         if fault.is_some() {
             row.fault = fault;
             row.logprobs = None;
+            row.pooled = None;
         } else {
             outcome.tokens.extend_from_slice(&drawn[row.tokens.start as usize..row.tokens.end as usize]);
         }
@@ -303,6 +311,67 @@ mod tests {
         let outputs: Vec<_> = e.batch.rows.iter().map(|r| r.outputs).collect();
         assert_eq!(outputs, [(0, 0), (0, 2), (2, 3)]);
         assert_eq!(e.batch.positions, [0, 1, 2, 0, 1, 0, 1]);
+    }
+
+    fn pooling_executor(pooling: Pooling) -> ModelExecutor<Reference> {
+        let source = ModelSource::memory("dummy", &[("config.json", CONFIG)]);
+        let options = LoadOptions {
+            dummy: Some(1),
+            cache: CacheBudget::Tokens(256),
+            task: crate::pooling::Task::Embed(pooling),
+            max_slots: 3,
+            max_step_tokens: 20,
+            ..LoadOptions::default()
+        };
+        load(&source, &options, Reference::default(), &mut |_, _| {}).unwrap().executor
+    }
+
+    #[test]
+    fn pooling_rows_have_one_output() {
+        let mut e = pooling_executor(Pooling::Mean);
+        assert!(e.geometry.pools && !e.geometry.generates && e.geometry.whole_prompts);
+        let mut pools = row(0, 0, 3, RowInput::Tokens(0));
+        pools.output = RowOutput::Pool;
+        let mut quiet = row(1, 0, 2, RowInput::Tokens(3));
+        quiet.output = RowOutput::Nothing;
+        let plan = StepPlan {
+            opens: vec![open(0), open(1)],
+            rows: vec![pools, quiet],
+            tokens: vec![1, 2, 3, 4, 5],
+            ..StepPlan::default()
+        };
+        e.submit(&plan).unwrap();
+        assert_eq!(
+            (e.batch.outputs.clone(), e.batch.rows[0].pool, e.batch.rows[1].pool),
+            (vec![2], true, false)
+        );
+        let mut out = StepOutcome::default();
+        e.collect(&mut out).unwrap();
+        let pooled = out.rows[0].pooled.clone().unwrap();
+        assert_eq!((pooled.len(), out.rows[1].pooled.clone()), (16, None));
+        // A row that fails before it reaches the device has no numbers either.
+        let plan = StepPlan { step: 1, tokens: vec![1, 2, 20, 4, 5], ..plan };
+        e.submit(&plan).unwrap();
+        e.collect(&mut out).unwrap();
+        assert!(out.rows[0].fault.is_some() && out.rows[0].pooled.is_none());
+        // The last token's row is another vector.
+        let mut last = pooling_executor(Pooling::Last);
+        assert!(!last.geometry.whole_prompts);
+        last.submit(&StepPlan { step: 0, tokens: vec![1, 2, 3, 4, 5], ..plan }).unwrap();
+        last.collect(&mut out).unwrap();
+        assert_ne!(out.rows[0].pooled.clone().unwrap(), pooled);
+    }
+
+    #[test]
+    fn a_row_that_the_head_cannot_answer_is_refused() {
+        let mut pools = row(0, 0, 1, RowInput::Tokens(0));
+        let plan =
+            |row| StepPlan { opens: vec![open(0)], rows: vec![row], tokens: vec![1], ..StepPlan::default() };
+        let fault = pooling_executor(Pooling::Last).submit(&plan(pools)).unwrap_err();
+        assert!(fault.message.contains("does not generate"), "{fault}");
+        pools.output = RowOutput::Pool;
+        let fault = executor().submit(&plan(pools)).unwrap_err();
+        assert!(fault.message.contains("no pooling head"), "{fault}");
     }
 
     #[test]

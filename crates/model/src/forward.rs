@@ -1,155 +1,45 @@
-//! The forward pass: weights on a device, and the order of operations, written once for every backend.
+//! The forward pass: the order of operations, written once for every backend.
 //!
-//! Owns loaded weights and the buffers between operations. Knows no request: what the rows of a step are is the
-//! backend's and the executor's business.
+//! Owns the buffers between operations and which of them an operation reads and writes. Knows no request: what the
+//! rows of a step are is the backend's and the executor's business.
 
-use crate::backend::{
-    AttentionBlock, AttentionSpec, Backend, BlockIo, HostTensor, LogitsHead, MlpBlock, Norm,
-    Result as DeviceResult, Rows,
-};
+use crate::backend::{Activation, Backend, BlockIo, LogitsHead, Norm, Pooling, Result as DeviceResult, Rows};
 use crate::cache::Grouping;
 use crate::convert::Conversion;
 use crate::error::{ModelError, Result};
-use crate::spec::{ModelSpec, NormSpec};
-use crate::weights::{Part, TensorId, WeightSource, embedding_id};
+use crate::load_weights::{BothWeights, FfnWeights, HeadWeights, Layer, MixerWeights, Uploader, Weights};
+use crate::spec::{Ffn, Head, KvSource, LayerSpec, Mixer, MlpLayer, ModelSpec, Placement, PoolOutput};
+use crate::weights::WeightSource;
 
-/// Norms of each query head and of each key head.
-type OwnedHeadNorms<V> = (Norm<V>, Norm<V>);
-
-/// One layer on the device.
-struct Layer<B: Backend> {
-    attention_norm: Norm<B::Vector>,
-    attention: AttentionSpec,
-    rope: Option<usize>,
-    qkv: B::Linear,
-    qkv_bias: Option<B::Vector>,
-    qk_norm: Option<OwnedHeadNorms<B::Vector>>,
-    output: B::Linear,
-    output_bias: Option<B::Vector>,
-    mlp_norm: Norm<B::Vector>,
-    gate_up: B::Linear,
-    gate_up_bias: Option<B::Vector>,
-    activation: crate::backend::Activation,
-    down: B::Linear,
-    down_bias: Option<B::Vector>,
-    /// Its buffers in [`Buffers::inner`].
-    attention_buffers: usize,
-    mlp_buffers: usize,
-}
-
-/// Rows between operations. Layers of equal widths share.
+/// Rows between operations; all layers share them.
 struct Buffers<B: Backend> {
     /// `[tokens, hidden]`: the residual stream.
     residual: B::Buffer,
     /// `[tokens, hidden]`: normed.
     normed: B::Buffer,
-    /// `[tokens, hidden]`: what a block gives.
+    /// `[tokens, hidden]`: what a block adds to the residual stream.
     out: B::Buffer,
+    /// `[tokens, hidden]`: what a block gives before its norm or sum, in models that have such.
+    spare: Vec<B::Buffer>,
+    /// Of blocks: the i-th is as wide as any block needs its i-th.
+    scratch: Vec<B::Buffer>,
+    /// Chosen experts, in models that have any.
+    routing: Option<B::Routing>,
     /// `[outputs, hidden]`.
     gathered: B::Buffer,
-    /// Pairs of a block's inner buffers.
-    inner: Vec<(B::Buffer, B::Buffer)>,
+    /// `[outputs, ..]`: between the layers of a pooling head; the last is what it gives.
+    pooled: Vec<B::Buffer>,
 }
 
 /// A model on a device.
 pub struct Model<B: Backend> {
-    layers: Vec<Layer<B>>,
+    weights: Weights<B>,
     ropes: Vec<B::Rope>,
-    embedding: B::Linear,
     embed_scale: f32,
-    final_norm: Norm<B::Vector>,
-    /// None: tied to the embedding.
-    head: Option<B::Linear>,
-    logits_scale: f32,
-    logits_soft_cap: Option<f32>,
+    position_offset: usize,
+    head: Head,
     vocab: usize,
-    weight_bytes: u64,
     buffers: Buffers<B>,
-}
-
-/// Takes tensors from the source, converts them, and hands them to the backend.
-struct Uploader<'a, B: Backend> {
-    spec: &'a ModelSpec,
-    source: &'a dyn WeightSource,
-    conversion: Conversion,
-    backend: &'a mut B,
-    embedding: TensorId,
-    /// Bytes handed over so far.
-    bytes: u64,
-}
-
-impl<'a, B: Backend> Uploader<'a, B> {
-    fn tensor(&self, id: TensorId) -> Result<HostTensor<'a>> {
-        let tensor = self.source.tensor(self.spec, id)?;
-        let is_head = id == TensorId::Head || (self.spec.tied && id == self.embedding);
-        self.conversion.apply(id, is_head, tensor)
-    }
-
-    fn parts(&mut self, ids: &[TensorId]) -> Result<(String, Vec<HostTensor<'a>>)> {
-        let parts: Vec<_> = ids.iter().map(|&id| self.tensor(id)).collect::<Result<_>>()?;
-        self.bytes += parts.iter().map(|p| p.bytes.len() as u64).sum::<u64>();
-        let what = parts.iter().map(|p| p.name.as_str()).collect::<Vec<_>>().join(" + ");
-        Ok((what, parts))
-    }
-
-    fn linear(&mut self, ids: &[TensorId]) -> Result<B::Linear> {
-        let (what, parts) = self.parts(ids)?;
-        self.backend.load_linear(parts).map_err(|source| ModelError::Backend { what, source })
-    }
-
-    fn vector(&mut self, ids: &[TensorId]) -> Result<B::Vector> {
-        let (what, parts) = self.parts(ids)?;
-        self.backend.load_vector(parts).map_err(|source| ModelError::Backend { what, source })
-    }
-
-    fn vector_if(&mut self, wanted: bool, ids: &[TensorId]) -> Result<Option<B::Vector>> {
-        if wanted { self.vector(ids).map(Some) } else { Ok(None) }
-    }
-
-    fn norm(&mut self, id: TensorId, norm: NormSpec) -> Result<Norm<B::Vector>> {
-        Ok(Norm { weight: self.vector(&[id])?, offset: norm.offset, eps: norm.eps })
-    }
-
-    fn layer(&mut self, index: usize, attention: AttentionSpec, buffers: (usize, usize)) -> Result<Layer<B>> {
-        let spec = &self.spec.layers[index];
-        let id = |part| TensorId::Layer(index, part);
-        let (a, mlp) = (&spec.attention, &spec.mlp);
-        let qk_norm = match a.qk_norm {
-            Some(norm) => Some((self.norm(id(Part::QNorm), norm)?, self.norm(id(Part::KNorm), norm)?)),
-            None => None,
-        };
-        Ok(Layer {
-            attention_norm: self.norm(id(Part::AttentionNorm), spec.attention_norm)?,
-            attention,
-            rope: a.rope,
-            qkv: self.linear(&[id(Part::Q), id(Part::K), id(Part::V)])?,
-            qkv_bias: self.vector_if(a.qkv_bias, &[id(Part::QBias), id(Part::KBias), id(Part::VBias)])?,
-            qk_norm,
-            output: self.linear(&[id(Part::O)])?,
-            output_bias: self.vector_if(a.output_bias, &[id(Part::OBias)])?,
-            mlp_norm: self.norm(id(Part::MlpNorm), spec.mlp_norm)?,
-            gate_up: self.linear(&[id(Part::Gate), id(Part::Up)])?,
-            gate_up_bias: self.vector_if(mlp.bias, &[id(Part::GateBias), id(Part::UpBias)])?,
-            activation: mlp.activation,
-            down: self.linear(&[id(Part::Down)])?,
-            down_bias: self.vector_if(mlp.bias, &[id(Part::DownBias)])?,
-            attention_buffers: buffers.0,
-            mlp_buffers: buffers.1,
-        })
-    }
-}
-
-/// Widths of the pairs of inner buffers, without repeats.
-#[derive(Default)]
-struct InnerWidths(Vec<(usize, usize)>);
-
-impl InnerWidths {
-    fn index(&mut self, widths: (usize, usize)) -> usize {
-        self.0.iter().position(|w| *w == widths).unwrap_or_else(|| {
-            self.0.push(widths);
-            self.0.len() - 1
-        })
-    }
 }
 
 impl<B: Backend> Model<B> {
@@ -167,41 +57,19 @@ impl<B: Backend> Model<B> {
         backend: &mut B,
         progress: &mut dyn FnMut(f32),
     ) -> Result<Self> {
-        let embedding = embedding_id(spec, source)?;
-        let mut up = Uploader { spec, source, conversion, backend, embedding, bytes: 0 };
-        let steps = (spec.layers.len() + 2) as f32;
-        let table = up.linear(&[embedding])?;
-        progress(1.0 / steps);
-        let mut widths = InnerWidths::default();
-        let mut layers = Vec::with_capacity(spec.layers.len());
-        for (index, layer) in spec.layers.iter().enumerate() {
-            let (a, mlp) = (&layer.attention, &layer.mlp);
-            let buffers = (
-                widths.index((a.qkv_width(), a.q_width())),
-                widths.index((2 * mlp.intermediate, mlp.intermediate)),
-            );
-            layers.push(up.layer(index, grouping.attention(spec, index), buffers)?);
-            progress((index + 2) as f32 / steps);
-        }
-        let final_norm = up.norm(TensorId::FinalNorm, spec.final_norm)?;
-        let head = if spec.tied { None } else { Some(up.linear(&[TensorId::Head])?) };
-        let weight_bytes = up.bytes;
+        let weights = Uploader::new(spec, grouping, source, conversion, backend)?.load(progress)?;
         let device = |source| ModelError::Backend { what: "rotary tables and buffers".into(), source };
         let ropes = spec.ropes.iter().map(|r| backend.load_rope(&r.table(context)));
         let ropes = ropes.collect::<DeviceResult<_>>().map_err(device)?;
-        let buffers = Buffers::new(backend, spec.hidden, &widths.0).map_err(device)?;
+        let buffers = Buffers::new(backend, spec).map_err(device)?;
         progress(1.0);
         Ok(Self {
-            layers,
+            weights,
             ropes,
-            embedding: table,
             embed_scale: spec.embed_scale,
-            final_norm,
-            head,
-            logits_scale: spec.logits_scale,
-            logits_soft_cap: spec.logits_soft_cap,
+            position_offset: spec.learned_positions.map_or(0, |p| p.offset),
+            head: spec.head.clone(),
             vocab: spec.vocab,
-            weight_bytes,
             buffers,
         })
     }
@@ -209,73 +77,348 @@ impl<B: Backend> Model<B> {
     /// Bytes of the weights as they were handed to the device; it may have repacked them.
     #[must_use]
     pub fn weight_bytes(&self) -> u64 {
-        self.weight_bytes
+        self.weights.bytes
     }
 
-    /// From the step's ids to normed rows of its outputs. Sees the step's shape and the device's handles only.
+    /// Which row stands for a sequence, in models that do not generate.
+    #[must_use]
+    pub fn pooling(&self) -> Option<Pooling> {
+        match &self.head {
+            Head::Logits { .. } => None,
+            Head::Pool(pool) => Some(pool.pooling),
+        }
+    }
+
+    /// From the step's ids to rows of its outputs: normed ones, or what the pooling head makes of them. Sees the step's
+    /// shape and the device's handles only.
     ///
     /// # Errors
     /// The device failed.
     pub fn forward(&mut self, backend: &mut B) -> DeviceResult<()> {
-        let Self { layers, ropes, buffers, .. } = self;
-        let Buffers { residual, normed, out, gathered, inner } = buffers;
-        backend.embed(&self.embedding, self.embed_scale, residual)?;
-        for (index, layer) in layers.iter().enumerate() {
-            if index == 0 {
-                backend.rms_norm(residual, &layer.attention_norm, normed)?;
-            } else {
-                backend.add_rms_norm(residual, out, &layer.attention_norm, normed)?;
-            }
-            let block = AttentionBlock {
-                spec: &layer.attention,
-                qkv: &layer.qkv,
-                qkv_bias: layer.qkv_bias.as_ref(),
-                qk_norm: layer.qk_norm.as_ref().map(|(q, k)| (q, k)),
-                rope: layer.rope.map(|r| &ropes[r]),
-                output: &layer.output,
-                output_bias: layer.output_bias.as_ref(),
-            };
-            let (wide, narrow) = &mut inner[layer.attention_buffers];
-            backend.attention_block(&block, BlockIo { x: normed, wide, inner: narrow, out })?;
-            backend.add_rms_norm(residual, out, &layer.mlp_norm, normed)?;
-            let block = MlpBlock {
-                gate_up: &layer.gate_up,
-                gate_up_bias: layer.gate_up_bias.as_ref(),
-                activation: layer.activation,
-                down: &layer.down,
-                down_bias: layer.down_bias.as_ref(),
-            };
-            let (wide, narrow) = &mut inner[layer.mlp_buffers];
-            backend.mlp_block(&block, BlockIo { x: normed, wide, inner: narrow, out })?;
+        let pooling = self.pooling();
+        let Self { weights, ropes, buffers, embed_scale, position_offset, .. } = self;
+        backend.embed(&weights.embedding, *embed_scale, &mut buffers.residual)?;
+        if let Some(table) = &weights.positions {
+            backend.add_positions(table, *position_offset, &mut buffers.residual)?;
         }
-        backend.add_rms_norm(residual, out, &self.final_norm, normed)?;
-        backend.gather_outputs(normed, gathered)
+        let mut pass = Pass { backend, ropes, buffers, due: None };
+        if let Some(norm) = &weights.embed_norm {
+            pass.norm_in_place(norm)?;
+        }
+        for layer in &weights.layers {
+            pass.layer(layer)?;
+        }
+        let from = match &weights.final_norm {
+            Some(norm) => {
+                pass.enter(norm)?;
+                From::Normed
+            }
+            None => {
+                pass.settle()?;
+                From::Residual
+            }
+        };
+        let Buffers { residual, normed, gathered, pooled, .. } = buffers;
+        let x = if from == From::Normed { normed } else { residual };
+        if pooling == Some(Pooling::Mean) {
+            backend.mean_outputs(x, gathered)?;
+        } else {
+            backend.gather_outputs(x, gathered)?;
+        }
+        match (&weights.head, &mut pooled[..]) {
+            (HeadWeights::Classifier { dense, dense_bias, labels, labels_bias }, [linear, inner, out]) => {
+                backend.linear(dense, Some(dense_bias), gathered, linear)?;
+                backend.activate(Activation::Tanh, linear, inner)?;
+                backend.linear(labels, Some(labels_bias), inner, out)
+            }
+            (HeadWeights::Tokens(rows), [out]) => backend.linear(rows, None, gathered, out),
+            _ => Ok(()),
+        }
     }
 
-    /// From the outputs' rows to drawn tokens.
+    /// From the outputs' rows to drawn tokens, or to the answer of the pooling head.
     ///
     /// # Errors
     /// The device failed.
-    pub fn sample(&self, backend: &mut B) -> DeviceResult<()> {
-        let head = LogitsHead {
-            weight: self.head.as_ref().unwrap_or(&self.embedding),
-            scale: self.logits_scale,
-            soft_cap: self.logits_soft_cap,
-            vocab: self.vocab,
+    pub fn finish(&self, backend: &mut B) -> DeviceResult<()> {
+        let Buffers { gathered, pooled, .. } = &self.buffers;
+        let (Head::Logits { scale, soft_cap, .. }, HeadWeights::Logits(weight)) =
+            (&self.head, &self.weights.head)
+        else {
+            return backend.emit(pooled.last().unwrap_or(gathered));
         };
-        backend.sample(&head, &self.buffers.gathered)
+        let weight = weight.as_ref().unwrap_or(&self.weights.embedding);
+        let head = LogitsHead { weight, scale: *scale, soft_cap: *soft_cap, vocab: self.vocab };
+        backend.sample(&head, gathered)
     }
 }
 
+/// Rows that a block sees.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum From {
+    Residual,
+    Normed,
+}
+
+/// Where its rows go.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum To {
+    Out,
+    /// The first spare buffer, because a norm or a sum follows.
+    Spare,
+}
+
+/// One run through the layers.
+struct Pass<'a, B: Backend> {
+    backend: &'a mut B,
+    ropes: &'a [B::Rope],
+    buffers: &'a mut Buffers<B>,
+    /// The residual stream still lacks this multiple of [`Buffers::out`]: the next norm adds it on the way.
+    due: Option<f32>,
+}
+
+impl<B: Backend> Pass<'_, B> {
+    /// Adds what is due.
+    fn settle(&mut self) -> DeviceResult<()> {
+        match self.due.take() {
+            Some(scale) => self.backend.add(&mut self.buffers.residual, &self.buffers.out, scale),
+            None => Ok(()),
+        }
+    }
+
+    /// Adds what is due, and norms the residual stream beside itself.
+    fn enter(&mut self, norm: &Norm<B::Vector>) -> DeviceResult<()> {
+        let Buffers { residual, normed, out, .. } = &mut *self.buffers;
+        match self.due.take() {
+            Some(scale) => self.backend.add_norm(residual, out, scale, norm, normed),
+            None => self.backend.norm(residual, norm, normed),
+        }
+    }
+
+    /// The same where the norm's rows are the residual stream from now on.
+    fn norm_in_place(&mut self, norm: &Norm<B::Vector>) -> DeviceResult<()> {
+        self.enter(norm)?;
+        std::mem::swap(&mut self.buffers.residual, &mut self.buffers.normed);
+        Ok(())
+    }
+
+    /// Norms the first spare buffer's rows into [`Buffers::out`].
+    fn norm_block(&mut self, norm: Option<&Norm<B::Vector>>) -> DeviceResult<()> {
+        let Buffers { spare, out, .. } = &mut *self.buffers;
+        match norm {
+            Some(norm) => self.backend.norm(&spare[0], norm, out),
+            None => Ok(()),
+        }
+    }
+
+    fn layer(&mut self, layer: &Layer<B>) -> DeviceResult<()> {
+        let (norms, scale) = (&layer.norms, Some(layer.residual_scale));
+        match layer.placement {
+            Placement::Before => {
+                self.enter_if(norms.mixer.as_ref())?;
+                self.mixer(layer, From::Normed, To::Out)?;
+                if layer.parallel {
+                    self.ffn(layer, From::Normed, To::Spare)?;
+                    let Buffers { out, spare, .. } = &mut *self.buffers;
+                    self.backend.add(out, &spare[0], 1.0)?;
+                } else {
+                    self.due = scale;
+                    self.enter_if(norms.ffn.as_ref())?;
+                    self.ffn(layer, From::Normed, To::Out)?;
+                }
+                self.due = scale;
+            }
+            Placement::Around => {
+                self.enter_if(norms.mixer.as_ref())?;
+                self.mixer(layer, From::Normed, To::Spare)?;
+                self.norm_block(norms.mixer_post.as_ref())?;
+                self.due = scale;
+                self.enter_if(norms.ffn.as_ref())?;
+                self.ffn(layer, From::Normed, To::Spare)?;
+                self.norm_block(norms.ffn_post.as_ref())?;
+                self.due = scale;
+            }
+            Placement::After => {
+                self.settle()?;
+                self.mixer(layer, From::Residual, To::Spare)?;
+                self.norm_block(norms.mixer_post.as_ref())?;
+                self.due = scale;
+                self.settle()?;
+                self.ffn(layer, From::Residual, To::Spare)?;
+                self.norm_block(norms.ffn_post.as_ref())?;
+                self.due = scale;
+            }
+            Placement::Outside => {
+                self.settle()?;
+                self.mixer(layer, From::Residual, To::Out)?;
+                self.due = scale;
+                self.outside(norms.mixer_post.as_ref())?;
+                self.ffn(layer, From::Residual, To::Out)?;
+                self.due = scale;
+                self.outside(norms.ffn_post.as_ref())?;
+            }
+        }
+        if let Some(factor) = layer.output_scale {
+            self.settle()?;
+            self.backend.scale(&mut self.buffers.residual, factor)?;
+        }
+        Ok(())
+    }
+
+    fn enter_if(&mut self, norm: Option<&Norm<B::Vector>>) -> DeviceResult<()> {
+        norm.map_or(Ok(()), |norm| self.enter(norm))
+    }
+
+    fn outside(&mut self, norm: Option<&Norm<B::Vector>>) -> DeviceResult<()> {
+        norm.map_or(Ok(()), |norm| self.norm_in_place(norm))
+    }
+
+    fn mixer(&mut self, layer: &Layer<B>, from: From, to: To) -> DeviceResult<()> {
+        let (io, _) = self.buffers.block(from, to);
+        match &layer.mixer {
+            MixerWeights::Attention(a) => self.backend.attention_block(&a.block(self.ropes), io),
+            MixerWeights::Latent(l) => self.backend.latent_block(&l.block(self.ropes), io),
+            MixerWeights::Delta(d) => self.backend.delta_block(&d.block(), io),
+        }
+    }
+
+    fn ffn(&mut self, layer: &Layer<B>, from: From, to: To) -> DeviceResult<()> {
+        let (io, routing) = self.buffers.block(from, to);
+        match (&layer.ffn, routing) {
+            (FfnWeights::Dense(mlp), _) => self.backend.mlp_block(&mlp.block(), io),
+            (FfnWeights::Moe(moe), Some(routing)) => {
+                self.backend.moe_block(&moe.block(), None, routing, moe_scratch(io))
+            }
+            (FfnWeights::DenseAndMoe(both), Some(_)) => self.dense_and_moe(both, to),
+            _ => unreachable!("a model with experts has room for their choice"),
+        }
+    }
+
+    /// The dense block sees the rows of the layer's norm; experts and router see the residual stream under norms of
+    /// their own.
+    fn dense_and_moe(&mut self, both: &BothWeights<B>, to: To) -> DeviceResult<()> {
+        let Buffers { residual, normed, out, spare, scratch, routing, .. } = &mut *self.buffers;
+        let ([first, inner, router, ..], Some(routing)) = (&mut spare[..], routing) else {
+            unreachable!("a model with experts beside a dense block has room for both");
+        };
+        let sum = if to == To::Out { out } else { first };
+        self.backend.mlp_block(&both.mlp.block(), BlockIo { x: normed, scratch, out: inner })?;
+        self.backend.norm(inner, &both.mlp_post, sum)?;
+        self.backend.norm(residual, &both.experts_norm, normed)?;
+        self.backend.norm(residual, &both.router_norm, router)?;
+        let io = moe_scratch(BlockIo { x: normed, scratch, out: inner });
+        self.backend.moe_block(&both.moe.block(), Some(router), routing, io)?;
+        self.backend.norm(inner, &both.experts_post, normed)?;
+        self.backend.add(sum, normed, 1.0)
+    }
+}
+
+/// Scratch buffers of a mixture of experts.
+const MOE_SCRATCH: usize = 4;
+
+/// A mixture of experts takes its last two scratch buffers from the end.
+fn moe_scratch<T>(io: BlockIo<'_, T>) -> BlockIo<'_, T> {
+    BlockIo { scratch: &mut io.scratch[..MOE_SCRATCH], ..io }
+}
+
 impl<B: Backend> Buffers<B> {
-    fn new(backend: &mut B, hidden: usize, inner: &[(usize, usize)]) -> DeviceResult<Self> {
+    fn new(backend: &mut B, spec: &ModelSpec) -> DeviceResult<Self> {
+        let hidden = spec.hidden;
+        let mut widths = Vec::new();
+        for layer in &spec.layers {
+            widest(&mut widths, &mixer_widths(spec, layer));
+            widest(&mut widths, &ffn_widths(layer, hidden));
+        }
+        let spare = spec.layers.iter().map(spare_buffers).max().unwrap_or(0);
+        let top_k = spec.layers.iter().filter_map(|l| match &l.ffn {
+            Ffn::Dense(_) => None,
+            Ffn::Moe(moe) | Ffn::DenseAndMoe(_, moe) => Some(moe.route.top_k),
+        });
+        let routing = top_k.max().map(|top_k| backend.routing(top_k)).transpose()?;
+        let mut outputs = |width| backend.buffer(Rows::Outputs, width);
+        let pooled = match &spec.head {
+            Head::Logits { .. } => Vec::new(),
+            Head::Pool(pool) => pooled_widths(&pool.output, hidden)
+                .into_iter()
+                .map(&mut outputs)
+                .collect::<DeviceResult<_>>()?,
+        };
+        let gathered = outputs(hidden)?;
         let mut tokens = |width| backend.buffer(Rows::Tokens, width);
         Ok(Self {
             residual: tokens(hidden)?,
             normed: tokens(hidden)?,
             out: tokens(hidden)?,
-            inner: inner.iter().map(|&(a, b)| Ok((tokens(a)?, tokens(b)?))).collect::<DeviceResult<_>>()?,
-            gathered: backend.buffer(Rows::Outputs, hidden)?,
+            spare: (0..spare).map(|_| tokens(hidden)).collect::<DeviceResult<_>>()?,
+            scratch: widths.into_iter().map(tokens).collect::<DeviceResult<_>>()?,
+            routing,
+            gathered,
+            pooled,
         })
+    }
+
+    fn block(&mut self, from: From, to: To) -> (BlockIo<'_, B::Buffer>, Option<&mut B::Routing>) {
+        let x = if from == From::Normed { &self.normed } else { &self.residual };
+        let out = if to == To::Out { &mut self.out } else { &mut self.spare[0] };
+        (BlockIo { x, scratch: &mut self.scratch, out }, self.routing.as_mut())
+    }
+}
+
+/// Spare buffers that a layer needs.
+fn spare_buffers(layer: &LayerSpec) -> usize {
+    match (&layer.ffn, layer.placement) {
+        (Ffn::DenseAndMoe(..), _) => 3,
+        (_, Placement::Around | Placement::After) => 1,
+        _ => usize::from(layer.parallel),
+    }
+}
+
+/// Widths of [`Buffers::pooled`].
+fn pooled_widths(output: &PoolOutput, hidden: usize) -> Vec<usize> {
+    match output {
+        PoolOutput::Embedding => Vec::new(),
+        PoolOutput::Classifier { labels } => vec![hidden, hidden, *labels],
+        PoolOutput::Tokens { ids, .. } => vec![ids.len()],
+    }
+}
+
+/// Makes each width at least as large as another block's.
+fn widest(widths: &mut Vec<usize>, others: &[usize]) {
+    widths.resize(widths.len().max(others.len()), 1);
+    widths.iter_mut().zip(others).for_each(|(w, o)| *w = (*w).max(*o));
+}
+
+/// Scratch that [`Backend::attention_block`], [`Backend::latent_block`] or [`Backend::delta_block`] asks for.
+fn mixer_widths(spec: &ModelSpec, layer: &LayerSpec) -> Vec<usize> {
+    match &layer.mixer {
+        Mixer::Attention(a) => {
+            let shared = if a.kv == KvSource::KeysAreValues { a.q_heads * spec.stored(a).0 } else { 1 };
+            vec![a.input_width(), a.q_width(), shared]
+        }
+        Mixer::Latent(l) => {
+            let (s, rank) = (&l.shape, l.q_rank.unwrap_or(1));
+            let (q, stored) = (s.nope + s.rope, s.latent + s.rope);
+            vec![rank, rank, l.heads * q, stored, l.heads * stored, l.heads * s.latent, l.heads * s.value]
+        }
+        Mixer::Delta(d) => vec![d.shape.in_width(), d.shape.v_heads * d.shape.v_dim],
+    }
+}
+
+/// Scratch that [`Backend::mlp_block`] or [`Backend::moe_block`] asks for.
+fn ffn_widths(layer: &LayerSpec, hidden: usize) -> Vec<usize> {
+    let dense = |mlp: &MlpLayer| vec![if mlp.gated { 2 } else { 1 } * mlp.intermediate, mlp.intermediate];
+    let moe = |shared: Option<&MlpLayer>, experts| {
+        let mut widths = shared.map_or_else(|| vec![1, 1], dense);
+        widths.extend([if shared.is_some() { hidden } else { 1 }, experts]);
+        widths
+    };
+    match &layer.ffn {
+        Ffn::Dense(mlp) => dense(mlp),
+        Ffn::Moe(m) => moe(m.shared.as_ref(), m.route.experts),
+        Ffn::DenseAndMoe(mlp, m) => {
+            let mut widths = moe(m.shared.as_ref(), m.route.experts);
+            widest(&mut widths, &dense(mlp));
+            widths
+        }
     }
 }

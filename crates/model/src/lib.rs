@@ -14,8 +14,13 @@ pub mod error;
 pub mod executor;
 pub mod forward;
 pub mod gguf;
+pub mod inspect;
+mod load_weights;
 pub mod loader;
 pub mod mmap;
+pub mod names;
+pub mod pooling;
+pub mod quant;
 #[cfg(feature = "test-support")]
 pub mod reference;
 pub mod rope;

@@ -9,7 +9,7 @@ use std::path::Path;
 use mirai_engine::Geometry;
 use serde_json::{Map, Value};
 
-use crate::arch::spec_from_config;
+use crate::arch::{Description, describe};
 use crate::backend::{Backend, CacheDtype, StepLimits, Storage};
 use crate::cache::{CacheBudget, CacheReport, CacheRequest, plan_cache};
 use crate::config::{Config, MAX_CONFIG_BYTES, parse_object};
@@ -20,9 +20,10 @@ use crate::executor::ModelExecutor;
 use crate::forward::Model;
 use crate::gguf::{GgufSource, GgufTokenizer};
 use crate::mmap::FileSource;
+use crate::pooling::{PublishedPooling, Task};
 use crate::safetensors::SafetensorsSource;
-use crate::spec::ModelSpec;
-use crate::weights::{TensorId, WeightSource, layer_parts};
+use crate::spec::{Head, ModelSpec};
+use crate::weights::WeightSource;
 
 /// Most entries of a model's directory.
 const MAX_ENTRIES: usize = 10_000;
@@ -60,7 +61,7 @@ pub enum ModelSource {
 }
 
 impl ModelSource {
-    /// The regular files directly in a directory.
+    /// The regular files directly in a directory, and the `config.json` of each directory in it.
     ///
     /// # Errors
     /// It cannot be listed, or has too many entries.
@@ -73,10 +74,12 @@ impl ModelSource {
                 return Err(ModelError::corrupt(&place, "directory", format!("more than {count} entries")));
             }
             let path = entry.map_err(io)?.path();
-            if let Some(name) = path.file_name().and_then(|n| n.to_str())
-                && path.is_file()
-            {
+            let Some(name) = path.file_name().and_then(|n| n.to_str()) else { continue };
+            let inner = path.join("config.json");
+            if path.is_file() {
                 files.insert(name.to_owned(), FileSource::Path(path.clone()));
+            } else if inner.is_file() {
+                files.insert(format!("{name}/config.json"), FileSource::Path(inner));
             }
         }
         Ok(Self::Files { place, files })
@@ -107,6 +110,8 @@ pub struct LoadOptions {
     pub quantization: Option<Quantization>,
     /// KV memory.
     pub cache: CacheBudget,
+    /// Bytes of it that snapshots of recurrent state may take; by default an eighth.
+    pub snapshot_bytes: Option<u64>,
     /// Element of the KV cache.
     pub cache_dtype: CacheDtype,
     /// Longest sequence; else the model's context, or what fits in the cache.
@@ -115,6 +120,8 @@ pub struct LoadOptions {
     pub max_slots: usize,
     /// Most tokens in a step.
     pub max_step_tokens: usize,
+    /// What the model is for.
+    pub task: Task,
 }
 
 impl Default for LoadOptions {
@@ -124,10 +131,12 @@ impl Default for LoadOptions {
             dtype: None,
             quantization: None,
             cache: CacheBudget::Bytes(1 << 30),
+            snapshot_bytes: None,
             cache_dtype: CacheDtype::Bf16,
             max_model_len: None,
             max_slots: 256,
             max_step_tokens: 512,
+            task: Task::Native,
         }
     }
 }
@@ -175,6 +184,8 @@ pub struct LoadedModel<B: Backend> {
     pub eos_ids: Vec<u32>,
     /// Tensors in the files that the model has no place for.
     pub unused_tensors: Vec<String>,
+    /// What the folder says about its embeddings.
+    pub pooling: Option<PublishedPooling>,
 }
 
 /// Everything of a source but the weights' values.
@@ -185,6 +196,7 @@ struct Opened {
     tokenizer: TokenizerData,
     chat_template: Option<String>,
     generation_config: Option<Map<String, Value>>,
+    pooling: Option<PublishedPooling>,
 }
 
 /// Loads a model onto a backend.
@@ -203,6 +215,7 @@ pub fn load<B: Backend>(
     let eos_ids = eos_ids(&spec, opened.generation_config.as_ref())?;
     let request = CacheRequest {
         budget: options.cache,
+        snapshot_bytes: options.snapshot_bytes,
         dtype: options.cache_dtype,
         max_model_len: options.max_model_len,
         slots: options.max_slots,
@@ -237,13 +250,13 @@ pub fn load<B: Backend>(
         groups: grouping.kinds,
         blocks: cache.blocks as u32,
         slots,
-        snapshots: 0,
+        snapshots: cache.snapshots as u32,
         max_step_tokens,
         max_context: cache.max_context as u32,
         vocab: spec.vocab as u32,
-        generates: true,
-        pools: false,
-        whole_prompts: false,
+        generates: matches!(spec.head, Head::Logits { .. }),
+        pools: matches!(spec.head, Head::Pool(_)),
+        whole_prompts: spec.whole_prompts(),
     };
     let weight_bytes = model.weight_bytes();
     tracing::info!(
@@ -252,6 +265,9 @@ pub fn load<B: Backend>(
         weight_bytes,
         cache_bytes = cache.bytes,
         cache_tokens = cache.tokens,
+        token_bytes = cache.token_bytes,
+        state_bytes = cache.state_bytes,
+        snapshots = cache.snapshots,
         max_context = cache.max_context,
         "model loaded"
     );
@@ -268,6 +284,7 @@ pub fn load<B: Backend>(
         generation_config: opened.generation_config,
         eos_ids,
         unused_tensors: opened.unused_tensors,
+        pooling: opened.pooling,
     })
 }
 
@@ -277,7 +294,7 @@ pub fn load<B: Backend>(
 /// As [`load`].
 pub fn read_spec(source: &ModelSource) -> Result<ModelSpec> {
     match source {
-        ModelSource::Files { place, files } => spec_of_files(place, files),
+        ModelSource::Files { place, files } => Ok(describe_files(place, files, Task::Native)?.0.spec),
         ModelSource::Gguf { name, file } => GgufSource::open(name, file)?.spec(),
     }
 }
@@ -298,10 +315,10 @@ fn open(source: &ModelSource, options: &LoadOptions) -> Result<Opened> {
 
 fn open_gguf(name: &str, file: &FileSource, options: &LoadOptions) -> Result<Opened> {
     let gguf = GgufSource::open(name, file)?;
-    let spec = gguf.spec()?;
+    let mut spec = gguf.spec()?;
+    options.task.apply(&mut spec, None)?;
     let tokenizer = gguf.tokenizer()?;
-    let known = known_names(&spec, TensorId::gguf_name);
-    let unused_tensors = beyond_layers(name, &spec, gguf.extra(&known))?;
+    let unused_tensors = gguf.unused(&spec)?;
     let weights: Box<dyn WeightSource> = match options.dummy {
         Some(seed) => Box::new(dummy(seed, &spec, options)?),
         None => Box::new(gguf),
@@ -313,27 +330,39 @@ fn open_gguf(name: &str, file: &FileSource, options: &LoadOptions) -> Result<Ope
         chat_template: tokenizer.chat_template.clone(),
         tokenizer: TokenizerData::Gguf(Box::new(tokenizer)),
         generation_config: None,
+        pooling: None,
     })
 }
 
-fn spec_of_files(place: &str, files: &BTreeMap<String, FileSource>) -> Result<ModelSpec> {
+/// What the configuration says, with the head that the task needs, and what the folder says about pooling.
+pub(crate) fn describe_files(
+    place: &str,
+    files: &BTreeMap<String, FileSource>,
+    task: Task,
+) -> Result<(Description, Option<PublishedPooling>)> {
     let config = files.get("config.json").ok_or_else(|| ModelError::MissingFile {
         place: place.to_owned(),
         why: "has no `config.json`".to_owned(),
     })?;
     let bytes = config.open("config.json")?;
-    spec_from_config("config.json", &parse_object("config.json", bytes.as_ref(), MAX_CONFIG_BYTES)?)
+    let mut described =
+        describe("config.json", &parse_object("config.json", bytes.as_ref(), MAX_CONFIG_BYTES)?)?;
+    let pooling = PublishedPooling::read(files)?;
+    task.apply(&mut described.spec, pooling.as_ref())?;
+    Ok((described, pooling))
 }
 
 fn open_files(place: &str, files: &BTreeMap<String, FileSource>, options: &LoadOptions) -> Result<Opened> {
-    let spec = spec_of_files(place, files)?;
+    let (Description { spec, checkpoint }, pooling) = describe_files(place, files, options.task)?;
     let (weights, unused_tensors): (Box<dyn WeightSource>, _) = match options.dummy {
         Some(seed) => (Box::new(dummy(seed, &spec, options)?), Vec::new()),
         None => {
-            let source = SafetensorsSource::open(place, files)?;
-            let extra = source.extra(&known_names(&spec, TensorId::hf_name));
-            let extra = beyond_layers(source.label(), &spec, extra)?;
-            (Box::new(source), extra)
+            let source = SafetensorsSource::open(place, files, checkpoint)?;
+            let unused = source.unused(&spec)?;
+            if unused.ignored > 0 {
+                tracing::info!(tensors = unused.ignored, "tensors of parts that are not run");
+            }
+            (Box::new(source), unused.names)
         }
     };
     let mut tokenizer = BTreeMap::new();
@@ -356,35 +385,12 @@ fn open_files(place: &str, files: &BTreeMap<String, FileSource>, options: &LoadO
         chat_template: chat_template(files, &tokenizer)?,
         tokenizer: TokenizerData::Files(tokenizer),
         generation_config,
+        pooling,
     })
 }
 
 fn dummy(seed: u64, spec: &ModelSpec, options: &LoadOptions) -> Result<DummySource> {
     DummySource::new(seed, options.dtype.or(spec.dtype).unwrap_or(Storage::Bf16))
-}
-
-/// Names that the specification has a place for. The head of a tied model may be stored too.
-fn known_names(spec: &ModelSpec, name: fn(TensorId) -> String) -> BTreeSet<String> {
-    let mut ids = vec![TensorId::Embedding, TensorId::FinalNorm, TensorId::Head];
-    for layer in 0..spec.layers.len() {
-        ids.extend(layer_parts(spec, layer).into_iter().map(|part| TensorId::Layer(layer, part)));
-    }
-    ids.into_iter().map(name).collect()
-}
-
-/// Tensors of layers that the configuration does not have contradict it; others are only listed.
-fn beyond_layers(file: &str, spec: &ModelSpec, extra: Vec<String>) -> Result<Vec<String>> {
-    for name in &extra {
-        let number = name.strip_prefix("model.layers.").or_else(|| name.strip_prefix("blk."));
-        let number = number.and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
-        if let Some(layer) = number
-            && layer >= spec.layers.len()
-        {
-            let why = format!("is of layer {layer}, the configuration has {} layers", spec.layers.len());
-            return Err(ModelError::corrupt(file, format!("tensor `{}`", name.escape_default()), why));
-        }
-    }
-    Ok(extra)
 }
 
 fn eos_ids(spec: &ModelSpec, generation: Option<&Map<String, Value>>) -> Result<Vec<u32>> {

@@ -5,7 +5,7 @@
 
 use std::f64::consts::PI;
 
-use crate::backend::RopeTable;
+use crate::backend::{Pairing, RopeTable};
 
 /// One rotary embedding.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,8 +14,21 @@ pub struct RopeSpec {
     pub theta: f64,
     /// Elements of a head that are rotated; even.
     pub rotary_dim: usize,
+    /// Which of them make a pair.
+    pub pairing: Pairing,
+    /// How queries grow with their position, where they do.
+    pub q_scale: Option<QueryScale>,
     /// How frequencies are changed for contexts longer than those of the first training.
     pub scaling: RopeScaling,
+}
+
+/// Factor on the queries of position p: `1 + beta ln(1 + floor(p / original_context))` (Llama 4).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QueryScale {
+    /// Slope.
+    pub beta: f64,
+    /// Context of the first training.
+    pub original_context: f64,
 }
 
 /// Change of the frequencies `theta^(-2i / rotary_dim)`.
@@ -43,6 +56,30 @@ pub enum RopeScaling {
     Yarn(YarnSpec),
     /// One divisor for each frequency, as GGUF files store them.
     Divisors(Vec<f32>),
+    /// LongRoPE (arXiv 2402.13753).
+    LongRope(LongRopeSpec),
+    /// The fastest frequencies of a head of `dim` elements, divided by one factor; the others stand still (Gemma 4).
+    Proportional {
+        /// Elements of the whole head: frequencies are `theta^(-2i / dim)`.
+        dim: usize,
+        /// At least 1.
+        factor: f64,
+    },
+}
+
+/// Parameters of LongRoPE: two sets of divisors. Which one applies is decided once, by the context that is served, and
+/// not, as in transformers, by the length that a text happens to have: else what is cached of a text would change its
+/// meaning on the day the text grows beyond the first training's context.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LongRopeSpec {
+    /// One divisor for each frequency, in contexts up to `original_context`.
+    pub short: Vec<f64>,
+    /// In longer ones.
+    pub long: Vec<f64>,
+    /// Context of the first training.
+    pub original_context: usize,
+    /// Multiplies cosine and sine.
+    pub attention_factor: f64,
 }
 
 /// Parameters of YaRN.
@@ -97,9 +134,16 @@ impl YarnSpec {
 }
 
 impl RopeSpec {
-    /// Radians a position of each of the `rotary_dim / 2` pairs, and the factor on cosine and sine.
+    /// Neither scaled nor growing, paired by halves.
     #[must_use]
-    pub fn frequencies(&self) -> (Vec<f64>, f64) {
+    pub const fn plain(theta: f64, rotary_dim: usize) -> Self {
+        Self { theta, rotary_dim, pairing: Pairing::Halves, q_scale: None, scaling: RopeScaling::None }
+    }
+
+    /// Radians a position of each of the `rotary_dim / 2` pairs where `context` positions are served, and the factor on
+    /// cosine and sine.
+    #[must_use]
+    pub fn frequencies(&self, context: usize) -> (Vec<f64>, f64) {
         let dim = self.rotary_dim;
         let plain = (0..dim / 2).map(|i| self.theta.powf(-2.0 * i as f64 / dim as f64));
         match &self.scaling {
@@ -131,13 +175,28 @@ impl RopeSpec {
             RopeScaling::Divisors(divisors) => {
                 (plain.zip(divisors).map(|(f, &d)| f / f64::from(d)).collect(), 1.0)
             }
+            RopeScaling::LongRope(spec) => {
+                let divisors = if context > spec.original_context { &spec.long } else { &spec.short };
+                (plain.zip(divisors).map(|(f, d)| f / d).collect(), spec.attention_factor)
+            }
+            RopeScaling::Proportional { dim, factor } => {
+                let of_head = |i: usize| self.theta.powf(-2.0 * i as f64 / *dim as f64) / factor;
+                ((0..self.rotary_dim / 2).map(of_head).collect(), 1.0)
+            }
         }
+    }
+
+    /// The rotation of a share of a head's pairs, which lie half a head apart: `rotary_dim` of its `head_dim` elements.
+    #[must_use]
+    pub const fn proportional(theta: f64, rotary_dim: usize, head_dim: usize, factor: f64) -> Self {
+        let scaling = RopeScaling::Proportional { dim: head_dim, factor };
+        Self { theta, rotary_dim, pairing: Pairing::Apart(head_dim / 2), q_scale: None, scaling }
     }
 
     /// Tables for positions below `context`: 4 bytes times `rotary_dim` times `context`.
     #[must_use]
     pub fn table(&self, context: usize) -> RopeTable {
-        let (frequencies, factor) = self.frequencies();
+        let (frequencies, factor) = self.frequencies(context);
         let mut cos = Vec::with_capacity(context * frequencies.len());
         let mut sin = Vec::with_capacity(context * frequencies.len());
         for position in 0..context {
@@ -147,7 +206,12 @@ impl RopeSpec {
                 sin.push((s * factor) as f32);
             }
         }
-        RopeTable { rotary_dim: self.rotary_dim, cos, sin }
+        let grown = |scale: QueryScale| {
+            let turns = move |p: usize| (p as f64 / scale.original_context).floor();
+            (0..context).map(move |p| (1.0 + scale.beta * turns(p).ln_1p()) as f32)
+        };
+        let q_scale = self.q_scale.map_or_else(Vec::new, |scale| grown(scale).collect());
+        RopeTable { rotary_dim: self.rotary_dim, pairing: self.pairing, cos, sin, q_scale }
     }
 }
 
@@ -156,13 +220,13 @@ mod tests {
     use super::*;
 
     fn rope(scaling: RopeScaling) -> RopeSpec {
-        RopeSpec { theta: 10_000.0, rotary_dim: 8, scaling }
+        RopeSpec { scaling, ..RopeSpec::plain(10_000.0, 8) }
     }
 
     #[test]
     fn linear_divides_every_frequency() {
-        let (plain, _) = rope(RopeScaling::None).frequencies();
-        let (scaled, factor) = rope(RopeScaling::Linear { factor: 4.0 }).frequencies();
+        let (plain, _) = rope(RopeScaling::None).frequencies(64);
+        let (scaled, factor) = rope(RopeScaling::Linear { factor: 4.0 }).frequencies(64);
         assert!(plain.iter().zip(&scaled).all(|(p, s)| (p / 4.0 - s).abs() < 1e-15));
         assert_eq!(factor, 1.0);
         assert!((plain[1] - 0.1).abs() < 1e-12, "10000^(-2/8)");
@@ -176,8 +240,8 @@ mod tests {
             high_freq_factor: 4.0,
             original_context: 64.0,
         };
-        let (plain, _) = rope(RopeScaling::None).frequencies();
-        let (scaled, _) = rope(scaling).frequencies();
+        let (plain, _) = rope(RopeScaling::None).frequencies(64);
+        let (scaled, _) = rope(scaling).frequencies(64);
         assert_eq!(scaled[0], plain[0], "10.2 turns in 64 positions");
         assert!((scaled[3] - plain[3] / 8.0).abs() < 1e-15, "0.01 turns");
         assert!(scaled[1] < plain[1] && scaled[1] > plain[1] / 8.0 - 1e-12, "1.02 turns: on the step");
@@ -193,8 +257,8 @@ mod tests {
             attention_factor: YarnSpec::default_attention_factor(4.0, None, None),
             truncate: true,
         };
-        let (plain, _) = rope(RopeScaling::None).frequencies();
-        let (scaled, factor) = rope(RopeScaling::Yarn(yarn)).frequencies();
+        let (plain, _) = rope(RopeScaling::None).frequencies(64);
+        let (scaled, factor) = rope(RopeScaling::Yarn(yarn)).frequencies(64);
         assert!((factor - (0.1 * 4f64.ln() + 1.0)).abs() < 1e-15);
         assert_eq!(scaled[0], plain[0]);
         assert!((scaled[3] - plain[3] / 4.0).abs() < 1e-15);
@@ -203,9 +267,45 @@ mod tests {
     }
 
     #[test]
+    fn proportional_rotation_has_the_frequencies_of_the_whole_head() {
+        let rope = RopeSpec::proportional(10_000.0, 4, 16, 2.0);
+        let (frequencies, factor) = rope.frequencies(64);
+        assert_eq!((frequencies.len(), factor, rope.pairing), (2, 1.0, Pairing::Apart(8)));
+        let whole = RopeSpec::plain(10_000.0, 16).frequencies(64).0;
+        assert!(frequencies.iter().zip(whole).all(|(f, w)| (f - w / 2.0).abs() < 1e-15));
+    }
+
+    #[test]
+    fn the_served_context_chooses_long_factors() {
+        let spec = LongRopeSpec {
+            short: vec![1.0, 2.0, 3.0, 4.0],
+            long: vec![10.0; 4],
+            original_context: 64,
+            attention_factor: 1.25,
+        };
+        let rope = rope(RopeScaling::LongRope(spec));
+        let plain = RopeSpec::plain(10_000.0, 8).frequencies(64).0;
+        let (short, factor) = rope.frequencies(64);
+        assert!(factor == 1.25 && (short[3] - plain[3] / 4.0).abs() < 1e-15);
+        assert!((rope.frequencies(65).0[0] - plain[0] / 10.0).abs() < 1e-15);
+    }
+
+    #[test]
+    fn queries_grow_at_multiples_of_the_first_context() {
+        let scale = QueryScale { beta: 0.1, original_context: 4.0 };
+        let table = RopeSpec { q_scale: Some(scale), ..RopeSpec::plain(10_000.0, 8) }.table(9);
+        let grown = |turns: f64| (1.0 + 0.1 * (1.0 + turns).ln()) as f32;
+        assert_eq!(table.q_scale[..4], [1.0; 4]);
+        assert_eq!(
+            (table.q_scale[4], table.q_scale[7], table.q_scale[8]),
+            (grown(1.0), grown(1.0), grown(2.0))
+        );
+    }
+
+    #[test]
     fn divisors_and_tables() {
-        let (scaled, _) = rope(RopeScaling::Divisors(vec![1.0, 2.0, 4.0, 8.0])).frequencies();
-        let (plain, _) = rope(RopeScaling::None).frequencies();
+        let (scaled, _) = rope(RopeScaling::Divisors(vec![1.0, 2.0, 4.0, 8.0])).frequencies(64);
+        let (plain, _) = rope(RopeScaling::None).frequencies(64);
         assert!((scaled[2] - plain[2] / 4.0).abs() < 1e-15);
         let table = rope(RopeScaling::None).table(3);
         assert_eq!((table.cos.len(), table.sin.len()), (12, 12));

@@ -9,7 +9,8 @@ impl Storage {
     #[must_use]
     pub const fn block_elements(self) -> usize {
         match self {
-            Self::F32 | Self::F16 | Self::Bf16 => 1,
+            Self::F32 | Self::F16 | Self::Bf16 | Self::F8E4M3 => 1,
+            Self::F4E2M1 | Self::U4 => 2,
             Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
             Self::Q2K | Self::Q3K | Self::Q4K | Self::Q5K | Self::Q6K => 256,
         }
@@ -21,6 +22,7 @@ impl Storage {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
+            Self::F8E4M3 | Self::F4E2M1 | Self::U4 => 1,
             Self::Q4_0 => 18,
             Self::Q4_1 => 20,
             Self::Q5_0 => 22,
@@ -37,7 +39,13 @@ impl Storage {
     /// Whether elements are plain floating-point numbers.
     #[must_use]
     pub const fn is_float(self) -> bool {
-        self.block_elements() == 1
+        matches!(self, Self::F32 | Self::F16 | Self::Bf16)
+    }
+
+    /// Whether elements mean something only with [`Scales`](crate::backend::Scales) beside them.
+    #[must_use]
+    pub const fn is_scaled(self) -> bool {
+        matches!(self, Self::F8E4M3 | Self::F4E2M1 | Self::U4)
     }
 
     /// Bytes of a row of `elements`; `None` where it does not consist of whole blocks, or overflows.
@@ -73,6 +81,9 @@ impl Storage {
             Self::Q4K => "q4_k",
             Self::Q5K => "q5_k",
             Self::Q6K => "q6_k",
+            Self::F8E4M3 => "f8_e4m3",
+            Self::F4E2M1 => "f4_e2m1",
+            Self::U4 => "u4",
         }
     }
 }
@@ -88,6 +99,8 @@ mod tests {
         assert_eq!(Storage::Q8_0.tensor_bytes(&[2, 33]), None, "not whole blocks");
         assert_eq!(Storage::F32.tensor_bytes(&[]), None, "a scalar has no row");
         assert_eq!(Storage::F32.tensor_bytes(&[usize::MAX, 2]), None, "overflow");
-        assert!(Storage::F16.is_float() && !Storage::Q6K.is_float());
+        assert!(Storage::F16.is_float() && !Storage::Q6K.is_float() && !Storage::F8E4M3.is_float());
+        assert_eq!(Storage::U4.tensor_bytes(&[3, 8]), Some(12));
+        assert_eq!(Storage::F4E2M1.tensor_bytes(&[3, 7]), None, "half a byte");
     }
 }

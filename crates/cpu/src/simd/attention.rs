@@ -3,8 +3,8 @@
 //! Owns: the running softmax and how queries are cut into tiles. Never: the pages' layout (that is `kv`), nor which page
 //! belongs to whom.
 //!
-//! A work item is a tile of query rows (tokens times the query heads that share a kv head) of one sequence. It runs over
-//! the context in chunks that start at fixed positions, with a running maximum; a key that a query may not see adds
+//! A work item is a tile of query rows of one sequence and kv head (a row is a token and one of the query heads that
+//! share the kv head, tokens outermost). It runs over the context in chunks that start at fixed positions, with a running maximum; a key that a query may not see adds
 //! exactly nothing. So the result of a query depends only on its own position and keys, not on its tile.
 
 use super::Isa;
@@ -20,7 +20,7 @@ use std::cell::RefCell;
 const CHUNK_PAGES: usize = 8;
 /// Keys of a chunk.
 const CHUNK: usize = CHUNK_PAGES * PAGE_TOKENS;
-/// Query rows of a tile, unless one token alone has more heads to a kv head.
+/// Most query rows of a tile.
 const TILE_ROWS: usize = 24;
 
 /// The queries of one sequence in a ragged batch.
@@ -95,20 +95,21 @@ struct Call<'a, E> {
     out: SharedMut<'a, f32>,
 }
 
-/// A tile of a call: some tokens of a row, one kv head.
+/// A tile of a call: some query rows of a sequence and kv head.
 struct Item<'a, E> {
     call: &'a Call<'a, E>,
     row: &'a AttnRow<'a>,
     kv_head: usize,
-    /// Tokens of the row.
+    /// First query row of the tile.
     first: usize,
-    tokens: usize,
+    /// Query rows.
+    height: usize,
     buffers: &'a mut Buffers,
 }
 
-/// Tokens of a tile.
-fn tile_tokens(group: usize) -> usize {
-    (TILE_ROWS / group).max(1)
+/// Query rows of a tile where `group` query heads share a kv head: whole tokens if they fit, else equal parts of one.
+fn tile_rows(group: usize) -> usize {
+    if group <= TILE_ROWS { TILE_ROWS / group * group } else { group.div_ceil(group.div_ceil(TILE_ROWS)) }
 }
 
 /// `out[t] = softmax(q[t] * K^T * scale) * V` for every query token and head of the batch. `q` holds the queries as
@@ -153,6 +154,8 @@ fn check_call(
     assert!(heads.heads == hq, "{} heads in q, {hq} asked for", heads.heads);
     assert!(heads.head_dim == layout.head_dim, "q has {} a head, K {}", heads.head_dim, layout.head_dim);
     assert!(params.window != Some(0), "a window of 0 keys");
+    let (key, value) = (layout.head_dim, layout.v_head_dim);
+    assert!(!layout.value_in_key || value <= key, "values of {value} in keys of {key}");
     if let Some(sinks) = params.sinks {
         assert!(sinks.len() == hq, "{} sinks for {hq} query heads", sinks.len());
     }
@@ -179,8 +182,10 @@ fn check_call(
 
 impl<E: Element> Call<'_, E> {
     fn run(&self, pool: &Pool, isa: Isa) {
-        let (heads, tokens) = (self.layout.kv_heads, tile_tokens(self.params.q_heads / self.layout.kv_heads));
-        let items = |row: &AttnRow<'_>| row.q_len.div_ceil(tokens) * heads;
+        let heads = self.layout.kv_heads;
+        let group = self.params.q_heads / heads;
+        let tile = tile_rows(group);
+        let items = |row: &AttnRow<'_>| (row.q_len * group).div_ceil(tile) * heads;
         let total = self.rows.iter().map(items).sum::<usize>();
         let chunk = total.div_ceil(pool.threads() * 32);
         pool.chunks(total, chunk, &|_, range| {
@@ -189,10 +194,9 @@ impl<E: Element> Call<'_, E> {
                 for row in self.rows {
                     let count = items(row);
                     for item in range.start.max(first)..range.end.min(first + count) {
-                        let (tile, kv_head) = ((item - first) / heads, (item - first) % heads);
-                        let start = tile * tokens;
-                        let tokens = tokens.min(row.q_len - start);
-                        isa.run(Item { call: self, row, kv_head, first: start, tokens, buffers });
+                        let (start, kv_head) = ((item - first) / heads * tile, (item - first) % heads);
+                        let height = tile.min(row.q_len * group - start);
+                        isa.run(Item { call: self, row, kv_head, first: start, height, buffers });
                     }
                     first += count;
                 }
@@ -247,10 +251,11 @@ impl<E: Element> Item<'_, E> {
         self.call.params.q_heads / self.call.layout.kv_heads
     }
 
-    /// Query rows of the tile.
+    /// Token of the sequence's row, and query head, of a row of the tile.
     #[inline(always)]
-    fn height(&self) -> usize {
-        self.tokens * self.group()
+    fn place(&self, row: usize) -> (usize, usize) {
+        let (group, row) = (self.group(), self.first + row);
+        (row / group, self.kv_head * group + row % group)
     }
 
     /// Vectors of a row of `out`.
@@ -262,13 +267,13 @@ impl<E: Element> Item<'_, E> {
     /// Rows of the register block that starts at `row`.
     #[inline(always)]
     fn block<S: Simd>(&self, row: usize) -> usize {
-        S::MAX_ROWS.min(8).min(self.height() - row)
+        S::MAX_ROWS.min(8).min(self.height - row)
     }
 
     /// Gathers the queries and resets the state of each row.
     #[inline(always)]
     fn prepare<S: Simd>(&mut self) {
-        let (call, group, height) = (self.call, self.group(), self.height());
+        let (call, height) = (self.call, self.height);
         let (dim, params) = (call.layout.head_dim, call.params);
         let out_vectors = self.out_vectors();
         let b = &mut *self.buffers;
@@ -279,22 +284,21 @@ impl<E: Element> Item<'_, E> {
         b.out.resize(height * out_vectors, [0.0; LANES]);
         b.rows.clear();
         for r in 0..height {
-            let (token, head) = (self.first + r / group, self.kv_head * group + r % group);
+            let (token, head) = self.place(r);
             let position = self.row.kv_len - self.row.q_len + token;
             let to = if params.causal { position + 1 } else { self.row.kv_len };
             let from = params.window.map_or(0, |n| (position + 1).saturating_sub(n));
             let sink = params.sinks.map(|sinks| sinks[head]);
             let (max, sum) = sink.map_or((f32::NEG_INFINITY, 0.0), |sink| (sink, 1.0));
-            b.rows.push(RowState { from, to, max, sum, factor: 1.0 });
+            self.buffers.rows.push(RowState { from, to, max, sum, factor: 1.0 });
         }
         let mut start = 0;
         while start < height {
             let rows = S::MAX_ROWS.min(8).min(height - start);
             for r in 0..rows {
-                let (token, head) =
-                    (self.first + (start + r) / group, self.kv_head * group + (start + r) % group);
+                let (token, head) = self.place(start + r);
                 let q = call.q_heads.of(call.q, self.row.q_start + token, head);
-                for (to, q) in b.q[start * dim + r..].iter_mut().step_by(rows).zip(q) {
+                for (to, q) in self.buffers.q[start * dim + r..].iter_mut().step_by(rows).zip(q) {
                     *to = q * params.scale;
                 }
             }
@@ -310,15 +314,17 @@ impl<E: Element> Item<'_, E> {
             let at = layout.keys(self.row.table[page], self.kv_head);
             let tile = &self.call.data[at..at + PAGE_TOKENS * layout.head_dim];
             // The values of this page and the keys of the next come from memory: ask while the products run.
-            let at = layout.values(self.row.table[page], self.kv_head);
-            prefetch(s, &self.call.data[at..at + PAGE_TOKENS * layout.v_head_dim]);
+            if !layout.value_in_key {
+                let at = layout.values(self.row.table[page], self.kv_head);
+                prefetch(s, &self.call.data[at..at + PAGE_TOKENS * layout.v_head_dim]);
+            }
             if let Some(&next) = self.row.table.get(page + 1) {
                 let at = layout.keys(next, self.kv_head);
                 prefetch(s, &self.call.data[at..at + PAGE_TOKENS * layout.head_dim]);
             }
             E::transpose(s, tile, layout.head_dim, &mut self.buffers.keys);
             let mut row = 0;
-            while row < self.height() {
+            while row < self.height {
                 let rows = self.block::<S>(row);
                 for_height!(rows, self.score_block(s, row, page));
                 row += rows;
@@ -385,7 +391,7 @@ impl<E: Element> Item<'_, E> {
     #[inline(always)]
     fn values<S: Simd>(&mut self, s: S, from: usize, to: usize) {
         let mut row = 0;
-        while row < self.height() {
+        while row < self.height {
             let rows = self.block::<S>(row);
             for_height!(rows, self.value_block(s, row, from, to));
             row += rows;
@@ -396,7 +402,7 @@ impl<E: Element> Item<'_, E> {
     #[inline(always)]
     fn value_block<S: Simd, const N: usize>(&mut self, s: S, row: usize, from: usize, to: usize) {
         let (layout, vectors) = (self.call.layout, self.out_vectors());
-        let dim = layout.v_head_dim;
+        let (dim, stride) = (layout.v_head_dim, layout.value_stride());
         let b = &mut *self.buffers;
         let weights: [&[f32]; N] = std::array::from_fn(|r| {
             b.scores[(row + r) * CHUNK_PAGES..(row + r + 1) * CHUNK_PAGES].as_flattened()
@@ -411,12 +417,12 @@ impl<E: Element> Item<'_, E> {
             let mut start = from;
             while start < to {
                 let page = layout.values(self.row.table[start / PAGE_TOKENS], self.kv_head);
-                let tile = &self.call.data[page..page + PAGE_TOKENS * dim];
+                let tile = &self.call.data[page..page + PAGE_TOKENS * stride];
                 let keys = PAGE_TOKENS.min(to - start);
                 let at = start % CHUNK;
                 let weights: [&[f32]; N] = std::array::from_fn(|r| &weights[r][at..at + keys]);
-                for (key, values) in tile.chunks_exact(dim).take(keys).enumerate() {
-                    let v = load_strip(s, values, strip * LANES);
+                for (key, values) in tile.chunks_exact(stride).take(keys).enumerate() {
+                    let v = load_strip(s, &values[..dim], strip * LANES);
                     for r in 0..N {
                         let weight = s.splat(weights[r][key]);
                         acc[r][0] = s.fma(v[0], weight, acc[r][0]);
@@ -436,10 +442,10 @@ impl<E: Element> Item<'_, E> {
     /// Divides by the sums and writes the result.
     #[inline(always)]
     fn finish(&mut self) {
-        let (group, dim) = (self.group(), self.call.layout.v_head_dim);
+        let dim = self.call.layout.v_head_dim;
         let vectors = self.out_vectors();
         for (r, state) in self.buffers.rows.iter().enumerate() {
-            let (token, head) = (self.first + r / group, self.kv_head * group + r % group);
+            let (token, head) = self.place(r);
             let at = ((self.row.q_start + token) * self.call.params.q_heads + head) * dim;
             // SAFETY: a token's head belongs to one tile, and rows of the batch do not overlap (checked).
             let to = unsafe { self.call.out.range(at..at + dim) };

@@ -154,6 +154,10 @@ impl Simd for Avx2 {
     fn load_i(self, x: &[u32; LANES]) -> I2 {
         op!((_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(8).cast())))
     }
+    #[inline(always)]
+    fn load_words(self, x: &[f32; LANES]) -> I2 {
+        op!((_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(8).cast())))
+    }
     // `maddubs` saturates on 255 * 127 * 2, so even and odd bytes are widened and multiplied as half-words.
     #[inline(always)]
     fn dot_u8(self, acc: I2, w: I2, a: u32) -> I2 {
@@ -208,6 +212,18 @@ impl Simd for Avx2 {
         let mut t = [0.0; LANES];
         self.store(v, &mut t);
         self.load(&Portable.keep(t, from, to, fill))
+    }
+    #[inline(always)]
+    fn positive(self, x: F2, a: F2, b: F2) -> F2 {
+        op!({
+            let zero = _mm256_setzero_ps();
+            let pick = |x, a, b| _mm256_blendv_ps(b, a, _mm256_cmp_ps::<_CMP_GT_OQ>(x, zero));
+            (pick(x.0, a.0, b.0), pick(x.1, a.1, b.1))
+        })
+    }
+    #[inline(always)]
+    fn as_floats(self, v: I2) -> F2 {
+        op!((_mm256_castsi256_ps(v.0), _mm256_castsi256_ps(v.1)))
     }
     #[inline(always)]
     fn load_pairs(self, x: &[u16; 2 * LANES]) -> I2 {

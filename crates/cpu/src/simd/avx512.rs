@@ -131,6 +131,10 @@ impl Simd for Avx512 {
         op!(_mm512_loadu_si512(x.as_ptr().cast()))
     }
     #[inline(always)]
+    fn load_words(self, x: &[f32; LANES]) -> Self::I {
+        op!(_mm512_loadu_si512(x.as_ptr().cast()))
+    }
+    #[inline(always)]
     fn dot_u8(self, acc: Self::I, w: Self::I, a: u32) -> Self::I {
         op!(_mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a.cast_signed())))
     }
@@ -161,6 +165,14 @@ impl Simd for Avx512 {
     fn keep(self, v: Self::F, from: usize, to: usize, fill: f32) -> Self::F {
         let below = |n: usize| if n >= LANES { 0xffff_u16 } else { (1_u16 << n) - 1 };
         op!(_mm512_mask_blend_ps(below(to) & !below(from), _mm512_set1_ps(fill), v))
+    }
+    #[inline(always)]
+    fn positive(self, x: Self::F, a: Self::F, b: Self::F) -> Self::F {
+        op!(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_setzero_ps()), b, a))
+    }
+    #[inline(always)]
+    fn as_floats(self, v: Self::I) -> Self::F {
+        op!(_mm512_castsi512_ps(v))
     }
     #[inline(always)]
     fn load_pairs(self, x: &[u16; 2 * LANES]) -> Self::I {

@@ -1,6 +1,7 @@
 //! The paged KV cache of one layer: where keys and values lie, and writing new ones.
 //!
-//! Owns: the pages' inner layout `[K|V][kv_head][16][head_dim]` and the element types. Never: which page belongs to whom.
+//! Owns: the pages' inner layout `[K|V][kv_head][16][head_dim]` (or `[K][...]` alone, where a value is the beginning of
+//! its key) and the element types. Never: which page belongs to whom.
 
 use super::Isa;
 use super::lanes::{Kernel, LANES, Simd};
@@ -29,7 +30,7 @@ pub enum KvDataMut<'a> {
 }
 
 /// Where a layer's keys and values lie: block `b` starts at element `first + b * page_stride`; there are first
-/// `kv_heads` tiles `[16][head_dim]` of keys, then as many `[16][v_head_dim]` of values.
+/// `kv_heads` tiles `[16][head_dim]` of keys, then as many `[16][v_head_dim]` of values unless those are in the keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvLayout {
     /// Key (and value) heads.
@@ -38,6 +39,8 @@ pub struct KvLayout {
     pub head_dim: usize,
     /// Elements of a value.
     pub v_head_dim: usize,
+    /// Whether a value is not stored, because it is the first `v_head_dim` elements of its key.
+    pub value_in_key: bool,
     /// Element of the slice where the layer's part of block 0 starts.
     pub first: usize,
     /// Elements from a block to the next.
@@ -66,7 +69,13 @@ impl KvLayout {
     /// Elements of a layer's part of a page.
     #[must_use]
     pub fn page_elements(&self) -> usize {
-        self.kv_heads * PAGE_TOKENS * (self.head_dim + self.v_head_dim)
+        let value = if self.value_in_key { 0 } else { self.v_head_dim };
+        self.kv_heads * PAGE_TOKENS * (self.head_dim + value)
+    }
+
+    /// Elements from a token's value to the next token's.
+    pub(crate) fn value_stride(&self) -> usize {
+        if self.value_in_key { self.head_dim } else { self.v_head_dim }
     }
 
     /// First element of a head's keys in a block.
@@ -76,6 +85,9 @@ impl KvLayout {
 
     /// First element of a head's values in a block.
     pub(crate) fn values(&self, block: u32, head: usize) -> usize {
+        if self.value_in_key {
+            return self.keys(block, head);
+        }
         let all_keys = self.kv_heads * PAGE_TOKENS * self.head_dim;
         self.first + block as usize * self.page_stride + all_keys + head * PAGE_TOKENS * self.v_head_dim
     }
@@ -152,59 +164,74 @@ impl Element for f32 {
         s.store(v, out);
     }
     #[inline(always)]
-    fn transpose<S: Simd>(_: S, tile: &[Self], dim: usize, out: &mut [[f32; LANES]]) {
-        transpose_rest(tile, dim, 0, out);
+    fn transpose<S: Simd>(s: S, tile: &[Self], dim: usize, out: &mut [[f32; LANES]]) {
+        let whole = dim / LANES * LANES;
+        for d in (0..whole).step_by(LANES) {
+            let mut rows = [s.splat_i(0); LANES];
+            for (key, row) in rows.iter_mut().enumerate() {
+                let at = key * dim + d;
+                *row = s.load_words(tile[at..at + LANES].first_chunk().expect("a slice of LANES elements"));
+            }
+            s.transpose(&mut rows);
+            for (to, row) in out[d..d + LANES].iter_mut().zip(rows) {
+                s.store(s.as_floats(row), to);
+            }
+        }
+        transpose_rest(tile, dim, whole, out);
     }
 }
 
 /// Writes the keys and values of some tokens of one sequence into its pages: token `i` of `tokens` lies in row
-/// `tokens.start + i` of `k` and `v` and goes to position `start + i`.
+/// `tokens.start + i` of `k` and `v` and goes to position `start + i`. There is no `v` where values are in the keys.
 ///
 /// # Panics
 /// When shapes, the table or slices do not fit together.
 pub fn kv_append(
     cache: &mut KvViewMut<'_>,
-    (k, k_heads): (&[f32], Heads),
-    (v, v_heads): (&[f32], Heads),
+    k: (&[f32], Heads),
+    v: Option<(&[f32], Heads)>,
     tokens: std::ops::Range<usize>,
     start: usize,
     table: &[u32],
 ) {
     let layout = cache.layout;
-    k_heads.check(k.len(), tokens.end);
-    v_heads.check(v.len(), tokens.end);
-    assert!(
-        (k_heads.heads, k_heads.head_dim) == (layout.kv_heads, layout.head_dim),
-        "keys of {} x {} for pages of {} x {}",
-        k_heads.heads,
-        k_heads.head_dim,
-        layout.kv_heads,
-        layout.head_dim
-    );
-    assert!(
-        (v_heads.heads, v_heads.head_dim) == (layout.kv_heads, layout.v_head_dim),
-        "values of {} x {} for pages of {} x {}",
-        v_heads.heads,
-        v_heads.head_dim,
-        layout.kv_heads,
-        layout.v_head_dim
-    );
+    assert!(v.is_none() == layout.value_in_key, "values of their own: {}, {layout:?}", v.is_some());
+    for (what, (x, heads), dim) in
+        [("keys", k, layout.head_dim)].into_iter().chain(v.map(|v| ("values", v, layout.v_head_dim)))
+    {
+        heads.check(x.len(), tokens.end);
+        assert!(
+            (heads.heads, heads.head_dim) == (layout.kv_heads, dim),
+            "{what} of {} x {} for pages of {} x {dim}",
+            heads.heads,
+            heads.head_dim,
+            layout.kv_heads
+        );
+    }
     // All instruction sets round alike, so the best one serves everybody.
     let isa = Isa::detect();
     for (i, token) in tokens.enumerate() {
         let position = start + i;
         let (block, slot) = (table[position / PAGE_TOKENS], position % PAGE_TOKENS);
         for head in 0..layout.kv_heads {
-            let to_k = layout.keys(block, head) + slot * layout.head_dim;
-            let to_v = layout.values(block, head) + slot * layout.v_head_dim;
-            for (at, from) in [(to_k, k_heads.of(k, token, head)), (to_v, v_heads.of(v, token, head))] {
-                match &mut cache.data {
-                    KvDataMut::Bf16(data) => {
-                        isa.run(CopyIn { to: data[at..at + from.len()].reinterpret_cast_mut(), from });
-                    }
-                    KvDataMut::F32(data) => isa.run(CopyIn { to: &mut data[at..at + from.len()], from }),
-                }
+            let at = layout.keys(block, head) + slot * layout.head_dim;
+            cache.data.write(isa, at, k.1.of(k.0, token, head));
+            if let Some((v, heads)) = v {
+                let at = layout.values(block, head) + slot * layout.v_head_dim;
+                cache.data.write(isa, at, heads.of(v, token, head));
             }
+        }
+    }
+}
+
+impl KvDataMut<'_> {
+    /// Writes numbers from element `at`, in the cache's own type.
+    fn write(&mut self, isa: Isa, at: usize, from: &[f32]) {
+        match self {
+            Self::Bf16(data) => {
+                isa.run(CopyIn { to: data[at..at + from.len()].reinterpret_cast_mut(), from });
+            }
+            Self::F32(data) => data[at..at + from.len()].copy_from_slice(from),
         }
     }
 }

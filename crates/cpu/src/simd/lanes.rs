@@ -66,6 +66,8 @@ pub(crate) trait Simd: Copy {
     fn splat_i(self, x: i32) -> Self::I;
     /// Reads 16 words.
     fn load_i(self, x: &[u32; LANES]) -> Self::I;
+    /// Reads 16 words, given as the floats that have their bits.
+    fn load_words(self, x: &[f32; LANES]) -> Self::I;
     /// `acc + sum over 4 bytes of w (unsigned) * a (signed)`, with `a` the same four bytes for all lanes.
     fn dot_u8(self, acc: Self::I, w: Self::I, a: u32) -> Self::I;
     /// Low nibbles of every byte.
@@ -80,6 +82,10 @@ pub(crate) trait Simd: Copy {
     fn round(self, v: Self::F) -> Self::F;
     /// Keeps lanes `from..to`, the others become `fill`.
     fn keep(self, v: Self::F, from: usize, to: usize, fill: f32) -> Self::F;
+    /// `a` where `x > 0`, else `b`.
+    fn positive(self, x: Self::F, a: Self::F, b: Self::F) -> Self::F;
+    /// The same bits, seen as floats.
+    fn as_floats(self, v: Self::I) -> Self::F;
     /// Thirty-two half-words as 16 pairs, the earlier one in the low half.
     fn load_pairs(self, x: &[u16; 2 * LANES]) -> Self::I;
     /// Lane `c` of row `r` goes to lane `r` of row `c`.
@@ -127,6 +133,43 @@ pub(crate) trait Simd: Copy {
             p = self.fma(p, r, self.splat(c));
         }
         self.mul(p, self.pow2(n))
+    }
+
+    /// `e^x - 1`, without loss near 0; as [`Simd::exp`] elsewhere.
+    #[inline(always)]
+    fn expm1(self, x: Self::F) -> Self::F {
+        let x = self.min(self.splat(88.0), self.max(self.splat(-88.0), x));
+        let n = self.round(self.mul(x, self.splat(std::f32::consts::LOG2_E)));
+        let r = self.fma(n, self.splat(-0.693_359_4), x);
+        let r = self.fma(n, self.splat(2.121_944_4e-4), r);
+        let mut p = self.splat(1.0 / 720.0);
+        for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0] {
+            p = self.fma(p, r, self.splat(c));
+        }
+        let power = self.pow2(n);
+        self.fma(self.mul(p, r), power, self.sub(power, self.splat(1.0)))
+    }
+
+    /// `1 / (1 + e^-x)`.
+    #[inline(always)]
+    fn sigmoid(self, x: Self::F) -> Self::F {
+        let one = self.splat(1.0);
+        self.div(one, self.add(one, self.exp(self.sub(self.splat(0.0), x))))
+    }
+
+    /// Error function, absolute error below 3e-7 (Abramowitz and Stegun 7.1.26).
+    #[inline(always)]
+    fn erf(self, x: Self::F) -> Self::F {
+        let (zero, one) = (self.splat(0.0), self.splat(1.0));
+        let size = self.abs(x);
+        let t = self.div(one, self.fma(size, self.splat(0.327_591_1), one));
+        let mut p = self.splat(1.061_405_4);
+        for c in [-1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6] {
+            p = self.fma(p, t, self.splat(c));
+        }
+        let rest = self.mul(self.mul(p, t), self.exp(self.sub(zero, self.mul(size, size))));
+        let of_size = self.sub(one, rest);
+        self.positive(x, of_size, self.sub(zero, of_size))
     }
 
     /// `|x|`.
@@ -238,6 +281,10 @@ impl Simd for Portable {
         *x
     }
     #[inline(always)]
+    fn load_words(self, x: &[f32; LANES]) -> Self::I {
+        x.map(f32::to_bits)
+    }
+    #[inline(always)]
     fn dot_u8(self, acc: Self::I, w: Self::I, a: u32) -> Self::I {
         let a = a.to_le_bytes().map(|b| i32::from(b.cast_signed()));
         std::array::from_fn(|i| {
@@ -269,6 +316,14 @@ impl Simd for Portable {
     #[inline(always)]
     fn keep(self, v: Self::F, from: usize, to: usize, fill: f32) -> Self::F {
         std::array::from_fn(|i| if i >= from && i < to { v[i] } else { fill })
+    }
+    #[inline(always)]
+    fn positive(self, x: Self::F, a: Self::F, b: Self::F) -> Self::F {
+        std::array::from_fn(|i| if x[i] > 0.0 { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn as_floats(self, v: Self::I) -> Self::F {
+        v.map(f32::from_bits)
     }
     #[inline(always)]
     fn load_pairs(self, x: &[u16; 2 * LANES]) -> Self::I {

@@ -1,4 +1,5 @@
-//! Kernels of the CPU backend: matrix products for decode and prefill, paged attention, and the small row operations.
+//! Kernels of the CPU backend: matrix products for decode and prefill, paged attention, the delta rule, and the small
+//! row operations.
 //!
 //! Owns: the choice of the instruction set, the packed weights, every inner loop, and the crate's `unsafe` code.
 //! Never: a model's structure, the KV pool's bookkeeping, or sampling.
@@ -15,6 +16,7 @@ pub mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub mod delta;
 pub mod kv;
 mod lanes;
 mod matmul;
@@ -28,7 +30,7 @@ mod tests;
 
 pub use attention::{AttnParams, AttnRow, paged_attention};
 pub use kv::{KvData, KvDataMut, KvLayout, KvView, KvViewMut, PAGE_TOKENS, kv_append};
-pub use matmul::Scratch;
+pub use matmul::{Job, Place, Scratch, matmul_group};
 pub use matrix::{MatrixError, PackedMatrix, Storage};
 
 use lanes::{Kernel, Portable};

@@ -16,7 +16,8 @@ use mirai_engine::{
 };
 use mirai_model::backend::{
     Activation, AttentionBlock, AttentionSpec, Backend, Batch, BatchRow, BlockIo, CacheDtype, CacheLayout,
-    GroupLayout, HostTensor, LogitsHead, MlpBlock, Norm, RopeTable, Rows, StepShape, Storage,
+    GroupLayout, HeadNorms, HostTensor, LogitsHead, MlpBlock, Norm, NormKind, PageLayout, Pairing, RopeTable,
+    Rows, StepShape, Storage, Stored, Visibility,
 };
 
 /// Deterministic test data (Knuth's MMIX generator).
@@ -63,7 +64,8 @@ pub fn tensor(
             (quantized.data().unwrap().into_owned(), back)
         }
     };
-    (HostTensor { name: name.to_owned(), shape: shape.to_vec(), storage, bytes: Cow::Owned(bytes) }, values)
+    let bytes = Cow::Owned(bytes);
+    (HostTensor { name: name.to_owned(), shape: shape.to_vec(), storage, bytes, scales: None }, values)
 }
 
 fn ggml(storage: Storage) -> GgmlDType {
@@ -78,7 +80,7 @@ fn ggml(storage: Storage) -> GgmlDType {
         Storage::Q4K => GgmlDType::Q4K,
         Storage::Q5K => GgmlDType::Q5K,
         Storage::Q6K => GgmlDType::Q6K,
-        Storage::F32 | Storage::F16 | Storage::Bf16 => unreachable!("plain"),
+        _ => unreachable!("plain, or with scales"),
     }
 }
 
@@ -163,8 +165,8 @@ struct Layer {
 struct Buffers {
     residual: CpuBuffer,
     normed: CpuBuffer,
-    wide: CpuBuffer,
-    inner: CpuBuffer,
+    /// The blocks' scratch.
+    scratch: [CpuBuffer; 3],
     out: CpuBuffer,
     last: CpuBuffer,
 }
@@ -233,7 +235,10 @@ impl Rig {
             .map(|index| {
                 let mut norm = |n: usize, backend: &mut CpuBackend| {
                     let (weight, values) = vector(backend, n, 0.3);
-                    (Norm { weight, offset: 1.0, eps: EPS }, values)
+                    (
+                        Norm { kind: NormKind::Rms, weight: Some(weight), bias: None, offset: 1.0, eps: EPS },
+                        values,
+                    )
                 };
                 let (attn_norm, n0) = norm(s.hidden, &mut backend);
                 let (mlp_norm, n1) = norm(s.hidden, &mut backend);
@@ -254,7 +259,11 @@ impl Rig {
                         layer_in_group: index / 2,
                         q_heads: s.q_heads,
                         kv_heads: s.kv_heads,
-                        head_dim: s.head_dim,
+                        appends: true,
+                        key_dim: s.head_dim,
+                        value_dim: s.head_dim,
+                        stored: Stored::KeysAndValues,
+                        visibility: Visibility::Causal,
                         scale: 1.0 / (s.head_dim as f32).sqrt(),
                         window: if index == 1 { s.window } else { None },
                         soft_cap: s.soft_cap,
@@ -267,6 +276,8 @@ impl Rig {
         let angle = |i: usize| (i / half) as f32 * 10_000f32.powf(-((i % half) as f32) / half as f32);
         let table = RopeTable {
             rotary_dim: s.rotary_dim,
+            pairing: Pairing::Halves,
+            q_scale: Vec::new(),
             cos: (0..CONTEXT * half).map(|i| angle(i).cos()).collect(),
             sin: (0..CONTEXT * half).map(|i| angle(i).sin()).collect(),
         };
@@ -276,14 +287,29 @@ impl Rig {
         let buffers = Buffers {
             residual: buffer(Rows::Tokens, s.hidden),
             normed: buffer(Rows::Tokens, s.hidden),
-            wide: buffer(Rows::Tokens, wide),
-            inner: buffer(Rows::Tokens, q.max(s.ffn)),
+            scratch: [
+                buffer(Rows::Tokens, wide),
+                buffer(Rows::Tokens, q.max(s.ffn)),
+                buffer(Rows::Tokens, 1),
+            ],
             out: buffer(Rows::Tokens, s.hidden),
             last: buffer(Rows::Outputs, s.hidden),
         };
-        let group = GroupLayout { layers: 1, kv_heads: s.kv_heads, head_dim: s.head_dim, dtype };
-        let layout =
-            CacheLayout { groups: vec![group; LAYERS], blocks: 400, slots: 16, table_len: CONTEXT / 16 };
+        let group = GroupLayout::Paged(PageLayout {
+            layers: 1,
+            kv_heads: s.kv_heads,
+            key_dim: s.head_dim,
+            value_dim: s.head_dim,
+            stored: Stored::KeysAndValues,
+            dtype,
+        });
+        let layout = CacheLayout {
+            groups: vec![group; LAYERS],
+            blocks: 400,
+            slots: 16,
+            snapshots: 0,
+            table_len: CONTEXT / 16,
+        };
         backend.allocate_cache(&layout).unwrap();
         let sequences = (0..layout.slots).map(|_| None).collect();
         Self { backend, shape: s, embed, layers, rope, table, buffers, sequences, next_block: 1, step: 0 }
@@ -378,6 +404,7 @@ impl Rig {
                 start,
                 last_drawn: drawn,
                 sample,
+                pool: false,
                 outputs: (from, batch.outputs.len()),
             });
             plan.rows.push(Row {
@@ -413,36 +440,43 @@ impl Rig {
         backend
             .run(shape, &mut |backend| {
                 backend.embed(&embed.w, 1.5, &mut b.residual)?;
-                backend.rms_norm(&b.residual, &layers[0].attn_norm, &mut b.normed)?;
+                backend.norm(&b.residual, &layers[0].attn_norm, &mut b.normed)?;
                 for (index, layer) in layers.iter().enumerate() {
-                    let io =
-                        BlockIo { x: &b.normed, wide: &mut b.wide, inner: &mut b.inner, out: &mut b.out };
+                    let io = BlockIo { x: &b.normed, scratch: &mut b.scratch, out: &mut b.out };
                     let block = AttentionBlock {
                         spec: &layer.spec,
                         qkv: &layer.qkv.w,
                         qkv_bias: layer.qkv_bias.as_ref().map(|b| &b.0),
-                        qk_norm: s.qk_norm.then_some((&layer.q_norm, &layer.k_norm)),
+                        norms: s.qk_norm.then_some(HeadNorms {
+                            q: &layer.q_norm,
+                            k: Some(&layer.k_norm),
+                            v: None,
+                            across_heads: false,
+                        }),
                         rope: Some(rope),
+                        sinks: None,
+                        gated: false,
+                        shared_dim: None,
                         output: &layer.output.w,
                         output_bias: None,
                     };
                     backend.attention_block(&block, io)?;
-                    backend.add_rms_norm(&mut b.residual, &b.out, &layer.mlp_norm, &mut b.normed)?;
-                    let io =
-                        BlockIo { x: &b.normed, wide: &mut b.wide, inner: &mut b.inner, out: &mut b.out };
+                    backend.add_norm(&mut b.residual, &b.out, 1.0, &layer.mlp_norm, &mut b.normed)?;
+                    let io = BlockIo { x: &b.normed, scratch: &mut b.scratch, out: &mut b.out };
                     let block = MlpBlock {
                         gate_up: &layer.gate_up.w,
                         gate_up_bias: None,
                         activation: s.activation,
+                        gated: true,
                         down: &layer.down.w,
                         down_bias: None,
                     };
                     backend.mlp_block(&block, io)?;
                     match layers.get(index + 1) {
                         Some(next) => {
-                            backend.add_rms_norm(&mut b.residual, &b.out, &next.attn_norm, &mut b.normed)?;
+                            backend.add_norm(&mut b.residual, &b.out, 1.0, &next.attn_norm, &mut b.normed)?;
                         }
-                        None => backend.add(&mut b.residual, &b.out)?,
+                        None => backend.add(&mut b.residual, &b.out, 1.0)?,
                     }
                 }
                 backend.gather_outputs(&b.residual, &mut b.last)
@@ -489,6 +523,7 @@ impl Rig {
             Activation::GeluTanh => {
                 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh())
             }
+            other => unreachable!("{other:?} is tested with the kernels"),
         }
     }
 

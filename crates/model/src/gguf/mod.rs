@@ -3,26 +3,53 @@
 //! `parse` owns the format, `spec` the meaning of metadata, this module the tensors. Layout:
 //! <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
 
+mod names;
 mod parse;
 mod spec;
 mod tokenizer;
 
 use std::borrow::Cow;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
+pub use names::name_of;
 pub use parse::{GgufHeader, TensorInfo, Value};
 pub use spec::spec_from_gguf;
 pub use tokenizer::GgufTokenizer;
 
-use crate::arch::{Architecture, REGISTRY};
-use crate::backend::HostTensor;
+use crate::arch::REGISTRY;
+use crate::backend::{HostTensor, Storage};
 use crate::error::{ModelError, Result};
 use crate::mmap::{FileBytes, FileSource};
-use crate::spec::ModelSpec;
-use crate::weights::{Part, TensorId, WeightSource, pairs_to_halves, shape};
+use crate::names::{Cut, Run};
+use crate::spec::{Mixer, ModelSpec};
+use crate::weights::{Part, TensorId, WeightSource, shape, tensors};
 
 /// Per-frequency divisors of the rotary embedding (Llama 3 scaling, precomputed).
 const ROPE_FREQS: &str = "rope_freqs.weight";
+
+/// What GGUF files of a family look like: what their metadata leaves open.
+#[derive(Clone, Copy, Debug)]
+pub struct Dialect {
+    /// Its name in `general.architecture`. Mistral's files are usually called `llama`.
+    pub name: &'static str,
+    /// Rows of q and k are stored pairwise, for another way to rotate.
+    pub pairs: bool,
+    /// Heads of q and k are normed.
+    pub qk_norm: bool,
+    /// q, k and v have biases in any case; else where there are such tensors.
+    pub qkv_bias: bool,
+}
+
+impl Dialect {
+    /// Llama.
+    pub const LLAMA: Self = Self { name: "llama", pairs: true, qk_norm: false, qkv_bias: false };
+    /// Mistral.
+    pub const MISTRAL: Self = Self { name: "mistral", ..Self::LLAMA };
+    /// Qwen 2.
+    pub const QWEN2: Self = Self { name: "qwen2", pairs: false, qk_norm: false, qkv_bias: true };
+    /// Qwen 3.
+    pub const QWEN3: Self = Self { name: "qwen3", pairs: false, qk_norm: true, qkv_bias: false };
+}
 
 /// An opened GGUF file.
 #[derive(Debug)]
@@ -42,7 +69,7 @@ impl GgufSource {
     pub fn open(file: &str, source: &FileSource) -> Result<Self> {
         let bytes = source.open(file)?;
         let header = GgufHeader::parse(file, bytes.as_ref())?;
-        let pairs = architecture(file, &header)?.traits.gguf_pairs;
+        let pairs = architecture(file, &header)?.1.pairs;
         Ok(Self { file: file.to_owned(), bytes, header, pairs })
     }
 
@@ -71,16 +98,43 @@ impl GgufSource {
     }
 
     /// Tensors in the file that the specification has no place for.
+    ///
+    /// # Errors
+    /// One is of a layer that the metadata does not have: the two contradict each other.
+    pub fn unused(&self, spec: &ModelSpec) -> Result<Vec<String>> {
+        // The head of a tied model may be stored too.
+        let known: BTreeSet<String> =
+            tensors(spec).into_iter().chain([TensorId::Head]).filter_map(name_of).collect();
+        let names = self.header.tensors.keys().filter(|n| !known.contains(*n) && *n != ROPE_FREQS);
+        for name in names.clone() {
+            let number =
+                name.strip_prefix("blk.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+            if let Some(layer) = number.filter(|layer| *layer >= spec.layers.len()) {
+                let why = format!("is of layer {layer}, the metadata has {} layers", spec.layers.len());
+                let item = format!("tensor `{}`", name.escape_default());
+                return Err(ModelError::corrupt(&self.file, item, why));
+            }
+        }
+        Ok(names.cloned().collect())
+    }
+
+    /// Bytes in the file by type of element.
     #[must_use]
-    pub fn extra(&self, known: &BTreeSet<String>) -> Vec<String> {
-        self.header.tensors.keys().filter(|n| !known.contains(*n) && *n != ROPE_FREQS).cloned().collect()
+    pub fn bytes_by_type(&self) -> BTreeMap<String, u64> {
+        let mut sums = BTreeMap::new();
+        for info in self.header.tensors.values() {
+            let bytes = info.storage.tensor_bytes(&info.shape).unwrap_or_default();
+            *sums.entry(info.storage.name().to_owned()).or_insert(0) += bytes as u64;
+        }
+        sums
     }
 
     fn rope_divisors(&self) -> Result<Vec<f32>> {
         let info = &self.header.tensors[ROPE_FREQS];
         let bytes = Cow::Borrowed(self.header.data(info, self.bytes.as_ref()));
         let (name, shape) = (ROPE_FREQS.to_owned(), info.shape.clone());
-        let divisors = crate::convert::to_f32(&HostTensor { name, shape, storage: info.storage, bytes })?;
+        let divisors =
+            crate::convert::to_f32(&HostTensor { name, shape, storage: info.storage, bytes, scales: None })?;
         if let Some(bad) = divisors.iter().find(|d| !d.is_finite() || **d <= 0.0) {
             let why = format!("a divisor is {bad}, expected a finite number above 0");
             return Err(ModelError::corrupt(&self.file, format!("tensor `{ROPE_FREQS}`"), why));
@@ -89,21 +143,38 @@ impl GgufSource {
     }
 }
 
-/// The registry's row for `general.architecture`.
-fn architecture(file: &str, header: &GgufHeader) -> Result<&'static Architecture> {
+/// The registry's name for `general.architecture`, and what its files look like.
+fn architecture(file: &str, header: &GgufHeader) -> Result<(&'static str, Dialect)> {
     let name = header
         .text(file, "general.architecture")?
         .ok_or_else(|| ModelError::field(file, "general.architecture", "is missing"))?;
-    REGISTRY.iter().find(|a| a.gguf == name).ok_or_else(|| ModelError::UnknownArchitecture {
+    let known = || REGISTRY.iter().filter_map(|a| Some((a.name, a.gguf?)));
+    known().find(|(_, dialect)| dialect.name == name).ok_or_else(|| ModelError::UnknownArchitecture {
         file: file.to_owned(),
         name: name.escape_default().to_string(),
-        known: REGISTRY.iter().map(|a| a.gguf).collect::<Vec<_>>().join(", "),
+        known: known().map(|(_, dialect)| dialect.name).collect::<Vec<_>>().join(", "),
     })
 }
 
-impl WeightSource for GgufSource {
-    fn tensor(&self, spec: &ModelSpec, id: TensorId) -> Result<HostTensor<'_>> {
-        let name = id.gguf_name();
+/// Rows of q and k of a pairwise file (element i of the first half beside element i of the second) by halves, within
+/// each head.
+fn halves(spec: &ModelSpec, id: TensorId) -> Option<Cut> {
+    let TensorId::Layer(layer, part) = id else { return None };
+    let Mixer::Attention(a) = &spec.layers[layer].mixer else { return None };
+    let heads = match part {
+        Part::Q | Part::QBias => a.q_heads,
+        Part::K | Part::KBias => a.kv_heads,
+        _ => return None,
+    };
+    let half = |first| Run { first, len: 1, stride: 2, times: a.head_dim / 2 };
+    let head = |h: usize| [half(h * a.head_dim), half(h * a.head_dim + 1)];
+    Some(Cut::Rows((0..heads).flat_map(head).collect()))
+}
+
+impl GgufSource {
+    /// The tensor's entry of the header, held against the specification.
+    fn entry(&self, spec: &ModelSpec, id: TensorId) -> Result<(String, &TensorInfo)> {
+        let name = name_of(id).unwrap_or_else(|| format!("{id:?}"));
         let Some(info) = self.header.tensors.get(&name) else {
             return Err(ModelError::MissingTensor { file: self.file.clone(), tensor: name });
         };
@@ -112,26 +183,58 @@ impl WeightSource for GgufSource {
             let got = info.shape.clone();
             return Err(ModelError::WrongShape { file: self.file.clone(), tensor: name, expected, got });
         }
-        let data = self.header.data(info, self.bytes.as_ref());
-        let bytes = match id {
-            TensorId::Layer(i, part) if self.pairs => {
-                let a = &spec.layers[i].attention;
-                match part {
-                    Part::Q | Part::QBias => pairs_to_halves(data, a.q_heads, a.head_dim),
-                    Part::K | Part::KBias => pairs_to_halves(data, a.kv_heads, a.head_dim),
-                    _ => Cow::Borrowed(data),
-                }
-            }
-            _ => Cow::Borrowed(data),
-        };
-        Ok(HostTensor { name, shape: expected, storage: info.storage, bytes })
+        Ok((name, info))
+    }
+}
+
+impl WeightSource for GgufSource {
+    fn tensor(&self, spec: &ModelSpec, id: TensorId) -> Result<HostTensor<'_>> {
+        let (name, info) = self.entry(spec, id)?;
+        let expected = info.shape.clone();
+        let bytes = Cow::Borrowed(self.header.data(info, self.bytes.as_ref()));
+        let cut = halves(spec, id).filter(|_| self.pairs).unwrap_or(Cut::Whole);
+        let storage = info.storage;
+        let tensor = HostTensor { name, shape: expected.clone(), storage, bytes, scales: None };
+        cut.apply(tensor, &expected)
     }
 
-    fn has(&self, id: TensorId) -> bool {
-        self.header.tensors.contains_key(&id.gguf_name())
+    fn check(&self, spec: &ModelSpec, id: TensorId) -> Result<Storage> {
+        self.entry(spec, id).map(|(_, info)| info.storage)
+    }
+
+    fn has(&self, _spec: &ModelSpec, id: TensorId) -> bool {
+        name_of(id).is_some_and(|name| self.header.tensors.contains_key(&name))
     }
 
     fn label(&self) -> &str {
         &self.file
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::arch::spec_from_config;
+
+    #[test]
+    fn pairs_become_halves_within_each_head() {
+        let config = serde_json::json!({"architectures": ["LlamaForCausalLM"], "hidden_size": 1,
+            "intermediate_size": 1, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4,
+            "vocab_size": 3, "max_position_embeddings": 8});
+        let spec = spec_from_config("config.json", config.as_object().unwrap()).unwrap();
+        let cut = halves(&spec, TensorId::Layer(0, Part::Q)).unwrap();
+        // Two heads of four rows: stored x0 y0 x1 y1, wanted x0 x1 y0 y1.
+        let numbers = [0u8, 2, 1, 3, 10, 12, 11, 13];
+        let bytes = numbers.iter().flat_map(|n| f32::from(*n).to_le_bytes()).collect();
+        let (name, shape) = ("t".to_owned(), vec![8, 1]);
+        let stored =
+            HostTensor { name, shape, storage: Storage::F32, bytes: Cow::Owned(bytes), scales: None };
+        let part = cut.apply(stored, &[8, 1]).unwrap();
+        let numbers = part.bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
+        assert_eq!(numbers.collect::<Vec<_>>(), [0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 13.0]);
+        assert!(
+            halves(&spec, TensorId::Layer(0, Part::V)).is_none() && halves(&spec, TensorId::Head).is_none()
+        );
     }
 }

@@ -2,14 +2,16 @@
 //!
 //! Owns the meaning of keys. What the metadata leaves open (biases, a tied head) is read off the tensor table.
 
-use super::architecture;
 use super::parse::{GgufHeader, Value};
-use crate::arch::{Architecture, Bias};
+use super::{Dialect, architecture, name_of};
 use crate::backend::Activation;
 use crate::error::{ModelError, Result};
 use crate::rope::{RopeScaling, RopeSpec, YarnSpec};
-use crate::spec::{AttentionLayer, LayerSpec, MlpLayer, ModelSpec, NormSpec, bounds};
-use crate::weights::{Part, TensorId};
+use crate::spec::{
+    AttentionLayer, Ffn, Head, KvSource, LayerSpec, Mixer, MlpLayer, ModelSpec, NormSpec, Placement, QkNorm,
+    bounds,
+};
+use crate::weights::{MlpPart, Part, TensorId};
 
 /// Access to the keys of one architecture: `{arch}.{key}`.
 struct Keys<'a> {
@@ -47,7 +49,7 @@ impl Keys<'_> {
     }
 
     fn has(&self, id: TensorId) -> bool {
-        self.header.tensors.contains_key(&id.gguf_name())
+        name_of(id).is_some_and(|name| self.header.tensors.contains_key(&name))
     }
 
     fn has_part(&self, part: Part) -> bool {
@@ -60,8 +62,8 @@ impl Keys<'_> {
 /// # Errors
 /// Unknown architecture; a key that is missing, of the wrong type, out of bounds, or contradicts another.
 pub fn spec_from_gguf(file: &str, header: &GgufHeader, divisors: Option<Vec<f32>>) -> Result<ModelSpec> {
-    let arch = architecture(file, header)?;
-    let keys = Keys { file, arch: arch.gguf, header };
+    let (name, dialect) = architecture(file, header)?;
+    let keys = Keys { file, arch: dialect.name, header };
     refuse_foreign(&keys)?;
     let hidden = keys.count("embedding_length", bounds::HIDDEN)?;
     let layers = keys.count("block_count", bounds::LAYERS)?;
@@ -69,15 +71,24 @@ pub fn spec_from_gguf(file: &str, header: &GgufHeader, divisors: Option<Vec<f32>
     let vocab = vocab(&keys, hidden)?;
     let eps = keys.positive("attention.layer_norm_rms_epsilon")?;
     let eps = eps.ok_or_else(|| keys.error("attention.layer_norm_rms_epsilon", "is missing"))?;
-    let norm = NormSpec { eps: eps as f32, offset: 0.0 };
-    let attention = attention(&keys, arch, hidden, norm)?;
+    let norm = NormSpec::rms(eps as f32);
+    let attention = attention(&keys, dialect, hidden, norm)?;
     let mlp = MlpLayer {
         intermediate: keys.count("feed_forward_length", bounds::INTERMEDIATE)?,
         activation: Activation::Silu,
-        bias: keys.has_part(Part::GateBias),
+        gated: true,
+        bias: keys.has_part(Part::Mlp(MlpPart::GateBias)),
     };
     let rope = rope(&keys, attention.head_dim, context, divisors)?;
-    let layer = LayerSpec { attention_norm: norm, attention, mlp_norm: norm, mlp };
+    let layer = LayerSpec {
+        placement: Placement::Before,
+        norm,
+        mixer: Mixer::Attention(attention),
+        ffn: Ffn::Dense(mlp),
+        parallel: false,
+        residual_scale: 1.0,
+        output_scale: false,
+    };
     let ids = |key: &str| -> Result<Option<u32>> {
         let name = format!("tokenizer.ggml.{key}");
         match header.whole(file, &name)? {
@@ -92,17 +103,17 @@ pub fn spec_from_gguf(file: &str, header: &GgufHeader, divisors: Option<Vec<f32>
         eos.extend(ids(key)?.filter(|id| !eos.contains(id)));
     }
     Ok(ModelSpec {
-        architecture: arch.name,
+        architecture: name,
         hidden,
         vocab,
         context,
         layers: vec![layer; layers],
         ropes: vec![rope],
         embed_scale: 1.0,
-        final_norm: norm,
-        tied: !keys.has(TensorId::Head),
-        logits_scale: 1.0,
-        logits_soft_cap: None,
+        learned_positions: None,
+        embed_norm: None,
+        final_norm: Some(norm),
+        head: Head::Logits { tied: !keys.has(TensorId::Head), scale: 1.0, soft_cap: None },
         dtype: None,
         bos: ids("bos_token_id")?,
         eos,
@@ -137,7 +148,7 @@ fn refuse_foreign(keys: &Keys<'_>) -> Result<()> {
 
 /// Rows of the embedding table, which the vocabulary may not exceed.
 fn vocab(keys: &Keys<'_>, hidden: usize) -> Result<usize> {
-    let (file, name) = (keys.file, TensorId::Embedding.gguf_name());
+    let (file, name) = (keys.file, "token_embd.weight".to_owned());
     let table = keys.header.tensors.get(&name);
     let table =
         table.ok_or_else(|| ModelError::MissingTensor { file: file.to_owned(), tensor: name.clone() })?;
@@ -163,7 +174,7 @@ fn vocab(keys: &Keys<'_>, hidden: usize) -> Result<usize> {
     Ok(rows)
 }
 
-fn attention(keys: &Keys<'_>, arch: &Architecture, hidden: usize, norm: NormSpec) -> Result<AttentionLayer> {
+fn attention(keys: &Keys<'_>, dialect: Dialect, hidden: usize, norm: NormSpec) -> Result<AttentionLayer> {
     let q_heads = keys.count("attention.head_count", bounds::HEADS)?;
     let kv_heads = keys.opt_count("attention.head_count_kv", bounds::HEADS)?.unwrap_or(q_heads);
     if !q_heads.is_multiple_of(kv_heads) {
@@ -196,12 +207,17 @@ fn attention(keys: &Keys<'_>, arch: &Architecture, hidden: usize, norm: NormSpec
         kv_heads,
         head_dim,
         scale: (1.0 / (head_dim as f64).sqrt()) as f32,
+        bidirectional: false,
         window,
         soft_cap: None,
         rope: Some(0),
-        qk_norm: arch.traits.qk_norm.then_some(norm),
-        qkv_bias: arch.traits.qkv_bias == Bias::Qkv || keys.has_part(Part::QBias),
+        qk_norm: dialect.qk_norm.then_some(QkNorm { norm, across_heads: false }),
+        v_norm: None,
+        qkv_bias: dialect.qkv_bias || keys.has_part(Part::QBias),
         output_bias: keys.has_part(Part::OBias),
+        sinks: false,
+        gated: false,
+        kv: KvSource::Own,
     })
 }
 
@@ -248,5 +264,5 @@ fn rope(keys: &Keys<'_>, head_dim: usize, context: usize, divisors: Option<Vec<f
             return Err(keys.error("rope.scaling.type", why));
         }
     };
-    Ok(RopeSpec { theta, rotary_dim: head_dim, scaling })
+    Ok(RopeSpec { scaling, ..RopeSpec::plain(theta, head_dim) })
 }

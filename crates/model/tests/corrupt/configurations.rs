@@ -91,7 +91,12 @@ pub(crate) fn configurations() {
             &["full_attention", "layer"],
         ),
         ("rope is a list", f(json!({"rope_parameters": []})), &["`rope_parameters`", "object"]),
-        ("partial rotation", f(json!({"partial_rotary_factor": 0.5})), &["`partial_rotary_factor`", "0.5"]),
+        (
+            "partial rotation",
+            f(json!({"partial_rotary_factor": 0.3})),
+            &["`partial_rotary_factor`", "0.3", "1 of 4"],
+        ),
+        ("more than a head rotates", f(json!({"partial_rotary_factor": 2.0})), &["`partial_rotary_factor`"]),
         ("two dtypes", f(json!({"dtype": "bfloat16"})), &["`dtype`", "torch_dtype"]),
         ("dtype int8", f(json!({"torch_dtype": "int8"})), &["`torch_dtype`", "int8", "bfloat16"]),
         ("activation", f(json!({"hidden_act": "relu"})), &["`hidden_act`", "relu", "silu"]),
@@ -111,7 +116,11 @@ pub(crate) fn configurations() {
             f(json!({"architectures": ["MambaForCausalLM"]})),
             &["MambaForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"],
         ),
-        ("quantized", f(json!({"quantization_config": {"bits": 4}})), &["`quantization_config`"]),
+        (
+            "quantized",
+            f(json!({"quantization_config": {"bits": 4}})),
+            &["`quantization_config.quant_method`"],
+        ),
         ("experts", f(json!({"num_local_experts": 8})), &["`num_local_experts`", "8"]),
         ("layer types too few", f(json!({"layer_types": []})), &["`layer_types`", "0 entries"]),
         (

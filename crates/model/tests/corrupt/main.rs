@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod configurations;
+mod families;
 mod files;
 
 use std::time::{Duration, Instant};
@@ -161,7 +162,7 @@ fn safetensors_files() {
             with_header(|h| h["model.layers.0.mlp.down_proj.weight"]["shape"] = json!([96])),
             &[FILE, "down_proj", "[96]"],
         ),
-        ("missing tensor", raw(&part.to_string(), part_len), &[FILE, "k_proj", "missing"]),
+        ("missing tensor", raw(&part.to_string(), part_len), &[FILE, "model.layers.0.", "missing"]),
         (
             "tensor of a layer that is not there",
             with_header(|h| {
@@ -423,6 +424,7 @@ fn claims_take_no_memory() {
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     };
     configurations::configurations();
+    families::shapes();
     safetensors_files();
     gguf_files();
     let kib = peak();

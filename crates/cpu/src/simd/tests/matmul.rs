@@ -1,6 +1,7 @@
 //! Products against an f64 reference, and their independence of batch, place and threads.
 
-use super::super::{Isa, PackedMatrix, Scratch, Storage};
+use super::super::matrix::Panels;
+use super::super::{Isa, Job, PackedMatrix, Place, Scratch, Storage, matmul_group};
 use super::{Rng, assert_close, bits, isas};
 use crate::pool::Pool;
 use half::{bf16, f16};
@@ -61,26 +62,29 @@ fn products_keep_their_error_bound() {
     println!("seed {seed}");
     let mut rng = Rng(seed);
     let pool = Pool::new(2);
-    for isa in isas() {
-        for storage in STORAGES {
-            // Odd sizes on purpose: a short last panel, an odd k, one column.
-            let shapes: &[(usize, usize)] = match storage {
-                Storage::Q8_0 => &[(1, 32), (33, 96), (70, 576), (40, 2880)],
-                Storage::Q4K => &[(1, 256), (33, 512), (70, 1536)],
-                _ => &[(1, 1), (31, 7), (33, 65), (70, 576), (40, 2880)],
-            };
-            for &(n, k) in shapes {
-                let (matrix, exact) = weight(&mut rng, storage, n, k, isa);
+    for storage in STORAGES {
+        // Odd sizes on purpose: a short last panel, an odd k, one column.
+        let shapes: &[(usize, usize)] = match storage {
+            Storage::Q8_0 => &[(1, 32), (33, 96), (40, 576)],
+            Storage::Q4K => &[(1, 256), (33, 512)],
+            _ => &[(1, 1), (31, 7), (33, 65), (70, 323)],
+        };
+        for &(n, k) in shapes {
+            let (matrix, exact) = weight(&mut rng, storage, n, k, Isa::Portable);
+            let x = rng.normals(31 * k);
+            let rows = x.chunks(k).map(|x| {
+                let sum = |w: &[f32]| w.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum();
+                exact.chunks(k).map(sum).collect::<Vec<f64>>()
+            });
+            let want: Vec<Vec<f64>> = rows.collect();
+            for isa in isas() {
+                let matrix = PackedMatrix { isa, ..copy(&matrix) };
                 for m in [1, 2, 3, 5, 7, 12, 13, 31] {
-                    let x = rng.normals(m * k);
-                    let got = product(&matrix, &pool, &x, m);
+                    let got = product(&matrix, &pool, &x[..m * k], m);
                     for (row, (x, got)) in x.chunks(k).zip(got.chunks(n)).enumerate() {
-                        let want: Vec<f64> = exact
-                            .chunks(k)
-                            .map(|w| w.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum())
-                            .collect();
                         let what = format!("{storage:?} {isa:?} n {n} k {k} m {m} row {row}");
-                        assert_close(got, &want, |c| bound(storage, &exact[c * k..(c + 1) * k], x), &what);
+                        let bound = |c: usize| bound(storage, &exact[c * k..(c + 1) * k], x);
+                        assert_close(got, &want[row], bound, &what);
                     }
                 }
             }
@@ -88,27 +92,39 @@ fn products_keep_their_error_bound() {
     }
 }
 
+/// The same weight again: layouts do not depend on the instruction set.
+fn copy(matrix: &PackedMatrix) -> PackedMatrix {
+    let panels = match &matrix.panels {
+        Panels::F32(p) => Panels::F32(p.clone()),
+        Panels::F16(p) => Panels::F16(p.clone()),
+        Panels::Bf16(p) => Panels::Bf16(p.clone()),
+        Panels::Q8_0(p) => Panels::Q8_0(p.clone()),
+        Panels::Q4K(p) => Panels::Q4K(p.clone()),
+    };
+    PackedMatrix { panels, ..*matrix }
+}
+
 #[test]
 fn a_row_does_not_depend_on_the_batch_or_the_threads() {
     let seed = 22;
     println!("seed {seed}");
     let mut rng = Rng(seed);
-    let pools = [Pool::new(1), Pool::new(2), Pool::new(3)];
-    let (n, k) = (150, 512);
-    // Counters in the innermost loops make kernels twenty times slower: then only sizes around every tile's edge.
-    let batches: Vec<usize> =
-        if cfg!(coverage) { vec![2, 3, 5, 8, 9, 16, 17, 31, 64, 80] } else { (2..=64).chain([512]).collect() };
+    let pools = [Pool::new(1), Pool::new(3)];
+    const ROWS: usize = 130;
+    let (n, k) = (70, 256);
+    // Counters in the innermost loops make kernels twenty times slower: then only sizes around some tiles' edges.
+    let batches: &[usize] =
+        if cfg!(coverage) { &[2, 5, 9, 64] } else { &[2, 3, 4, 5, 6, 8, 9, 12, 13, 25, 64, ROWS] };
     for isa in isas() {
         for storage in STORAGES {
             let (matrix, _) = weight(&mut rng, storage, n, k, isa);
-            let x = rng.normals(if cfg!(coverage) { 80 } else { 512 } * k);
-            let rows = x.len() / k;
+            let x = rng.normals(ROWS * k);
             let alone: Vec<Vec<u32>> =
                 x.chunks(k).map(|x| bits(&product(&matrix, &pools[0], x, 1))).collect();
             for pool in &pools {
-                for &m in &batches {
+                for &m in batches {
                     // The batch starts somewhere else each time, so that rows change their place.
-                    let first = if m == rows { 0 } else { rng.below(rows - m) };
+                    let first = if m == ROWS { 0 } else { rng.below(ROWS - m) };
                     let got = product(&matrix, pool, &x[first * k..(first + m) * k], m);
                     for (row, got) in got.chunks(n).enumerate() {
                         let what =
@@ -157,6 +173,59 @@ fn a_scratch_serves_products_of_any_order_and_size() {
         matrix.matmul(&pool, &x, m, &mut out, &mut scratch);
         assert_eq!(bits(&out), bits(&product(&matrix, &pool, &x, m)), "{storage:?} n {n} k {k} m {m}");
     }
+}
+
+#[test]
+fn a_group_gives_the_bits_of_single_products() {
+    let seed = 25;
+    println!("seed {seed}");
+    let mut rng = Rng(seed);
+    let mut scratch = Scratch::default();
+    for isa in isas() {
+        for threads in [1, 3] {
+            let pool = Pool::new(threads);
+            // Weights of several storages and shapes, some without rows, rows in disorder and shared by weights.
+            let weights: Vec<PackedMatrix> = (0..10)
+                .map(|i| {
+                    let n = [33, 64, 5, 130][i % 4];
+                    weight(&mut rng, STORAGES[i % 5], n, 256, isa).0
+                })
+                .collect();
+            let x = rng.normals(20 * 300);
+            let mut out_at = 7;
+            let mut rows: Vec<Vec<Place>> = Vec::new();
+            for (i, w) in weights.iter().enumerate() {
+                let mut places = Vec::new();
+                for _ in 0..[0, 1, 3, 14][(i * 7) % 4] {
+                    places.push(Place { x: rng.below(20) * 300 + 11, out: out_at });
+                    out_at += w.n() + rng.below(3);
+                }
+                places.reverse();
+                rows.push(places);
+            }
+            let mut out = vec![f32::NAN; out_at + 9];
+            let jobs: Vec<Job<'_>> =
+                weights.iter().zip(&rows).map(|(matrix, rows)| Job { matrix, rows }).collect();
+            matmul_group(&pool, &jobs, &x, &mut out, &mut scratch);
+            let mut written = 0;
+            for (w, rows) in weights.iter().zip(&rows) {
+                for row in rows {
+                    let alone = product(w, &pool, &x[row.x..row.x + 256], 1);
+                    assert_eq!(bits(&out[row.out..row.out + w.n()]), bits(&alone), "{w:?} {row:?}");
+                    written += w.n();
+                }
+            }
+            assert_eq!(out.iter().filter(|v| !v.is_nan()).count(), written, "nothing else is written");
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "results 0..2 and 1..3 overlap")]
+fn overlapping_results_are_named() {
+    let matrix = PackedMatrix::from_f32(&[1.0; 6], 2, 3, Isa::Portable).unwrap();
+    let jobs = [Job { matrix: &matrix, rows: &[Place { x: 0, out: 1 }, Place { x: 0, out: 0 }] }];
+    matmul_group(&Pool::new(1), &jobs, &[0.0; 3], &mut [0.0; 4], &mut Scratch::default());
 }
 
 #[test]

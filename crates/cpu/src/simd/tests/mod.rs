@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::needless_range_loop)]
 
 mod attention;
+mod delta;
 mod lanes;
 mod matmul;
 mod matrix;
