@@ -1,10 +1,11 @@
-// Attention of rows with one query token each, over paged keys and values: causal, window, sinks, soft-cap, grouped heads.
+// Attention of rows with one query token each, over paged keys and values: causal, window, sinks, soft-cap, grouped
+// heads.
 //
 //   out[token][h] = softmax(cap(scale q_h K^T) , sink_h) V      over keys [max(0, context - window), context)
 //
-// q: rows of `q_stride` elements whose first q_heads * head_dim columns are the queries. out [tokens, q_heads * head_dim].
-// All bf16; cache bf16 or e4m3 with a scale for each head. Query heads of a kv head are consecutive.
-// A sink is one more score of a head without a value. V may be the keys themselves (`values_are_keys`).
+// q: rows of `q_stride` elements whose first q_heads * head_dim columns are the queries. out [tokens, q_heads *
+// head_dim]. All bf16; cache bf16 or e4m3 with a scale for each head. Query heads of a kv head are consecutive. A sink
+// is one more score of a head without a value. V may be the keys themselves (`values_are_keys`).
 //
 // Work list (host code writes it into the step's upload): block b does items [starts[b], starts[b + 1]); an item is a
 // run of cache blocks of one row and one tile of up to 16 query heads of a kv head. A row too long for one block of
@@ -36,16 +37,16 @@ struct DecodeItem {
 struct DecodeArgs {
     const bf16* q;
     bf16* out;
-    const float* sinks;        // [q_heads]; null: none
+    const float* sinks;  // [q_heads]; null: none
     const RowInfo* rows;
-    const uint32_t* starts;    // [grid + 1]
+    const uint32_t* starts;  // [grid + 1]
     const DecodeItem* items;
-    float* partial;            // [parts][16][head_dim + 2]
+    float* partial;  // [parts][16][head_dim + 2]
     unsigned* counters;
     KvLayer kv;
     float scale;
-    float cap;                 // 0: none
-    uint32_t window;           // 0: none
+    float cap;        // 0: none
+    uint32_t window;  // 0: none
     int q_stride;
     int q_heads;
     int values_are_keys;
@@ -53,25 +54,25 @@ struct DecodeArgs {
 
 template <int kDim, bool kE4m3>
 struct Decode {
-    static constexpr int kTeam = kDim > 256 ? 2 : 1;      // warps that share a page
+    static constexpr int kTeam = kDim > 256 ? 2 : 1;  // warps that share a page
     static constexpr int kTeams = kDim > 256 ? 2 : 4;
     static constexpr int kThreads = kTeam * kTeams * 32;
     static constexpr int kStages = kDim >= 128 ? 2 : 3;
-    static constexpr int kOwn = kDim / kTeam;             // elements of the output that a warp forms
-    static constexpr int kStride = kDim * 2 + 16;         // bytes of a row in shared memory; the pad spreads the banks
+    static constexpr int kOwn = kDim / kTeam;      // elements of the output that a warp forms
+    static constexpr int kStride = kDim * 2 + 16;  // bytes of a row in shared memory; the pad spreads the banks
     static constexpr int kTile = kPageTokens * kStride;
     static constexpr int kRawRow = kDim * (kE4m3 ? 1 : 2);
     static constexpr int kRawStride = kE4m3 ? kDim : kStride;
     static constexpr int kRawTile = kPageTokens * kRawStride;
     // Of a team: ring of raw keys and values, and for e4m3 one page of each as bf16.
     static constexpr int kTeamBytes = kStages * 2 * kRawTile + (kE4m3 ? 2 * kTile : 0);
-    static constexpr int kMergeRow = kDim + 2;            // output, maximum, sum
+    static constexpr int kMergeRow = kDim + 2;  // output, maximum, sum
     static constexpr int kMergeBytes = kTeams * kHeadTile * kMergeRow * 4;
     static constexpr int kSharedBytes = kTile + (kTeams * kTeamBytes > kMergeBytes ? kTeams * kTeamBytes : kMergeBytes);
 
     struct State {
         float out[kOwn / 8][4];
-        float peak[2], sum[2];   // of rows g and g + 8
+        float peak[2], sum[2];  // of rows g and g + 8
     };
 
     PORT_FN static int team() { return static_cast<int>(threadIdx.x >> 5) / kTeam; }
@@ -87,8 +88,8 @@ struct Decode {
 
     // Asks for one page of one head. Rows that hold no token of the sequence become zero: what lies there may be NaN,
     // and a weight of zero times NaN is NaN.
-    PORT_FN static void fetch_page(const DecodeArgs& a, const uint32_t* table, uint32_t page, uint32_t head, int context,
-                                   unsigned char* stage) {
+    PORT_FN static void fetch_page(const DecodeArgs& a, const uint32_t* table, uint32_t page, uint32_t head,
+                                   int context, unsigned char* stage) {
         const int thread = static_cast<int>(threadIdx.x) % (kTeam * 32);
         constexpr int kPieces = kRawRow / 16;
         const uint32_t at = table[page];
@@ -143,7 +144,9 @@ struct Decode {
             for (int i = 0; i < 4; i++) {
                 const int key = first_key + n * 8 + 2 * t + i % 2;
                 float x = s[n][i] * scale;
-                if (a.cap > 0.0f) x = a.cap * fast_tanh(x / a.cap);
+                if (a.cap > 0.0f) {
+                    x = a.cap * fast_tanh(x / a.cap);
+                }
                 s[n][i] = key >= from && key < to ? x * kLog2E : -kInfinity;
                 peak[i / 2] = fmaxf(peak[i / 2], s[n][i]);
             }
@@ -180,7 +183,9 @@ struct Decode {
             for (int n = 0; n < 2; n++) {
                 float(&o)[4] = state.out[d / 8 + n];
 #pragma unroll
-                for (int i = 0; i < 4; i++) o[i] *= shrink[i / 2];
+                for (int i = 0; i < 4; i++) {
+                    o[i] *= shrink[i / 2];
+                }
                 mma_bf16(o, w, n ? b1 : b0);
             }
         }
@@ -197,7 +202,9 @@ struct Decode {
         const uint32_t first = item.first + static_cast<uint32_t>(team());
         for (int s = 0; s < kStages - 1; s++) {
             const uint32_t page = first + static_cast<uint32_t>(s * kTeams);
-            if (page < item.end) fetch_page(a, table, page, head, to, memory + s * 2 * kRawTile);
+            if (page < item.end) {
+                fetch_page(a, table, page, head, to, memory + s * 2 * kRawTile);
+            }
             copy_commit();
         }
         int stage = 0;
@@ -205,13 +212,17 @@ struct Decode {
             copy_wait<kStages - 2>();
             team_sync();  // this page is here, and the one before is done with
             const uint32_t next = page + (kStages - 1) * kTeams;
-            if (next < item.end) fetch_page(a, table, next, head, to, memory + (stage + kStages - 1) % kStages * 2 * kRawTile);
+            if (next < item.end) {
+                fetch_page(a, table, next, head, to, memory + (stage + kStages - 1) % kStages * 2 * kRawTile);
+            }
             copy_commit();
             unsigned char* keys = memory + stage * 2 * kRawTile;
             unsigned char* values = a.values_are_keys ? keys : keys + kRawTile;
             if constexpr (kE4m3) {
                 widen_page(keys, wide);
-                if (!a.values_are_keys) widen_page(values, wide + kTile);
+                if (!a.values_are_keys) {
+                    widen_page(values, wide + kTile);
+                }
                 team_sync();
                 keys = wide;
                 values = a.values_are_keys ? wide : wide + kTile;
@@ -246,7 +257,9 @@ struct Decode {
     // Adds up `parts` states that lie `stride` apart, element d of head row h; sum and maximum go where asked.
     PORT_FN static float merged(const float* parts, int count, size_t stride, int h, int d, float* peak, float* sum) {
         float top = -kInfinity;
-        for (int p = 0; p < count; p++) top = fmaxf(top, parts[p * stride + h * kMergeRow + kDim]);
+        for (int p = 0; p < count; p++) {
+            top = fmaxf(top, parts[p * stride + h * kMergeRow + kDim]);
+        }
         const float base = top == -kInfinity ? 0.0f : top;
         float value = 0.0f, total = 0.0f;
         for (int p = 0; p < count; p++) {
@@ -263,13 +276,17 @@ struct Decode {
     PORT_FN static void write_out(const DecodeArgs& a, const RowInfo& row, uint32_t kv_head, int first_head, int heads,
                                   const float* parts, int count, size_t stride) {
         float value_scale = 1.0f;
-        if (kE4m3 && a.kv.scales) value_scale = a.kv.scales[a.values_are_keys ? kv_head : a.kv.kv_heads + kv_head];
+        if (kE4m3 && a.kv.scales) {
+            value_scale = a.kv.scales[a.values_are_keys ? kv_head : a.kv.kv_heads + kv_head];
+        }
         for (int i = static_cast<int>(threadIdx.x); i < heads * kDim / 2; i += kThreads) {
             const int h = i / (kDim / 2), d = i % (kDim / 2) * 2;
             float peak, sum, v[2];
             v[0] = merged(parts, count, stride, h, d, &peak, &sum);
             v[1] = merged(parts, count, stride, h, d + 1, &peak, &sum);
-            if (a.sinks) sum += fast_exp2(a.sinks[first_head + h] * kLog2E - (peak == -kInfinity ? 0.0f : peak));
+            if (a.sinks) {
+                sum += fast_exp2(a.sinks[first_head + h] * kLog2E - (peak == -kInfinity ? 0.0f : peak));
+            }
             const float factor = sum > 0.0f ? value_scale / sum : 0.0f;
             const size_t at = (static_cast<size_t>(row.first) * a.q_heads + first_head + h) * kDim + d;
             *reinterpret_cast<uint32_t*>(a.out + at) = pack_bf16(v[0] * factor, v[1] * factor);
@@ -291,13 +308,16 @@ struct Decode {
             const int h = i / (kDim / 8), d = i % (kDim / 8) * 8;
             store16(q + h * kStride + d * 2, h < heads ? load16(from + h * kDim + d) : uint4{0, 0, 0, 0});
         }
+        // The item before is done with the rest: all threads have read it when they come here.
         block_sync();
 
         State state;
 #pragma unroll
         for (int n = 0; n < kOwn / 8; n++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) state.out[n][i] = 0.0f;
+            for (int i = 0; i < 4; i++) {
+                state.out[n][i] = 0.0f;
+            }
         }
         state.peak[0] = state.peak[1] = -kInfinity;
         state.sum[0] = state.sum[1] = 0.0f;
@@ -322,15 +342,18 @@ struct Decode {
                 }
             }
             block_sync();
-            if (threadIdx.x == 0) *last = count_arrival(a.counters + item.group) + 1 == item.group_parts;
+            if (threadIdx.x == 0) {
+                *last = count_arrival(a.counters + item.group) + 1 == item.group_parts;
+            }
             block_sync();
             if (*last) {
                 const float* parts = a.partial + static_cast<size_t>(item.group_first) * kPart;
                 write_out(a, row, kv_head, first_head, heads, parts, static_cast<int>(item.group_parts), kPart);
-                if (threadIdx.x == 0) a.counters[item.group] = 0;
+                if (threadIdx.x == 0) {
+                    a.counters[item.group] = 0;
+                }
             }
         }
-        block_sync();  // shared memory is free for the next item
     }
 
     PORT_FN static void run(const DecodeArgs& a) {
@@ -339,7 +362,9 @@ struct Decode {
         let_dependents_start();
         dependency_wait();
         const uint32_t end = a.starts[blockIdx.x + 1];
-        for (uint32_t i = a.starts[blockIdx.x]; i < end; i++) run_item(a, a.items[i], shared, last);
+        for (uint32_t i = a.starts[blockIdx.x]; i < end; i++) {
+            run_item(a, a.items[i], shared, last);
+        }
     }
 };
 

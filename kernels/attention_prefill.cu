@@ -34,8 +34,8 @@ struct PrefillArgs {
     const PrefillItem* items;
     KvLayer kv;
     float scale;
-    float cap;           // 0: none
-    uint32_t window;     // 0: none
+    float cap;        // 0: none
+    uint32_t window;  // 0: none
     int q_stride;
     int q_heads;
     int values_are_keys;
@@ -44,7 +44,7 @@ struct PrefillArgs {
 
 template <int kDim, bool kE4m3>
 struct Prefill {
-    static constexpr int kSplit = kDim > 256 ? 2 : 1;   // warps that share 16 queries
+    static constexpr int kSplit = kDim > 256 ? 2 : 1;  // warps that share 16 queries
     static constexpr int kThreads = 4 * kSplit * 32;
     static constexpr int kOwn = kDim / kSplit;
     static constexpr int kKeys = kDim <= 128 ? 64 : kDim <= 256 ? 32 : 16;
@@ -53,13 +53,13 @@ struct Prefill {
     static constexpr int kRawRow = kDim * (kE4m3 ? 1 : 2);
     static constexpr int kRawStride = kE4m3 ? kDim : kStride;
     static constexpr int kRawTile = kKeys * kRawStride;
-    static constexpr bool kHoldQueries = kDim <= 128;   // their fragments stay in registers
+    static constexpr bool kHoldQueries = kDim <= 128;  // their fragments stay in registers
     static constexpr int kSharedBytes = kQueries * kStride + 4 * kRawTile + (kE4m3 ? 2 * kTile : 0);
 
     struct State {
         float out[kOwn / 8][4];
         float peak[2], sum[2];
-        int from[2], to[2];     // keys that rows g and g + 8 see
+        int from[2], to[2];  // keys that rows g and g + 8 see
         uint32_t q[kHoldQueries ? kDim / 16 : 1][4];
     };
 
@@ -68,8 +68,8 @@ struct Prefill {
 
     // Asks for the keys and values [first, first + kKeys). Those outside [from, to) are not read and become zero:
     // their pages may be gone, and what lies behind the last token may be NaN.
-    PORT_FN static void fetch_tile(const PrefillArgs& a, const uint32_t* table, uint32_t head, int first, int from, int to,
-                                   unsigned char* stage) {
+    PORT_FN static void fetch_tile(const PrefillArgs& a, const uint32_t* table, uint32_t head, int first, int from,
+                                   int to, unsigned char* stage) {
         constexpr int kPieces = kRawRow / 16;
         for (int part = 0; part < (a.values_are_keys ? 1 : 2); part++) {
             for (int i = static_cast<int>(threadIdx.x); i < kKeys * kPieces; i += kThreads) {
@@ -107,7 +107,9 @@ struct Prefill {
         for (int d = 0; d < kDim; d += 16) {
             uint32_t a[4];
             if constexpr (kHoldQueries) {
-                for (int i = 0; i < 4; i++) a[i] = state.q[d / 16][i];
+                for (int i = 0; i < 4; i++) {
+                    a[i] = state.q[d / 16][i];
+                }
             } else {
                 load_queries(q, d, a);
             }
@@ -133,7 +135,9 @@ struct Prefill {
             for (int i = 0; i < 4; i++) {
                 const int key = first + n * 8 + 2 * t + i % 2, r = i / 2;
                 float x = s[n][i] * scale;
-                if (a.cap > 0.0f) x = a.cap * fast_tanh(x / a.cap);
+                if (a.cap > 0.0f) {
+                    x = a.cap * fast_tanh(x / a.cap);
+                }
                 s[n][i] = key >= state.from[r] && key < state.to[r] ? x * kLog2E : -kInfinity;
                 peak[r] = fmaxf(peak[r], s[n][i]);
             }
@@ -167,12 +171,15 @@ struct Prefill {
 #pragma unroll
         for (int n = 0; n < kOwn / 8; n++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) state.out[n][i] *= shrink[i / 2];
+            for (int i = 0; i < 4; i++) {
+                state.out[n][i] *= shrink[i / 2];
+            }
         }
 #pragma unroll
         for (int k = 0; k < kKeys; k += 16) {
             const uint32_t w[4] = {pack_bf16(s[k / 8][0], s[k / 8][1]), pack_bf16(s[k / 8][2], s[k / 8][3]),
-                                   pack_bf16(s[k / 8 + 1][0], s[k / 8 + 1][1]), pack_bf16(s[k / 8 + 1][2], s[k / 8 + 1][3])};
+                                   pack_bf16(s[k / 8 + 1][0], s[k / 8 + 1][1]),
+                                   pack_bf16(s[k / 8 + 1][2], s[k / 8 + 1][3])};
 #pragma unroll
             for (int d = 0; d < kOwn; d += 16) {
                 uint32_t b[4];
@@ -184,20 +191,26 @@ struct Prefill {
         }
     }
 
-    PORT_FN static void write_out(const PrefillArgs& a, State& state, const RowInfo& row, const PrefillItem& item, int group,
-                                  int queries) {
+    PORT_FN static void write_out(const PrefillArgs& a, State& state, const RowInfo& row, const PrefillItem& item,
+                                  int group, int queries) {
         const int l = static_cast<int>(lane_id()), g = l >> 2, t = l & 3;
         float value_scale = 1.0f;
-        if (kE4m3 && a.kv.scales) value_scale = a.kv.scales[a.values_are_keys ? item.kv_head : a.kv.kv_heads + item.kv_head];
+        if (kE4m3 && a.kv.scales) {
+            value_scale = a.kv.scales[a.values_are_keys ? item.kv_head : a.kv.kv_heads + item.kv_head];
+        }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float sum = state.sum[r];
             sum += shuffle_xor(sum, 1);
             sum += shuffle_xor(sum, 2);
             const int query = static_cast<int>(item.first) + group_warp() * 16 + g + r * 8;
-            if (query >= queries) continue;
+            if (query >= queries) {
+                continue;
+            }
             const int head = static_cast<int>(item.kv_head) * group + query % group;
-            if (a.sinks) sum += fast_exp2(a.sinks[head] * kLog2E - (state.peak[r] == -kInfinity ? 0.0f : state.peak[r]));
+            if (a.sinks) {
+                sum += fast_exp2(a.sinks[head] * kLog2E - (state.peak[r] == -kInfinity ? 0.0f : state.peak[r]));
+            }
             const float factor = sum > 0.0f ? value_scale / sum : 0.0f;
             const size_t token = row.first + static_cast<uint32_t>(query / group);
             bf16* to = a.out + (token * a.q_heads + head) * kDim + member() * kOwn;
@@ -248,7 +261,9 @@ struct Prefill {
 #pragma unroll
         for (int n = 0; n < kOwn / 8; n++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) state.out[n][i] = 0.0f;
+            for (int i = 0; i < 4; i++) {
+                state.out[n][i] = 0.0f;
+            }
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -261,7 +276,9 @@ struct Prefill {
         }
         if constexpr (kHoldQueries) {
 #pragma unroll
-            for (int d = 0; d < kDim; d += 16) load_queries(q, d, state.q[d / 16]);
+            for (int d = 0; d < kDim; d += 16) {
+                load_queries(q, d, state.q[d / 16]);
+            }
         }
         const float scale = a.scale * (kE4m3 && a.kv.scales ? a.kv.scales[item.kv_head] : 1.0f);
 
@@ -270,14 +287,17 @@ struct Prefill {
             copy_wait<0>();
             block_sync();  // this tile is here, and the one before is done with
             if (tile + 1 < end_tile) {
-                fetch_tile(a, table, item.kv_head, (tile + 1) * kKeys, from, to, ring + (tile + 1 - first_tile) % 2 * 2 * kRawTile);
+                fetch_tile(a, table, item.kv_head, (tile + 1) * kKeys, from, to,
+                           ring + (tile + 1 - first_tile) % 2 * 2 * kRawTile);
             }
             copy_commit();
             const unsigned char* keys = stage;
             const unsigned char* values = a.values_are_keys ? stage : stage + kRawTile;
             if constexpr (kE4m3) {
                 widen_tile(keys, wide);
-                if (!a.values_are_keys) widen_tile(values, wide + kTile);
+                if (!a.values_are_keys) {
+                    widen_tile(values, wide + kTile);
+                }
                 block_sync();
                 keys = wide;
                 values = a.values_are_keys ? wide : wide + kTile;

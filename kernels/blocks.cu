@@ -7,8 +7,8 @@
 
 #include "tile.cuh"
 
-extern "C" __global__ void __launch_bounds__(256) copy_pages(unsigned char* pool, const uint32_t* from, const uint32_t* to,
-                                                             unsigned long long bytes) {
+extern "C" __global__ void __launch_bounds__(256)
+    copy_pages(unsigned char* pool, const uint32_t* from, const uint32_t* to, unsigned long long bytes) {
     let_dependents_start();
     dependency_wait();
     const unsigned char* source = pool + from[blockIdx.x] * bytes;
@@ -19,7 +19,8 @@ extern "C" __global__ void __launch_bounds__(256) copy_pages(unsigned char* pool
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) zero_pages(unsigned char* pool, const uint32_t* to, unsigned long long bytes) {
+extern "C" __global__ void __launch_bounds__(256)
+    zero_pages(unsigned char* pool, const uint32_t* to, unsigned long long bytes) {
     let_dependents_start();
     dependency_wait();
     unsigned char* target = pool + to[blockIdx.x] * bytes;

@@ -13,7 +13,9 @@ PORT_FN void add_row(bf16* x, const bf16* y, int width) {
         Eight a = widen8(load16(x + i));
         const Eight b = widen8(load16(y + i));
 #pragma unroll
-        for (int j = 0; j < 8; j++) a.x[j] += b.x[j];
+        for (int j = 0; j < 8; j++) {
+            a.x[j] += b.x[j];
+        }
         store16(x + i, narrow8(a));
     }
 }

@@ -13,7 +13,9 @@ PORT_FN Eight gated8(const bf16* row, int i, int width, const GateSpec& gate) {
     const Eight g = widen8(load16(row + i)), u = widen8(load16(row + width + i));
     Eight out;
 #pragma unroll
-    for (int j = 0; j < 8; j++) out.x[j] = activate(g.x[j], u.x[j], gate);
+    for (int j = 0; j < 8; j++) {
+        out.x[j] = activate(g.x[j], u.x[j], gate);
+    }
     return out;
 }
 
@@ -26,8 +28,8 @@ extern "C" __global__ void __launch_bounds__(256) glu_bf16(const bf16* x, bf16* 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) glu_e4m3(const bf16* x, e4m3* out, float* out_scales, int width,
-                                                           int group, GateSpec gate) {
+extern "C" __global__ void __launch_bounds__(256)
+    glu_e4m3(const bf16* x, e4m3* out, float* out_scales, int width, int group, GateSpec gate) {
     PORT_SHARED(float, scratch, 32);
     PORT_DYNAMIC_SHARED(shared);
     float* held = reinterpret_cast<float*>(shared);
@@ -40,22 +42,32 @@ extern "C" __global__ void __launch_bounds__(256) glu_e4m3(const bf16* x, e4m3* 
         const Eight v = gated8(x + row * 2 * width, i, width, gate);
         peak = fmaxf(peak, largest_magnitude(v));
 #pragma unroll
-        for (int j = 0; j < 8; j++) held[i + j] = v.x[j];
+        for (int j = 0; j < 8; j++) {
+            held[i + j] = v.x[j];
+        }
     }
     const bool whole_row = group == width;
-    if (whole_row) peak = block_max(peak, scratch);
+    if (whole_row) {
+        peak = block_max(peak, scratch);
+    }
     // All lanes take part in the shuffles of the last, partial round.
     for (int start = 0; start < width; start += step) {
         const int i = start + t * 8;
         Eight v{};
         if (i < width) {
 #pragma unroll
-            for (int j = 0; j < 8; j++) v.x[j] = held[i + j];
+            for (int j = 0; j < 8; j++) {
+                v.x[j] = held[i + j];
+            }
         }
         const float mine = whole_row ? peak : group_max(largest_magnitude(v), group);
-        if (i >= width) continue;
+        if (i >= width) {
+            continue;
+        }
         const float scale = mine > 0.0f ? mine / kE4m3Max : 1.0f;
         *reinterpret_cast<uint2*>(out + row * width + i) = quantize8(v, 1.0f / scale);
-        if (i % group == 0) out_scales[row * (width / group) + i / group] = scale;
+        if (i % group == 0) {
+            out_scales[row * (width / group) + i / group] = scale;
+        }
     }
 }

@@ -6,9 +6,9 @@
 
 #include "tile.cuh"
 
-constexpr int kTile = 128;                 // outputs of a block
-constexpr int kChunk = 64;                 // k of a stage
-constexpr int kResultStride = kTile + 4;   // singles from row to row of results in shared memory
+constexpr int kTile = 128;                // outputs of a block
+constexpr int kChunk = 64;                // k of a stage
+constexpr int kResultStride = kTile + 4;  // singles from row to row of results in shared memory
 
 struct MatmulArgs {
     const unsigned char* weight;
@@ -18,9 +18,9 @@ struct MatmulArgs {
     void* y;
     float* partial;
     unsigned* counters;
-    const uint32_t* experts;   // null: one weight. Else [1 + n]: how many have rows, then which
-    const uint32_t* offsets;   // [experts + 1]: places of each expert's pairs
-    const uint32_t* pairs;     // [places]: token * top_k + slot
+    const uint32_t* experts;           // null: one weight. Else [1 + n]: how many have rows, then which
+    const uint32_t* offsets;           // [experts + 1]: places of each expert's pairs
+    const uint32_t* pairs;             // [places]: token * top_k + slot
     unsigned long long weight_stride;  // bytes from expert to expert
     uint32_t scale_stride;             // scales from expert to expert
     int rows;
@@ -42,7 +42,7 @@ struct MatmulTask {
     const unsigned char* weight;
     const float* scales;
     const bf16* bias;
-    uint32_t first;   // place of its first row
+    uint32_t first;  // place of its first row
     int rows;
 };
 
@@ -53,8 +53,12 @@ PORT_FN MatmulTask dense_task(const MatmulArgs& a, uint32_t first, int rows) {
 PORT_FN MatmulTask expert_task(const MatmulArgs& a, uint32_t expert, uint32_t first, int rows) {
     MatmulTask task = dense_task(a, first, rows);
     task.weight += expert * a.weight_stride;
-    if (task.scales) task.scales += static_cast<size_t>(expert) * a.scale_stride;
-    if (task.bias) task.bias += static_cast<size_t>(expert) * a.out;
+    if (task.scales) {
+        task.scales += static_cast<size_t>(expert) * a.scale_stride;
+    }
+    if (task.bias) {
+        task.bias += static_cast<size_t>(expert) * a.out;
+    }
     return task;
 }
 
@@ -78,53 +82,57 @@ PORT_FN size_t source_row(const MatmulArgs& a, const MatmulTask& task, int row) 
 
 // Scale of a weight's row for the 128 k that hold `k`.
 PORT_FN float weight_scale(const MatmulArgs& a, const MatmulTask& task, int row, int k) {
-    if (row < 0) return 0.0f;
+    if (row < 0) {
+        return 0.0f;
+    }
     const int columns = a.scale_blocks ? ceil_div(a.in, 128) : 1, column = a.scale_blocks ? k / 128 : 0;
     return task.scales[static_cast<size_t>(row / a.scale_rows) * columns + column];
 }
 
-    PORT_FN void finish_pair(const MatmulArgs& a, const MatmulTask& task, int row, int r, float v0, float v1) {
-        const int w = weight_row(a, r);
-        const size_t place = task.first + static_cast<uint32_t>(row);
-        if (task.bias) {
-            v0 += to_float(task.bias[w]);
-            v1 += to_float(task.bias[w + 1]);
-        }
-        v0 *= a.scale;
-        v1 *= a.scale;
-        if (a.cap > 0.0f) {
-            v0 = a.cap * tanhf(v0 / a.cap);
-            v1 = a.cap * tanhf(v1 / a.cap);
-        }
-        if (a.single_out) {
-            *reinterpret_cast<float2*>(static_cast<float*>(a.y) + place * a.out + w) = float2{v0, v1};
-        } else {
-            *reinterpret_cast<uint32_t*>(static_cast<bf16*>(a.y) + place * a.out + w) = pack_bf16(v0, v1);
-        }
+PORT_FN void finish_pair(const MatmulArgs& a, const MatmulTask& task, int row, int r, float v0, float v1) {
+    const int w = weight_row(a, r);
+    const size_t place = task.first + static_cast<uint32_t>(row);
+    if (task.bias) {
+        v0 += to_float(task.bias[w]);
+        v1 += to_float(task.bias[w + 1]);
     }
+    v0 *= a.scale;
+    v1 *= a.scale;
+    if (a.cap > 0.0f) {
+        v0 = a.cap * tanhf(v0 / a.cap);
+        v1 = a.cap * tanhf(v1 / a.cap);
+    }
+    if (a.single_out) {
+        *reinterpret_cast<float2*>(static_cast<float*>(a.y) + place * a.out + w) = float2{v0, v1};
+    } else {
+        *reinterpret_cast<uint32_t*>(static_cast<bf16*>(a.y) + place * a.out + w) = pack_bf16(v0, v1);
+    }
+}
 
-    PORT_FN void finish_gated(const MatmulArgs& a, const MatmulTask& task, const float* results, int row, int r) {
-        const int w = weight_row(a, r), width = a.out / 2;
-        float y[2];
+PORT_FN void finish_gated(const MatmulArgs& a, const MatmulTask& task, const float* results, int row, int r) {
+    const int w = weight_row(a, r), width = a.out / 2;
+    float y[2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float g = results[row * kResultStride + r + i], u = results[row * kResultStride + r + kTile / 2 + i];
-            if (task.bias) {
-                g += to_float(task.bias[w + i]);
-                u += to_float(task.bias[width + w + i]);
-            }
-            y[i] = activate(g, u, a.gate);
+    for (int i = 0; i < 2; i++) {
+        float g = results[row * kResultStride + r + i], u = results[row * kResultStride + r + kTile / 2 + i];
+        if (task.bias) {
+            g += to_float(task.bias[w + i]);
+            u += to_float(task.bias[width + w + i]);
         }
-        const size_t place = task.first + static_cast<uint32_t>(row);
-        *reinterpret_cast<uint32_t*>(static_cast<bf16*>(a.y) + place * width + w) = pack_bf16(y[0], y[1]);
+        y[i] = activate(g, u, a.gate);
     }
+    const size_t place = task.first + static_cast<uint32_t>(row);
+    *reinterpret_cast<uint32_t*>(static_cast<bf16*>(a.y) + place * width + w) = pack_bf16(y[0], y[1]);
+}
 
 // Bias, gate, scale and cap, and out with it. `results`: [rows][kResultStride] in shared memory, behind a barrier.
 PORT_FN void finish_results(const MatmulArgs& a, const MatmulTask& task, const float* results) {
     const int width = a.gated ? kTile / 2 : kTile;
     for (int i = static_cast<int>(threadIdx.x); i < task.rows * width / 2; i += static_cast<int>(blockDim.x)) {
         const int row = i / (width / 2), r = i % (width / 2) * 2;
-        if (weight_row(a, r) < 0) continue;
+        if (weight_row(a, r) < 0) {
+            continue;
+        }
         if (a.gated) {
             finish_gated(a, task, results, row, r);
         } else {

@@ -9,7 +9,7 @@
 //
 // Algorithm: 64 rows by 128 outputs a block, eight warps of 32 by 32, k in stages of 64 through a ring of three
 // cp.async stages; m16n8k16 on fragments from ldmatrix. e4m3 weights are widened in shared memory, and their scales are
-// applied to the sums of each 128 k.
+// applied to the sums of each 128 k. Dense weights are asked for before the dependency wait.
 //
 // Work: 2 * rows * in * out over the tensor cores' rate; each weight is read rows / 64 times, from L2 mostly.
 
@@ -27,15 +27,18 @@ struct Grouped {
     static constexpr int kWeightTile = kTile * kRawStride;
     static constexpr int kStage = kXTile + kWeightTile;
     static constexpr int kRing = kStages * kStage + (kE4m3 ? kTile * kStride : 0);
-    static constexpr int kSharedBytes = kRing > kRows * kResultStride * 4 ? kRing : kRows * kResultStride * 4;
+    static constexpr int kSharedBytes = kRing > kRows* kResultStride * 4 ? kRing : kRows* kResultStride * 4;
 
-    PORT_FN static void fetch(const MatmulArgs& a, const MatmulTask& task, int chunk, unsigned char* stage) {
+    PORT_FN static void fetch_x(const MatmulArgs& a, const MatmulTask& task, int chunk, unsigned char* stage) {
         for (int i = static_cast<int>(threadIdx.x); i < kRows * 8; i += kThreads) {
             const int row = i / 8, k = chunk * kChunk + i % 8 * 8;
             const bool inside = row < task.rows && k < a.in;
             const bf16* from = a.x + (inside ? source_row(a, task, row) * a.in + k : 0);
             copy_async(stage + row * kStride + i % 8 * 16, from, inside ? 16u : 0u);
         }
+    }
+
+    PORT_FN static void fetch_weights(const MatmulArgs& a, const MatmulTask& task, int chunk, unsigned char* stage) {
         constexpr int kPieces = kRawRow / 16, kElement = kE4m3 ? 1 : 2;
         for (int i = static_cast<int>(threadIdx.x); i < kTile * kPieces; i += kThreads) {
             const int row = weight_row(a, i / kPieces), k = chunk * kChunk + i % kPieces * (16 / kElement);
@@ -71,7 +74,8 @@ struct Grouped {
             }
 #pragma unroll
             for (int n = 0; n < 2; n++) {
-                load_matrix_x4(b[n], w + (warp_out() + n * 16 + l % 8 + l / 16 * 8) * kStride + (k + l / 8 % 2 * 8) * 2);
+                load_matrix_x4(b[n],
+                               w + (warp_out() + n * 16 + l % 8 + l / 16 * 8) * kStride + (k + l / 8 % 2 * 8) * 2);
             }
 #pragma unroll
             for (int m = 0; m < 2; m++) {
@@ -91,7 +95,8 @@ struct Grouped {
         for (int n = 0; n < 4; n++) {
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                const float scale = weight_scale(a, task, weight_row(a, warp_out() + n * 8 + 2 * t + c), chunk * kChunk);
+                const float scale =
+                    weight_scale(a, task, weight_row(a, warp_out() + n * 8 + 2 * t + c), chunk * kChunk);
 #pragma unroll
                 for (int m = 0; m < 2; m++) {
 #pragma unroll
@@ -106,21 +111,30 @@ struct Grouped {
 
     PORT_FN static void run(const MatmulArgs& a, const uint32_t* tiles) {
         PORT_DYNAMIC_SHARED(shared);
+        const int chunks = ceil_div(a.in, kChunk), row_tile = static_cast<int>(blockIdx.y) * kRows;
+        MatmulTask task = dense_task(a, static_cast<uint32_t>(row_tile), smaller(kRows, a.rows - row_tile));
+        if (!tiles) {
+            for (int s = 0; s < smaller(kStages - 1, chunks); s++) {
+                fetch_weights(a, task, s, shared + s * kStage);
+            }
+        }
         let_dependents_start();
         dependency_wait();
-        MatmulTask task;
         if (tiles) {
-            if (blockIdx.y >= tiles[0]) return;
+            if (blockIdx.y >= tiles[0]) {
+                return;
+            }
             const uint32_t expert = tiles[1 + 2 * blockIdx.y], skip = tiles[2 + 2 * blockIdx.y];
             const uint32_t first = a.offsets[expert] + skip;
             task = expert_task(a, expert, first, smaller(kRows, static_cast<int>(a.offsets[expert + 1] - first)));
-        } else {
-            const int first = static_cast<int>(blockIdx.y) * kRows;
-            task = dense_task(a, static_cast<uint32_t>(first), smaller(kRows, a.rows - first));
         }
-        const int chunks = ceil_div(a.in, kChunk);
         for (int s = 0; s < kStages - 1; s++) {
-            if (s < chunks) fetch(a, task, s, shared + s * kStage);
+            if (s < chunks) {
+                if (tiles) {
+                    fetch_weights(a, task, s, shared + s * kStage);
+                }
+                fetch_x(a, task, s, shared + s * kStage);
+            }
             copy_commit();
         }
         float sums[2][4][4] = {}, totals[2][4][4] = {};
@@ -129,7 +143,10 @@ struct Grouped {
             copy_wait<kStages - 2>();
             block_sync();  // this stage is here, and the one before is done with
             const int next = chunk + kStages - 1;
-            if (next < chunks) fetch(a, task, next, shared + next % kStages * kStage);
+            if (next < chunks) {
+                fetch_weights(a, task, next, shared + next % kStages * kStage);
+                fetch_x(a, task, next, shared + next % kStages * kStage);
+            }
             copy_commit();
             const unsigned char* stage = shared + chunk % kStages * kStage;
             const unsigned char* w = stage + kXTile;
@@ -139,7 +156,9 @@ struct Grouped {
                 w = wide;
             }
             multiply(stage, w, sums);
-            if (kE4m3 && (chunk % 2 == 1 || chunk + 1 == chunks)) apply_scales(a, task, chunk, sums, totals);
+            if (kE4m3 && (chunk % 2 == 1 || chunk + 1 == chunks)) {
+                apply_scales(a, task, chunk, sums, totals);
+            }
         }
         copy_wait<0>();
         block_sync();  // the ring becomes the results
@@ -162,9 +181,11 @@ struct Grouped {
 };
 
 // Dynamic shared memory: Grouped<...>::kSharedBytes.
-extern "C" __global__ void __launch_bounds__(Grouped<false>::kThreads) matmul_grouped_bf16(MatmulArgs args, const uint32_t* tiles) {
+extern "C" __global__ void __launch_bounds__(Grouped<false>::kThreads)
+    matmul_grouped_bf16(MatmulArgs args, const uint32_t* tiles) {
     Grouped<false>::run(args, tiles);
 }
-extern "C" __global__ void __launch_bounds__(Grouped<true>::kThreads) matmul_grouped_e4m3(MatmulArgs args, const uint32_t* tiles) {
+extern "C" __global__ void __launch_bounds__(Grouped<true>::kThreads)
+    matmul_grouped_e4m3(MatmulArgs args, const uint32_t* tiles) {
     Grouped<true>::run(args, tiles);
 }

@@ -1,10 +1,12 @@
 // Matmul of 1 to 64 rows, which reads every weight once and is as fast as memory gives them.
 //
 //   y = epilogue(x w^T + bias)      x [rows, in] bf16, w [out, in] bf16 or e4m3, y [rows, out] bf16 or single
-//   epilogue: y * scale, then cap * tanh(y / cap) if cap > 0; or, gated, w is [gate | up] and y = gate(g, u), [rows, out / 2]
+//   epilogue: y * scale, then cap * tanh(y / cap) if cap > 0; or, gated, w is [gate | up] and y = gate(g, u), [rows,
+//   out / 2]
 //
 // in is a multiple of 8 (bf16) or 16 (e4m3), out of 2 (4 where gated); weights and x start on 16 bytes.
-// e4m3: scales [ceil(out / scale_rows), ceil(in / 128)] if `scale_blocks`, else [ceil(out / scale_rows), 1]; value = code * scale.
+// e4m3: scales [ceil(out / scale_rows), ceil(in / 128)] if `scale_blocks`, else [ceil(out / scale_rows), 1]; value =
+// code * scale.
 //
 // Experts: with `experts` set, grid z is an index into the list of experts that have rows (see `moe_route.cu`), each
 // with its own weight at w + expert * weight_stride, bias and scales likewise. Rows are those of the expert: input row
@@ -12,13 +14,13 @@
 // expert with one row costs its weights.
 //
 // Algorithm: weights are the wide side of the tensor-core tile: m16n8k16 with 16 outputs by 8 rows. A block has 128
-// outputs and, with split-K, a range of `in`. Every thread copies to shared memory exactly the 16-byte pieces of weights
-// that it will multiply itself, through a ring of kStages stages, so that no barrier stands between memory and the
-// tensor core; it may take any 16 neighbours of k, as long as x is read in the same order. The rows of x of a stage are
-// shared by the block, hence one barrier a stage of 64 k. Weights are asked for before the dependency wait.
-// With split-K every block writes its sums, and the last to arrive adds them in the order of splits: the same bits
-// whoever is last. `counters` [tiles * experts] is zero before and after; `partial` has tiles * splits * experts * rows * 128 singles.
-// Grid: (ceil(outputs / 128), splits, 1 or active experts), where outputs is `out`.
+// outputs and, with split-K, a range of `in`. Every thread copies to shared memory exactly the 16-byte pieces of
+// weights that it will multiply itself, through a ring of kStages stages, so that no barrier stands between memory and
+// the tensor core; it may take any 16 neighbours of k, as long as x is read in the same order. The rows of x of a stage
+// are shared by the block, hence one barrier a stage of 64 k. Weights are asked for before the dependency wait. With
+// split-K every block writes its sums, and the last to arrive adds them in the order of splits: the same bits whoever
+// is last. `counters` [tiles * experts] is zero before and after; `partial` has tiles * splits * experts * rows * 128
+// singles. Grid: (ceil(outputs / 128), splits, 1 or active experts), where outputs is `out`.
 //
 // Bytes: out * in * (2 or 1) + rows * in * 2 * tiles, the second from L2. Floor: out * in * (2 or 1) / bandwidth.
 
@@ -65,7 +67,8 @@ struct Skinny {
             const int row = i / 8, c = i % 8, k = chunk * kChunk + c * 8;
             const bool inside = row < task.rows && k < a.in;
             const size_t source = inside ? source_row(a, task, row) : 0;
-            copy_async(stage + (row * 8 + swizzled(row, c)) * 16, a.x + source * a.in + (inside ? k : 0), inside ? 16u : 0u);
+            copy_async(stage + (row * 8 + swizzled(row, c)) * 16, a.x + source * a.in + (inside ? k : 0),
+                       inside ? 16u : 0u);
         }
     }
 
@@ -86,15 +89,21 @@ struct Skinny {
                     const uint2 top0 = widen_e4m3x4(h ? top.z : top.x), top1 = widen_e4m3x4(h ? top.w : top.y);
                     const uint2 low0 = widen_e4m3x4(h ? low.z : low.x), low1 = widen_e4m3x4(h ? low.w : low.y);
                     const uint32_t steps[2][4] = {{top0.x, low0.x, top0.y, low0.y}, {top1.x, low1.x, top1.y, low1.y}};
-                    for (int i = 0; i < 4; i++) a[m][0][i] = steps[0][i], a[m][1][i] = steps[1][i];
+                    for (int i = 0; i < 4; i++) {
+                        a[m][0][i] = steps[0][i], a[m][1][i] = steps[1][i];
+                    }
                 } else {
                     const uint32_t steps[2][4] = {{top.x, low.x, top.y, low.y}, {top.z, low.z, top.w, low.w}};
-                    for (int i = 0; i < 4; i++) a[m][0][i] = steps[0][i], a[m][1][i] = steps[1][i];
+                    for (int i = 0; i < 4; i++) {
+                        a[m][0][i] = steps[0][i], a[m][1][i] = steps[1][i];
+                    }
                 }
             }
 #pragma unroll
             for (int n = 0; n < kNTiles; n++) {
-                if (n * 8 >= rows) break;
+                if (n * 8 >= rows) {
+                    break;
+                }
                 const int row = n * 8 + g, chunk = kE4m3 ? 2 * t + h : 4 * h + t;
                 const uint4 v = load16(x + (row * 8 + swizzled(row, chunk)) * 16);
                 const uint32_t b0[2] = {v.x, v.y}, b1[2] = {v.z, v.w};
@@ -139,15 +148,23 @@ struct Skinny {
             mine[i] = results[i / kTile * kResultStride + i % kTile];
         }
         block_sync();
-        if (threadIdx.x == 0) *last = count_arrival(a.counters + tile) + 1 == gridDim.y;
+        if (threadIdx.x == 0) {
+            *last = count_arrival(a.counters + tile) + 1 == gridDim.y;
+        }
         block_sync();
-        if (!*last) return false;
+        if (!*last) {
+            return false;
+        }
         for (int i = static_cast<int>(threadIdx.x); i < task.rows * kTile; i += kThreads) {
             float sum = 0.0f;
-            for (unsigned s = 0; s < gridDim.y; s++) sum += a.partial[(tile * gridDim.y + s) * size + i];
+            for (unsigned s = 0; s < gridDim.y; s++) {
+                sum += a.partial[(tile * gridDim.y + s) * size + i];
+            }
             results[i / kTile * kResultStride + i % kTile] = sum;
         }
-        if (threadIdx.x == 0) a.counters[tile] = 0;
+        if (threadIdx.x == 0) {
+            a.counters[tile] = 0;
+        }
         block_sync();
         return true;
     }
@@ -173,14 +190,19 @@ struct Skinny {
         let_dependents_start();
         dependency_wait();
         if (a.experts) {
-            if (blockIdx.z >= a.experts[0]) return;
+            if (blockIdx.z >= a.experts[0]) {
+                return;
+            }
             const uint32_t expert = a.experts[1 + blockIdx.z];
-            task = expert_task(a, expert, a.offsets[expert], static_cast<int>(a.offsets[expert + 1] - a.offsets[expert]));
+            task =
+                expert_task(a, expert, a.offsets[expert], static_cast<int>(a.offsets[expert + 1] - a.offsets[expert]));
         }
         for (int s = 0; s < kStages - 1; s++) {
             const int chunk = chunk_first + s;
             if (chunk < chunk_end) {
-                if (a.experts) fetch_weights(a, task, chunk, shared + s * kWeightStage);
+                if (a.experts) {
+                    fetch_weights(a, task, chunk, shared + s * kWeightStage);
+                }
                 fetch_x(a, task, chunk, x_ring + s * kXStage);
             }
             copy_commit();
@@ -197,7 +219,9 @@ struct Skinny {
             }
             copy_commit();
             multiply(shared + stage * kWeightStage, x_ring + stage * kXStage, task.rows, sums);
-            if (kE4m3 && (chunk % 2 == 1 || chunk + 1 == chunk_end)) apply_scales(a, task, chunk, sums, totals);
+            if (kE4m3 && (chunk % 2 == 1 || chunk + 1 == chunk_end)) {
+                apply_scales(a, task, chunk, sums, totals);
+            }
         }
         copy_wait<0>();
         block_sync();  // the ring becomes the results
@@ -217,15 +241,17 @@ struct Skinny {
             }
         }
         block_sync();
-        if (splits > 1 && !merge_splits(a, task, results, last)) return;
+        if (splits > 1 && !merge_splits(a, task, results, last)) {
+            return;
+        }
         finish_results(a, task, results);
     }
 };
 
 // Dynamic shared memory: kStages * (kWeightStage + kXStage), at least the results' rows * 132 * 4.
-#define SKINNY(name, e4m3, m_tiles, n_tiles)                                                              \
+#define SKINNY(name, e4m3, m_tiles, n_tiles)                                                                          \
     extern "C" __global__ void __launch_bounds__(Skinny<e4m3, m_tiles, n_tiles>::kThreads, 1) name(MatmulArgs args) { \
-        Skinny<e4m3, m_tiles, n_tiles>::run(args);                                                        \
+        Skinny<e4m3, m_tiles, n_tiles>::run(args);                                                                    \
     }
 
 // Named by weight and most rows. Beyond 32 rows a warp has twice the outputs, to read x half as often.

@@ -36,7 +36,9 @@ struct NormArgs {
 PORT_FN float square_sum(const Eight& v) {
     float s = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8; i++) s += v.x[i] * v.x[i];
+    for (int i = 0; i < 8; i++) {
+        s += v.x[i] * v.x[i];
+    }
     return s;
 }
 
@@ -48,7 +50,9 @@ PORT_FN void norm_row(const NormArgs& a, void* out, float* out_scales) {
     uint4 weight[kMaxVectors];
 #pragma unroll
     for (int i = 0; i < kMaxVectors; i++) {
-        if (t + i * step < vectors) weight[i] = load16(a.weight + (t + i * step) * 8);
+        if (t + i * step < vectors) {
+            weight[i] = load16(a.weight + (t + i * step) * 8);
+        }
     }
     let_dependents_start();
     dependency_wait();
@@ -61,20 +65,30 @@ PORT_FN void norm_row(const NormArgs& a, void* out, float* out_scales) {
 #pragma unroll
         for (int i = 0; i < kMaxVectors; i++) {
             h[i] = Eight{};
-            if (t + i * step < vectors) h[i] = widen8(load16(x + (t + i * step) * 8));
+            if (t + i * step < vectors) {
+                h[i] = widen8(load16(x + (t + i * step) * 8));
+            }
             squares += square_sum(h[i]);
         }
         float scale = a.x_scale;
-        if (a.post_weight) scale *= fast_rsqrt(block_sum(squares, scratch) / a.width + a.eps);
+        if (a.post_weight) {
+            scale *= fast_rsqrt(block_sum(squares, scratch) / a.width + a.eps);
+        }
 #pragma unroll
         for (int i = 0; i < kMaxVectors; i++) {
             const int v = t + i * step;
-            if (v >= vectors) continue;
+            if (v >= vectors) {
+                continue;
+            }
             const Eight old = widen8(load16(residual + v * 8));
             Eight factor;
 #pragma unroll
-            for (int j = 0; j < 8; j++) factor.x[j] = 1.0f;
-            if (a.post_weight) factor = widen8(load16(a.post_weight + v * 8));
+            for (int j = 0; j < 8; j++) {
+                factor.x[j] = 1.0f;
+            }
+            if (a.post_weight) {
+                factor = widen8(load16(a.post_weight + v * 8));
+            }
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 const float f = a.post_weight ? factor.x[j] + a.post_offset : 1.0f;
@@ -88,7 +102,9 @@ PORT_FN void norm_row(const NormArgs& a, void* out, float* out_scales) {
 #pragma unroll
         for (int i = 0; i < kMaxVectors; i++) {
             h[i] = Eight{};
-            if (t + i * step < vectors) h[i] = widen8(load16(residual + (t + i * step) * 8));
+            if (t + i * step < vectors) {
+                h[i] = widen8(load16(residual + (t + i * step) * 8));
+            }
         }
     }
 
@@ -98,16 +114,22 @@ PORT_FN void norm_row(const NormArgs& a, void* out, float* out_scales) {
 #pragma unroll
         for (int i = 0; i < kMaxVectors; i++) {
 #pragma unroll
-            for (int j = 0; j < 8; j++) sum += h[i].x[j];
+            for (int j = 0; j < 8; j++) {
+                sum += h[i].x[j];
+            }
         }
         mean = block_sum(sum, scratch) / a.width;
     }
     float squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < kMaxVectors; i++) {
-        if (t + i * step >= vectors) continue;
+        if (t + i * step >= vectors) {
+            continue;
+        }
 #pragma unroll
-        for (int j = 0; j < 8; j++) h[i].x[j] -= mean;
+        for (int j = 0; j < 8; j++) {
+            h[i].x[j] -= mean;
+        }
         squares += square_sum(h[i]);
     }
     const float inverse = fast_rsqrt(block_sum(squares, scratch) / a.width + a.eps);
@@ -116,28 +138,44 @@ PORT_FN void norm_row(const NormArgs& a, void* out, float* out_scales) {
 #pragma unroll
     for (int i = 0; i < kMaxVectors; i++) {
         const int v = t + i * step;
-        if (v >= vectors) continue;
+        if (v >= vectors) {
+            continue;
+        }
         const Eight w = widen8(weight[i]);
         Eight b = Eight{};
-        if (a.bias) b = widen8(load16(a.bias + v * 8));
+        if (a.bias) {
+            b = widen8(load16(a.bias + v * 8));
+        }
 #pragma unroll
-        for (int j = 0; j < 8; j++) h[i].x[j] = h[i].x[j] * inverse * (w.x[j] + a.offset) + b.x[j];
+        for (int j = 0; j < 8; j++) {
+            h[i].x[j] = h[i].x[j] * inverse * (w.x[j] + a.offset) + b.x[j];
+        }
         row_max = fmaxf(row_max, largest_magnitude(h[i]));
-        if (!kQuantize) store16(static_cast<bf16*>(out) + static_cast<size_t>(row) * a.width + v * 8, narrow8(h[i]));
+        if (!kQuantize) {
+            store16(static_cast<bf16*>(out) + static_cast<size_t>(row) * a.width + v * 8, narrow8(h[i]));
+        }
     }
-    if (!kQuantize) return;
+    if (!kQuantize) {
+        return;
+    }
 
     const bool whole_row = a.group == a.width;
-    if (whole_row) row_max = block_max(row_max, scratch);
+    if (whole_row) {
+        row_max = block_max(row_max, scratch);
+    }
 #pragma unroll
     for (int i = 0; i < kMaxVectors; i++) {
         const int v = t + i * step;
         const float mine = whole_row ? row_max : group_max(largest_magnitude(h[i]), a.group);
-        if (v >= vectors) continue;
+        if (v >= vectors) {
+            continue;
+        }
         const float scale = mine > 0.0f ? mine / kE4m3Max : 1.0f;
         *reinterpret_cast<uint2*>(static_cast<e4m3*>(out) + static_cast<size_t>(row) * a.width + v * 8) =
             quantize8(h[i], 1.0f / scale);
-        if (v * 8 % a.group == 0) out_scales[static_cast<size_t>(row) * (a.width / a.group) + v * 8 / a.group] = scale;
+        if (v * 8 % a.group == 0) {
+            out_scales[static_cast<size_t>(row) * (a.width / a.group) + v * 8 / a.group] = scale;
+        }
     }
 }
 

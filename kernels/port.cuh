@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 #define PORT_SHARED(T, name, n) __shared__ __align__(16) T name[n]
-#define PORT_DYNAMIC_SHARED(name)                          \
+#define PORT_DYNAMIC_SHARED(name)                                   \
     extern __shared__ __align__(128) unsigned char port_dynamic_[]; \
     unsigned char* name = port_dynamic_
 #define block_sync() __syncthreads()
@@ -21,7 +21,7 @@
 
 #include "warp.h"
 
-#define PORT_SHARED(T, name, n)         \
+#define PORT_SHARED(T, name, n)            \
     static const char port_key_##name = 0; \
     T* name = static_cast<T*>(emu::shared_variable(&port_key_##name, sizeof(T) * (n)))
 #define PORT_DYNAMIC_SHARED(name) unsigned char* name = static_cast<unsigned char*>(emu::shared_dynamic())
@@ -77,7 +77,9 @@ PORT_FN bf16 to_bf16(float x) {
     return y;
 #else
     const uint32_t bits = bits_of(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16{0x7fff};
+    if ((bits & 0x7fffffffu) > 0x7f800000u) {
+        return bf16{0x7fff};
+    }
     return bf16{static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
 #endif
 }
@@ -108,7 +110,9 @@ PORT_FN e4m3 to_e4m3(float x) {
     return e4m3{static_cast<uint8_t>(pair)};
 #else
     const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffffu, sign = bits >> 24 & 0x80u;
-    if (magnitude > 0x7f800000u) return e4m3{0x7f};
+    if (magnitude > 0x7f800000u) {
+        return e4m3{0x7f};
+    }
     uint32_t code;
     if (magnitude < (127u - 6u) << 23) {
         // Below 2^-6 the step is 2^-9; adding 2^14 leaves exactly that step, rounded to even.
@@ -135,7 +139,9 @@ PORT_FN uint2 widen_e4m3x4(uint32_t codes) {
     return out;
 #else
     float x[4];
-    for (int i = 0; i < 4; i++) x[i] = to_float(e4m3{static_cast<uint8_t>(codes >> (8 * i))});
+    for (int i = 0; i < 4; i++) {
+        x[i] = to_float(e4m3{static_cast<uint8_t>(codes >> (8 * i))});
+    }
     return uint2{pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3])};
 #endif
 }
@@ -287,10 +293,10 @@ PORT_FN void store16(void* to, uint4 value) { *static_cast<uint4*>(to) = value; 
 // rest become zero. Both addresses are multiples of 16.
 PORT_FN void copy_async(void* shared, const void* global, unsigned bytes) {
 #ifdef __CUDACC__
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                     static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-                 "l"(global), "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+        "l"(global), "r"(bytes)
+        : "memory");
 #else
     emu::async_copy(shared, global, bytes, 16);
 #endif
@@ -315,8 +321,9 @@ PORT_FN void copy_wait() {
 #endif
 }
 
-// Adds to a counter in global memory and returns what was there. What this thread wrote or saw before it, other threads'
-// writes that a barrier ordered included, is seen by whoever counts later, and by those it meets at a barrier then.
+// Adds to a counter in global memory and returns what was there. What this thread wrote or saw before it, other
+// threads' writes that a barrier ordered included, is seen by whoever counts later, and by those it meets at a barrier
+// then.
 PORT_FN unsigned count_arrival(unsigned* counter) {
 #ifdef __CUDACC__
     unsigned before;

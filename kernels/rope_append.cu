@@ -22,9 +22,9 @@ constexpr int kMaxHead = 512;
 
 struct RopeArgs {
     bf16* qkv;
-    const bf16* q_norm;   // null: no norm
+    const bf16* q_norm;  // null: no norm
     const bf16* k_norm;
-    const float* cos;     // null: no rotation
+    const float* cos;  // null: no rotation
     const float* sin;
     const uint32_t* positions;   // [tokens]
     const uint32_t* token_rows;  // [tokens]
@@ -45,7 +45,9 @@ enum class Role { Query, Key, Value };
 // Norms the warp's head in `head` (single precision, shared memory of the warp).
 PORT_FN void norm_head(float* head, const bf16* weight, float offset, float eps, int dim) {
     float squares = 0.0f;
-    for (int i = static_cast<int>(lane_id()); i < dim; i += 32) squares += head[i] * head[i];
+    for (int i = static_cast<int>(lane_id()); i < dim; i += 32) {
+        squares += head[i] * head[i];
+    }
     const float inverse = fast_rsqrt(warp_sum(squares) / dim + eps);
     for (int i = static_cast<int>(lane_id()); i < dim; i += 32) {
         head[i] = head[i] * inverse * (weight ? to_float(weight[i]) + offset : 1.0f);
@@ -71,11 +73,13 @@ PORT_FN void append_head(const float* head, const RopeArgs& a, const RowInfo& ro
     const uint32_t row_bytes = static_cast<uint32_t>(a.head_dim) * (kE4m3 ? 1 : 2);
     unsigned char* to = page_rows(a.kv, page, part, kv_head, row_bytes) + position % kPageTokens * row_bytes;
     float inverse = 1.0f;
-    if (kE4m3 && a.kv.scales) inverse = 1.0f / a.kv.scales[part * a.kv.kv_heads + kv_head];
+    if (kE4m3 && a.kv.scales) {
+        inverse = 1.0f / a.kv.scales[part * a.kv.kv_heads + kv_head];
+    }
     for (int i = static_cast<int>(lane_id()) * 2; i < a.head_dim; i += 64) {
         if (kE4m3) {
-            const uint16_t pair = static_cast<uint16_t>(to_e4m3(head[i] * inverse).bits |
-                                                        to_e4m3(head[i + 1] * inverse).bits << 8);
+            const uint16_t pair =
+                static_cast<uint16_t>(to_e4m3(head[i] * inverse).bits | to_e4m3(head[i + 1] * inverse).bits << 8);
             *reinterpret_cast<uint16_t*>(to + i) = pair;
         } else {
             *reinterpret_cast<uint32_t*>(to + i * 2) = pack_bf16(head[i], head[i + 1]);
@@ -85,7 +89,7 @@ PORT_FN void append_head(const float* head, const RopeArgs& a, const RowInfo& ro
 
 template <bool kE4m3>
 PORT_FN void rope_append(const RopeArgs& a) {
-    PORT_SHARED(float, heads, kWarps * kMaxHead);
+    PORT_SHARED(float, heads, kWarps* kMaxHead);
     let_dependents_start();
     dependency_wait();
     const uint32_t token = blockIdx.x;
@@ -93,7 +97,9 @@ PORT_FN void rope_append(const RopeArgs& a) {
     const int index = static_cast<int>(blockIdx.y) * kWarps + warp;
     const int stored = a.q_heads + kv_heads * (a.k_is_v ? 1 : 2);
     const int all = a.q_heads + kv_heads * (a.no_values ? 1 : 2);
-    if (index >= all) return;
+    if (index >= all) {
+        return;
+    }
     const Role role = index < a.q_heads ? Role::Query : index < a.q_heads + kv_heads ? Role::Key : Role::Value;
     // Where values are the projected keys, they are read from the keys' columns, which nobody writes.
     const int column = role == Role::Value && a.k_is_v ? index - kv_heads : index;
@@ -109,12 +115,16 @@ PORT_FN void rope_append(const RopeArgs& a) {
     }
     warp_sync();
     if (role == Role::Value) {
-        if (a.norm_values) norm_head(head, nullptr, 0.0f, a.eps, a.head_dim);
+        if (a.norm_values) {
+            norm_head(head, nullptr, 0.0f, a.eps, a.head_dim);
+        }
         append_head<kE4m3>(head, a, row, position, 1, static_cast<uint32_t>(index - a.q_heads - kv_heads));
         return;
     }
     const bf16* weight = role == Role::Query ? a.q_norm : a.k_norm;
-    if (weight) norm_head(head, weight, a.norm_offset, a.eps, a.head_dim);
+    if (weight) {
+        norm_head(head, weight, a.norm_offset, a.eps, a.head_dim);
+    }
     if (a.cos) {
         const size_t at = static_cast<size_t>(position) * (a.rotary / 2);
         rotate_head(head, a.cos + at, a.sin + at, a.rotary);

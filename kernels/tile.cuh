@@ -22,13 +22,17 @@ PORT_FN int ceil_div(int a, int b) { return (a + b - 1) / b; }
 template <class T>
 PORT_FN T warp_sum(T value) {
 #pragma unroll
-    for (unsigned d = 16; d > 0; d >>= 1) value += shuffle_xor(value, d);
+    for (unsigned d = 16; d > 0; d >>= 1) {
+        value += shuffle_xor(value, d);
+    }
     return value;
 }
 
 PORT_FN float warp_max(float value) {
 #pragma unroll
-    for (unsigned d = 16; d > 0; d >>= 1) value = fmaxf(value, shuffle_xor(value, d));
+    for (unsigned d = 16; d > 0; d >>= 1) {
+        value = fmaxf(value, shuffle_xor(value, d));
+    }
     return value;
 }
 
@@ -36,7 +40,9 @@ PORT_FN float warp_max(float value) {
 PORT_FN float block_sum(float value, float* scratch) {
     value = warp_sum(value);
     block_sync();  // scratch may still be read from the call before
-    if (lane_id() == 0) scratch[threadIdx.x >> 5] = value;
+    if (lane_id() == 0) {
+        scratch[threadIdx.x >> 5] = value;
+    }
     block_sync();
     return warp_sum(lane_id() < (blockDim.x >> 5) ? scratch[lane_id()] : 0.0f);
 }
@@ -44,7 +50,9 @@ PORT_FN float block_sum(float value, float* scratch) {
 PORT_FN float block_max(float value, float* scratch) {
     value = warp_max(value);
     block_sync();
-    if (lane_id() == 0) scratch[threadIdx.x >> 5] = value;
+    if (lane_id() == 0) {
+        scratch[threadIdx.x >> 5] = value;
+    }
     block_sync();
     return warp_max(lane_id() < (blockDim.x >> 5) ? scratch[lane_id()] : -kInfinity);
 }
@@ -52,12 +60,16 @@ PORT_FN float block_max(float value, float* scratch) {
 // Orders singles as unsigned numbers: -0 equals 0, NaN comes last.
 PORT_FN uint32_t ordered(float x) {
     const uint32_t bits = bits_of(x + 0.0f);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0;
+    if ((bits & 0x7fffffffu) > 0x7f800000u) {
+        return 0;
+    }
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 // Highest first, the lower index among equals; never 0.
-PORT_FN uint64_t choice_key(float score, int index) { return uint64_t{ordered(score)} << 32 | ~static_cast<uint32_t>(index); }
+PORT_FN uint64_t choice_key(float score, int index) {
+    return uint64_t{ordered(score)} << 32 | ~static_cast<uint32_t>(index);
+}
 PORT_FN int choice_index(uint64_t key) { return static_cast<int>(~static_cast<uint32_t>(key)); }
 
 // Eight bf16 as singles.
@@ -84,7 +96,9 @@ PORT_FN uint4 narrow8(const Eight& v) {
 PORT_FN float largest_magnitude(const Eight& v) {
     float m = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8; i++) m = fmaxf(m, fabsf(v.x[i]));
+    for (int i = 0; i < 8; i++) {
+        m = fmaxf(m, fabsf(v.x[i]));
+    }
     return m;
 }
 
@@ -102,7 +116,9 @@ PORT_FN uint2 quantize8(const Eight& v, float inverse_scale) {
 
 // Largest magnitude of the group of elements that this thread's eight belong to, where groups are 8 to 256 wide.
 PORT_FN float group_max(float mine, int group) {
-    for (int threads = 1; threads * 8 < group; threads *= 2) mine = fmaxf(mine, shuffle_xor(mine, threads));
+    for (int threads = 1; threads * 8 < group; threads *= 2) {
+        mine = fmaxf(mine, shuffle_xor(mine, threads));
+    }
     return mine;
 }
 
@@ -118,12 +134,14 @@ struct GateSpec {
 // Silu: g sigmoid(g) u. Gelu: g Phi(g) u, by tanh or exact. ClampedSwish (gpt-oss): g sigmoid(alpha g) (u + 1).
 PORT_FN float activate(float gate, float up, const GateSpec& spec) {
     switch (spec.kind) {
-        case Gate::Silu: return fast_divide(gate, 1.0f + fast_exp(-gate)) * up;
+        case Gate::Silu:
+            return fast_divide(gate, 1.0f + fast_exp(-gate)) * up;
         case Gate::GeluTanh: {
             const float inner = 0.79788456f * (gate + 0.044715f * gate * gate * gate);
             return 0.5f * gate * (1.0f + fast_tanh(inner)) * up;
         }
-        case Gate::Gelu: return 0.5f * gate * (1.0f + erff(gate * 0.70710678f)) * up;
+        case Gate::Gelu:
+            return 0.5f * gate * (1.0f + erff(gate * 0.70710678f)) * up;
         case Gate::ClampedSwish: {
             const float g = fminf(gate, spec.limit), u = fmaxf(fminf(up, spec.limit), -spec.limit);
             return fast_divide(g, 1.0f + fast_exp(-spec.alpha * g)) * (u + 1.0f);
@@ -134,23 +152,24 @@ PORT_FN float activate(float gate, float up, const GateSpec& spec) {
 
 // One sequence of the step.
 struct RowInfo {
-    uint32_t slot;      // whose block table applies
-    uint32_t first;     // its first token in the step
-    uint32_t tokens;    // its tokens in the step
-    uint32_t context;   // keys its last token sees, that token included
+    uint32_t slot;     // whose block table applies
+    uint32_t first;    // its first token in the step
+    uint32_t tokens;   // its tokens in the step
+    uint32_t context;  // keys its last token sees, that token included
 };
 
 // Where one layer's keys and values lie: pages of `[K|V][kv_heads][16][head_dim]`.
 struct KvLayer {
-    unsigned char* pages;          // the layer's part of page 0
-    const uint32_t* tables;        // [slots][table_len]: page of each 16 tokens of a sequence
-    const float* scales;           // [2][kv_heads], keys then values, of an e4m3 cache; null: all 1
-    unsigned long long page_bytes; // from a page to the next
+    unsigned char* pages;           // the layer's part of page 0
+    const uint32_t* tables;         // [slots][table_len]: page of each 16 tokens of a sequence
+    const float* scales;            // [2][kv_heads], keys then values, of an e4m3 cache; null: all 1
+    unsigned long long page_bytes;  // from a page to the next
     uint32_t table_len;
     uint32_t kv_heads;
 };
 
 // Address of token 0 of a head in a page. `part`: 0 keys, 1 values.
 PORT_FN unsigned char* page_rows(const KvLayer& kv, uint32_t page, int part, uint32_t head, uint32_t row_bytes) {
-    return kv.pages + page * kv.page_bytes + (static_cast<unsigned long long>(part) * kv.kv_heads + head) * kPageTokens * row_bytes;
+    return kv.pages + page * kv.page_bytes +
+           (static_cast<unsigned long long>(part) * kv.kv_heads + head) * kPageTokens * row_bytes;
 }

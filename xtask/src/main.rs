@@ -8,6 +8,7 @@
 mod ci;
 mod coverage;
 mod full;
+mod kernels;
 mod shell;
 
 use std::path::PathBuf;
@@ -43,6 +44,21 @@ enum Task {
         #[arg(long)]
         raise: bool,
     },
+    /// Compile the CUDA kernels for every architecture, and write the fatbin that the binary embeds. Needs no GPU.
+    Kernels {
+        /// Accept registers, shared memory and parameters as they are now.
+        #[arg(long)]
+        update: bool,
+        /// Write nothing.
+        #[arg(long, conflicts_with = "update")]
+        check: bool,
+    },
+    /// Run the CUDA kernels' tests on the host, plain and under sanitizers.
+    CudaEmu {
+        /// Then prove that they notice faults (long).
+        #[arg(long)]
+        faults: bool,
+    },
     /// Make the golden checkpoints and log-probabilities anew with HF transformers.
     Golden {
         /// A Python with torch and transformers.
@@ -56,6 +72,12 @@ fn main() -> ExitCode {
         Task::Ci { full } => ci::run().and_then(|()| if full { full::run(&[]) } else { Ok(()) }),
         Task::Full { checks } => full::run(&checks),
         Task::Coverage { report, raise } => coverage::check(&report, raise),
+        Task::Kernels { update, check } => kernels::run(match (update, check) {
+            (true, _) => kernels::Mode::Update,
+            (_, true) => kernels::Mode::Check,
+            _ => kernels::Mode::Build,
+        }),
+        Task::CudaEmu { faults } => kernels::emulate(faults),
         Task::Golden { python } => shell::run(&python.to_string_lossy(), &["crates/model/golden/make.py"]),
     };
     match result {

@@ -26,7 +26,9 @@ namespace {
 
 void barrier_in_a_branch(float* out) {
     dependency_wait();
-    if (threadIdx.x < 16) block_sync();
+    if (threadIdx.x < 16) {
+        block_sync();
+    }
     out[threadIdx.x] = 1;
 }
 void two_barriers(float* out) {
@@ -40,16 +42,22 @@ void two_barriers(float* out) {
 }
 void shuffle_in_a_branch(float* out) {
     dependency_wait();
-    if (threadIdx.x < 16) out[threadIdx.x] = shuffle_xor(1.0f, 1);
+    if (threadIdx.x < 16) {
+        out[threadIdx.x] = shuffle_xor(1.0f, 1);
+    }
 }
 void lanes_that_ended(float* out) {
     dependency_wait();
-    if (threadIdx.x > 30) return;
+    if (threadIdx.x > 30) {
+        return;
+    }
     out[threadIdx.x] = shuffle_xor(1.0f, 1);
 }
 void no_dependency_wait(float* out) { out[threadIdx.x] = 1; }
 void ends_before_waiting(float* out) {
-    if (threadIdx.x == 3) return;
+    if (threadIdx.x == 3) {
+        return;
+    }
     dependency_wait();
     out[threadIdx.x] = 1;
 }
@@ -68,7 +76,9 @@ void misaligned_copy(float* out) {
 }
 void too_few_at_a_barrier(float* out) {
     dependency_wait();
-    if (threadIdx.x < 32) named_sync(1, 64);
+    if (threadIdx.x < 32) {
+        named_sync(1, 64);
+    }
     out[threadIdx.x] = 1;
 }
 void half_a_warp_at_a_barrier(float* out) {
@@ -78,7 +88,9 @@ void half_a_warp_at_a_barrier(float* out) {
 }
 void misaligned_matrix(float* out) {
     PORT_SHARED(bf16, tile, 1024);
-    for (int i = static_cast<int>(threadIdx.x); i < 1024; i += 64) tile[i] = bf16{0};
+    for (int i = static_cast<int>(threadIdx.x); i < 1024; i += 64) {
+        tile[i] = bf16{0};
+    }
     dependency_wait();
     uint32_t r[4];
     load_matrix_x4(r, tile + lane_id() * 8 + 1);
@@ -91,16 +103,24 @@ void too_much_shared(float* out) {
 }
 void waits_for_nobody(float* out) {
     dependency_wait();
-    while (__atomic_load_n(reinterpret_cast<uint32_t*>(out), __ATOMIC_ACQUIRE) != 1) emu::spin_pause();
+    while (__atomic_load_n(reinterpret_cast<uint32_t*>(out), __ATOMIC_ACQUIRE) != 1) {
+        emu::spin_pause();
+    }
 }
 
 // Block 0 waits for what the last block writes: blocks must run side by side.
 void waits_for_the_last_block(float* out) {
     dependency_wait();
     auto* flag = reinterpret_cast<uint32_t*>(out);
-    if (blockIdx.x + 1 == gridDim.x) __atomic_store_n(flag, 1u, __ATOMIC_RELEASE);
-    while (__atomic_load_n(flag, __ATOMIC_ACQUIRE) != 1) emu::spin_pause();
-    if (threadIdx.x == 0) out[1 + blockIdx.x] = 5;
+    if (blockIdx.x + 1 == gridDim.x) {
+        __atomic_store_n(flag, 1u, __ATOMIC_RELEASE);
+    }
+    while (__atomic_load_n(flag, __ATOMIC_ACQUIRE) != 1) {
+        emu::spin_pause();
+    }
+    if (threadIdx.x == 0) {
+        out[1 + blockIdx.x] = 5;
+    }
 }
 
 // ---- programs that go wrong visibly ----
@@ -126,8 +146,12 @@ void copy_without_wait(float* out) {
 }
 void lane_outside_the_mask(float* out) {
     dependency_wait();
-    if (threadIdx.x < 16) out[threadIdx.x] = emu::shuffle(0xffffu, 1.0f, threadIdx.x + 16);
-    if (threadIdx.x >= 16) out[threadIdx.x] = 1;
+    if (threadIdx.x < 16) {
+        out[threadIdx.x] = emu::shuffle(0xffffu, 1.0f, threadIdx.x + 16);
+    }
+    if (threadIdx.x >= 16) {
+        out[threadIdx.x] = 1;
+    }
 }
 
 using Program = void (*)(float*);
@@ -136,7 +160,9 @@ int run_in_child(const std::function<void()>& body) {
     fflush(nullptr);
     const pid_t child = fork();
     if (child == 0) {
-        if (!freopen("/dev/null", "w", stderr)) _exit(99);
+        if (!freopen("/dev/null", "w", stderr)) {
+            _exit(99);
+        }
         body();
         _exit(0);
     }
@@ -145,9 +171,7 @@ int run_in_child(const std::function<void()>& body) {
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
 }
 
-void queue(Program program, unsigned blocks, float* out) {
-    LAUNCH(program, dim3(blocks), 64, 0, out);
-}
+void queue(Program program, unsigned blocks, float* out) { LAUNCH(program, dim3(blocks), 64, 0, out); }
 
 void must_stop(const char* name, Program program) {
     const int status = run_in_child([&] {
@@ -162,7 +186,9 @@ bool any_nan(Program program) {
     Buffer<float> out(std::vector<float>(1024, 0.0f));
     queue(program, 1, out.get());
     for (float x : out.download()) {
-        if (isnan(x)) return true;
+        if (isnan(x)) {
+            return true;
+        }
     }
     return false;
 }
@@ -197,7 +223,9 @@ int main() {
         // The part before the wait runs ahead of the grids before, so it must not see what they write.
         Buffer<float> out(std::vector<float>(64, 0.0f));
         const int status = run_in_child([&] {
-            for (int i = 0; i < 3; i++) queue(reads_before_its_wait, 1, out.get());
+            for (int i = 0; i < 3; i++) {
+                queue(reads_before_its_wait, 1, out.get());
+            }
             const auto got = out.download();
             _exit(got[0] == 3 ? 0 : 50);
         });

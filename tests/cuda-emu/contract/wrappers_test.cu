@@ -7,7 +7,8 @@ using namespace harness;
 
 // ---- numbers ----
 
-extern "C" __global__ void contract_numbers(const float* x, int n, bf16* halves, uint32_t* pairs, e4m3* codes, float* back) {
+extern "C" __global__ void contract_numbers(const float* x, int n, bf16* halves, uint32_t* pairs, e4m3* codes,
+                                            float* back) {
     dependency_wait();
     for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x)) {
         halves[i] = to_bf16(x[i]);
@@ -21,7 +22,9 @@ extern "C" __global__ void contract_widen(const uint32_t* codes, int n, uint2* w
     dependency_wait();
     for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x)) {
         wide[i] = widen_e4m3x4(codes[i]);
-        for (int b = 0; b < 4; b++) singles[4 * i + b] = to_float(e4m3{static_cast<uint8_t>(codes[i] >> (8 * b))});
+        for (int b = 0; b < 4; b++) {
+            singles[4 * i + b] = to_float(e4m3{static_cast<uint8_t>(codes[i] >> (8 * b))});
+        }
     }
 }
 
@@ -40,13 +43,18 @@ extern "C" __global__ void contract_math(const float* x, const float* y, int n, 
 
 static void test_numbers() {
     // Every kind of rounding case: halves between neighbours, subnormals of e4m3, its limit, zeros, infinities.
-    std::vector<float> x{0.0f, -0.0f, 1.0f, 448.0f, 449.0f, 464.0f, 480.0f, 1e30f, -1e30f, INFINITY, -INFINITY, 0.001953125f,
-                         0.0009765625f, 0.00097656f, 0.0029296875f, 0.015625f, 0.0146484375f, 1.00390625f, 1.01171875f, 3.3895e38f};
+    std::vector<float> x{0.0f,          -0.0f,     1.0f,          448.0f,      449.0f,       464.0f,        480.0f,
+                         1e30f,         -1e30f,    INFINITY,      -INFINITY,   0.001953125f, 0.0009765625f, 0.00097656f,
+                         0.0029296875f, 0.015625f, 0.0146484375f, 1.00390625f, 1.01171875f,  3.3895e38f};
     Random random(1);
-    for (int i = 0; i < 2000; i++) x.push_back(random.normal() * powf(2.0f, static_cast<float>(random.below(24) - 12)));
+    for (int i = 0; i < 2000; i++) {
+        x.push_back(random.normal() * powf(2.0f, static_cast<float>(random.below(24) - 12)));
+    }
     for (int code = 0; code < 0x7e; code++) {
         const double a = value(e4m3{static_cast<uint8_t>(code)}), b = value(e4m3{static_cast<uint8_t>(code + 1)});
-        for (double m : {a, (a + b) / 2, (a + b) / 2 * (1 + 1e-6), (a + b) / 2 * (1 - 1e-6)}) x.push_back(static_cast<float>(m)), x.push_back(static_cast<float>(-m));
+        for (double m : {a, (a + b) / 2, (a + b) / 2 * (1 + 1e-6), (a + b) / 2 * (1 - 1e-6)}) {
+            x.push_back(static_cast<float>(m)), x.push_back(static_cast<float>(-m));
+        }
     }
     const int n = static_cast<int>(x.size());
     Buffer<float> d_x(x), d_back(n);
@@ -60,19 +68,26 @@ static void test_numbers() {
     const auto back = d_back.download();
     for (int i = 0; i < n; i++) {
         const bf16 want = round_bf16(x[i]);
-        if (halves[i].bits != want.bits) mismatch("to_bf16 of " + std::to_string(x[i]), i, halves[i].bits, want.bits);
+        if (halves[i].bits != want.bits) {
+            mismatch("to_bf16 of " + std::to_string(x[i]), i, halves[i].bits, want.bits);
+        }
         expect("pack_bf16", pairs[i] == (want.bits | static_cast<uint32_t>(round_bf16(-x[i]).bits) << 16));
         expect("to_float", value(halves[i]) == back[i]);
         const e4m3 code = isinf(x[i]) ? round_e4m3(x[i] > 0 ? 448 : -448) : round_e4m3(x[i]);
-        if (codes[i].bits != code.bits) mismatch("to_e4m3 of " + std::to_string(x[i]), i, codes[i].bits, code.bits);
+        if (codes[i].bits != code.bits) {
+            mismatch("to_e4m3 of " + std::to_string(x[i]), i, codes[i].bits, code.bits);
+        }
     }
     Buffer<float> d_nan(std::vector<float>{NAN});
-    LAUNCH(contract_numbers, dim3(1), 32, 0, d_nan.get(), 1, d_halves.get(), d_pairs.get(), d_codes.get(), d_back.get());
+    LAUNCH(contract_numbers, dim3(1), 32, 0, d_nan.get(), 1, d_halves.get(), d_pairs.get(), d_codes.get(),
+           d_back.get());
     expect("NaN stays NaN in bf16", isnan(value(d_halves.download()[0])));
     expect("NaN is 0x7f in e4m3", (d_codes.download()[0].bits & 0x7f) == 0x7f);
 
     std::vector<uint32_t> words;
-    for (uint32_t c = 0; c < 256; c++) words.push_back(c | (255 - c) << 8 | (c ^ 0x55) << 16 | ((c * 7) & 255) << 24);
+    for (uint32_t c = 0; c < 256; c++) {
+        words.push_back(c | (255 - c) << 8 | (c ^ 0x55) << 16 | ((c * 7) & 255) << 24);
+    }
     Buffer<uint32_t> d_words(words);
     Buffer<uint2> d_wide(256);
     Buffer<float> d_singles(1024);
@@ -94,13 +109,17 @@ static void test_numbers() {
 static void test_math() {
     Random random(2);
     std::vector<float> x, y;
-    for (int i = 0; i < 500; i++) x.push_back(random.normal() * 5), y.push_back(random.normal());
+    for (int i = 0; i < 500; i++) {
+        x.push_back(random.normal() * 5), y.push_back(random.normal());
+    }
     x[0] = -INFINITY, x[1] = 0, x[2] = -100, x[3] = 80;
     const int n = 500;
     Buffer<float> d_x(x), d_y(y), d_out(7 * n);
     LAUNCH(contract_math, dim3(1), 64, 0, d_x.get(), d_y.get(), n, d_out.get());
     const auto out = d_out.download();
-    const auto near = [](double got, double want, double tolerance) { return fabs(got - want) <= tolerance * fabs(want) + 1e-37; };
+    const auto near = [](double got, double want, double tolerance) {
+        return fabs(got - want) <= tolerance * fabs(want) + 1e-37;
+    };
     for (int i = 1; i < n; i++) {
         const float product = static_cast<float>(static_cast<double>(x[i]) * y[i]);
         expect("mul_rn, add_rn: two roundings", out[i] == static_cast<float>(static_cast<double>(product) - x[i]));
@@ -165,11 +184,15 @@ extern "C" __global__ void contract_copies(const unsigned char* in, uint32_t* ou
         copy_commit();
     }
     copy_wait<1>();  // two of the three groups
-    for (int i = 0; i < 8; i++) out[t * 8 + i] = words[(i / 4 * 32 + t) * 4 + i % 4];
+    for (int i = 0; i < 8; i++) {
+        out[t * 8 + i] = words[(i / 4 * 32 + t) * 4 + i % 4];
+    }
     copy_wait<0>();
     block_sync();
     const int other = 31 - t;
-    for (int i = 0; i < 4; i++) out[256 + t * 4 + i] = words[(64 + other) * 4 + i];
+    for (int i = 0; i < 4; i++) {
+        out[256 + t * 4 + i] = words[(64 + other) * 4 + i];
+    }
     store16(out + 384 + t * 4, load_stream(in + t * 16));
 }
 
@@ -179,35 +202,53 @@ extern "C" __global__ void contract_atomics(uint32_t* words, unsigned long long*
     atomic_or(&words[1], 1u << (threadIdx.x % 32));
     atomic_add(sum, (1ull << 40) + threadIdx.x);
     PORT_SHARED(uint32_t, counter, 1);
-    if (threadIdx.x == 0) *counter = 0;
+    if (threadIdx.x == 0) {
+        *counter = 0;
+    }
     block_sync();
     words[16 + blockIdx.x * 64 + count_in_block(counter)] = 1;
     block_sync();
     // What every block wrote is seen by the last to arrive.
     PORT_SHARED(unsigned, last, 1);
-    if (threadIdx.x == 0) *last = count_arrival(&words[2]) + 1 == gridDim.x;
+    if (threadIdx.x == 0) {
+        *last = count_arrival(&words[2]) + 1 == gridDim.x;
+    }
     block_sync();
-    if (!*last) return;
-    for (unsigned b = 0; b < gridDim.x; b++) atomic_add(&words[3], words[16 + b * 64 + threadIdx.x]);
+    if (!*last) {
+        return;
+    }
+    for (unsigned b = 0; b < gridDim.x; b++) {
+        atomic_add(&words[3], words[16 + b * 64 + threadIdx.x]);
+    }
 }
 
 static void test_memory() {
     Random random(3);
     std::vector<unsigned char> in(96 * 16);
-    for (unsigned char& b : in) b = static_cast<unsigned char>(random.next());
+    for (unsigned char& b : in) {
+        b = static_cast<unsigned char>(random.next());
+    }
     Buffer<unsigned char> d_in(in);
     Buffer<uint32_t> d_out(512);
     LAUNCH(contract_copies, dim3(1), 32, 96 * 16, d_in.get(), d_out.get());
     std::vector<uint32_t> want(512);
     const auto word = [&](int piece, int i, int bytes) {
         uint32_t w = 0;
-        for (int b = 0; b < 4; b++) w |= i * 4 + b < bytes ? uint32_t{in[piece * 16 + i * 4 + b]} << (8 * b) : 0;
+        for (int b = 0; b < 4; b++) {
+            w |= i * 4 + b < bytes ? uint32_t{in[piece * 16 + i * 4 + b]} << (8 * b) : 0;
+        }
         return w;
     };
     for (int t = 0; t < 32; t++) {
-        for (int i = 0; i < 8; i++) want[t * 8 + i] = word(i / 4 * 32 + t, i % 4, 16);
-        for (int i = 0; i < 4; i++) want[256 + t * 4 + i] = word(64 + 31 - t, i, (31 - t) % 17);
-        for (int i = 0; i < 4; i++) want[384 + t * 4 + i] = word(t, i, 16);
+        for (int i = 0; i < 8; i++) {
+            want[t * 8 + i] = word(i / 4 * 32 + t, i % 4, 16);
+        }
+        for (int i = 0; i < 4; i++) {
+            want[256 + t * 4 + i] = word(64 + 31 - t, i, (31 - t) % 17);
+        }
+        for (int i = 0; i < 4; i++) {
+            want[384 + t * 4 + i] = word(t, i, 16);
+        }
     }
     expect_equal("copies", d_out.download(), want);
 
@@ -232,19 +273,31 @@ extern "C" __global__ void contract_matrices(const bf16* a, const bf16* b, float
     // Fragments by the layout of m16n8k16, element by element.
     const auto pair = [](const bf16* p) { return p[0].bits | uint32_t{p[1].bits} << 16; };
     uint32_t fa[4], fb[2];
-    for (int i = 0; i < 4; i++) fa[i] = pair(a + (g + i % 2 * 8) * 16 + 2 * t + i / 2 * 8);
-    for (int i = 0; i < 2; i++) fb[i] = pair(b + g * 16 + 2 * t + i * 8);  // b is [8][16], k fastest
+    for (int i = 0; i < 4; i++) {
+        fa[i] = pair(a + (g + i % 2 * 8) * 16 + 2 * t + i / 2 * 8);
+    }
+    for (int i = 0; i < 2; i++) {
+        fb[i] = pair(b + g * 16 + 2 * t + i * 8);  // b is [8][16], k fastest
+    }
     float c[4] = {1, 2, 3, 4};
     mma_bf16(c, fa, fb);
-    for (int i = 0; i < 4; i++) out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = c[i];
+    for (int i = 0; i < 4; i++) {
+        out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = c[i];
+    }
     // Four 8x8 matrices: the four quarters of a, row by row.
-    for (int i = 0; i < 8; i++) tile[l * 8 + i] = a[(l % 16) * 16 + l / 16 * 8 + i];
+    for (int i = 0; i < 8; i++) {
+        tile[l * 8 + i] = a[(l % 16) * 16 + l / 16 * 8 + i];
+    }
     warp_sync();
     uint32_t r[4];
     load_matrix_x4(r, &tile[l * 8]);
-    for (int i = 0; i < 4; i++) loaded[l * 4 + i] = r[i];
+    for (int i = 0; i < 4; i++) {
+        loaded[l * 4 + i] = r[i];
+    }
     load_matrix_x4_transposed(r, &tile[l * 8]);
-    for (int i = 0; i < 4; i++) loaded[128 + l * 4 + i] = r[i];
+    for (int i = 0; i < 4; i++) {
+        loaded[128 + l * 4 + i] = r[i];
+    }
 }
 
 static void test_matrices() {
@@ -258,7 +311,9 @@ static void test_matrices() {
     for (int i = 0; i < 16; i++) {
         for (int j = 0; j < 8; j++) {
             double sum = j % 2 + i / 8 * 2 + 1;
-            for (int k = 0; k < 16; k++) sum += value(a[i * 16 + k]) * value(b[j * 16 + k]);
+            for (int k = 0; k < 16; k++) {
+                sum += value(a[i * 16 + k]) * value(b[j * 16 + k]);
+            }
             want[i * 8 + j] = sum;
         }
     }
@@ -266,7 +321,9 @@ static void test_matrices() {
     std::vector<uint32_t> loaded(256);
     for (int l = 0; l < 32; l++) {
         for (int m = 0; m < 4; m++) {
-            const auto element = [&](int row, int column) { return uint32_t{a[(m % 2 * 8 + row) * 16 + m / 2 * 8 + column].bits}; };
+            const auto element = [&](int row, int column) {
+                return uint32_t{a[(m % 2 * 8 + row) * 16 + m / 2 * 8 + column].bits};
+            };
             loaded[l * 4 + m] = element(l / 4, l % 4 * 2) | element(l / 4, l % 4 * 2 + 1) << 16;
             loaded[128 + l * 4 + m] = element(l % 4 * 2, l / 4) | element(l % 4 * 2 + 1, l / 4) << 16;
         }
@@ -286,11 +343,17 @@ extern "C" __global__ void contract_dependent(const uint32_t* constants, uint32_
 
 static void test_dependents() {
     std::vector<uint32_t> constants(32), values(96, 1);
-    for (uint32_t i = 0; i < 32; i++) constants[i] = i + 1;
+    for (uint32_t i = 0; i < 32; i++) {
+        constants[i] = i + 1;
+    }
     Buffer<uint32_t> d_constants(constants), d_values(values);
-    for (int i = 0; i < 7; i++) LAUNCH(contract_dependent, dim3(3), 32, 0, d_constants.get(), d_values.get());
     for (int i = 0; i < 7; i++) {
-        for (uint32_t k = 0; k < 96; k++) values[k] = values[k] * 3 + constants[k % 32];
+        LAUNCH(contract_dependent, dim3(3), 32, 0, d_constants.get(), d_values.get());
+    }
+    for (int i = 0; i < 7; i++) {
+        for (uint32_t k = 0; k < 96; k++) {
+            values[k] = values[k] * 3 + constants[k % 32];
+        }
     }
     expect_equal("seven grids in a row", d_values.download(), values);
 }

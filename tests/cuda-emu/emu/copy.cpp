@@ -6,7 +6,9 @@ namespace emu {
 void instrumented_copy(void* to, const void* from, unsigned bytes, unsigned capacity) {
     auto* out = static_cast<volatile uint8_t*>(to);
     auto* in = static_cast<const volatile uint8_t*>(from);
-    for (unsigned i = 0; i < capacity; i++) out[i] = i < bytes ? in[i] : uint8_t{0};
+    for (unsigned i = 0; i < capacity; i++) {
+        out[i] = i < bytes ? in[i] : uint8_t{0};
+    }
 }
 
 }  // namespace emu

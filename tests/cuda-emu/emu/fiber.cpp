@@ -67,25 +67,31 @@ void learn(const void* bottom, size_t bytes) {
 bool under_tsan() { return __tsan_create_fiber != nullptr; }
 
 void adopt_running_stack(Fiber& fiber) {
-    if (under_tsan()) fiber.tsan = __tsan_get_current_fiber();
+    if (under_tsan()) {
+        fiber.tsan = __tsan_get_current_fiber();
+    }
 }
 
 void prepare(Fiber& fiber, void (*entry)()) {
     if (!fiber.stack) {
-        void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* memory =
+            mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) {
             perror("stack of a fiber");
             abort();
         }
         fiber.stack = static_cast<char*>(memory);
-        if (under_tsan()) fiber.tsan = __tsan_create_fiber(0);
+        if (under_tsan()) {
+            fiber.tsan = __tsan_create_fiber(0);
+        }
     }
     constexpr int kSavedRegisters = 6;
     void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64);
     *--top = nullptr;  // entry's return address, which keeps the stack aligned as after a call
     *--top = reinterpret_cast<void*>(entry);
-    for (int i = 0; i < kSavedRegisters; i++) *--top = nullptr;
+    for (int i = 0; i < kSavedRegisters; i++) {
+        *--top = nullptr;
+    }
     fiber.stack_pointer = top;
     fiber.asan_frames = nullptr;
 }
@@ -96,7 +102,9 @@ void switch_fiber(Fiber& from, Fiber& to, bool ends) {
         __sanitizer_start_switch_fiber(ends ? nullptr : &from.asan_frames, bottom,
                                        to.stack ? kStackBytes : process_stack_bytes);
     }
-    if (under_tsan()) __tsan_switch_to_fiber(to.tsan, kNoSync);
+    if (under_tsan()) {
+        __tsan_switch_to_fiber(to.tsan, kNoSync);
+    }
     emu_switch_stack(&from.stack_pointer, to.stack_pointer);
     if (__sanitizer_finish_switch_fiber) {
         const void* bottom;
@@ -115,11 +123,15 @@ void entered(Fiber& self) {
 }
 
 void acquire(void* key) {
-    if (__tsan_acquire) __tsan_acquire(key);
+    if (__tsan_acquire) {
+        __tsan_acquire(key);
+    }
 }
 
 void release(void* key) {
-    if (__tsan_release) __tsan_release(key);
+    if (__tsan_release) {
+        __tsan_release(key);
+    }
 }
 
 }  // namespace emu

@@ -11,9 +11,9 @@ constexpr size_t kStackBytes = 256 << 10;
 
 struct Fiber {
     void* stack_pointer = nullptr;
-    char* stack = nullptr;          // lowest address; null for the fiber of the process itself
-    void* tsan = nullptr;           // ThreadSanitizer's handle
-    void* asan_frames = nullptr;    // AddressSanitizer's fake stack while switched out
+    char* stack = nullptr;        // lowest address; null for the fiber of the process itself
+    void* tsan = nullptr;         // ThreadSanitizer's handle
+    void* asan_frames = nullptr;  // AddressSanitizer's fake stack while switched out
 };
 
 // Whether this process runs under ThreadSanitizer.

@@ -17,7 +17,9 @@ float widen_bf16(uint32_t pair, bool high) {
 
 void combine_shuffle(const Slot in[32], Slot out[32], unsigned mask) {
     for (unsigned l = 0; l < 32; l++) {
-        if (!(mask >> l & 1)) continue;
+        if (!(mask >> l & 1)) {
+            continue;
+        }
         const unsigned from = static_cast<unsigned>(in[l].words[3]);
         if (from < 32 && (mask >> from & 1)) {
             out[l] = in[from];
@@ -33,14 +35,20 @@ void combine_mma_bf16(const Slot in[32], Slot out[32], unsigned) {
         const auto x = from_slot<MmaOperands>(in[l]);
         const unsigned g = l >> 2, t = l & 3;
         for (unsigned h = 0; h < 2; h++) {
-            for (unsigned r = 0; r < 4; r++) a[g + (r & 1) * 8][2 * t + (r >> 1) * 8 + h] = widen_bf16(x.a[r], h);
-            for (unsigned r = 0; r < 2; r++) b[2 * t + r * 8 + h][g] = widen_bf16(x.b[r], h);
+            for (unsigned r = 0; r < 4; r++) {
+                a[g + (r & 1) * 8][2 * t + (r >> 1) * 8 + h] = widen_bf16(x.a[r], h);
+            }
+            for (unsigned r = 0; r < 2; r++) {
+                b[2 * t + r * 8 + h][g] = widen_bf16(x.b[r], h);
+            }
         }
     }
     float d[16][8] = {};
     for (unsigned i = 0; i < 16; i++) {
         for (unsigned k = 0; k < 16; k++) {
-            for (unsigned j = 0; j < 8; j++) d[i][j] += a[i][k] * b[k][j];
+            for (unsigned j = 0; j < 8; j++) {
+                d[i][j] += a[i][k] * b[k][j];
+            }
         }
     }
     for (unsigned l = 0; l < 32; l++) {
@@ -53,7 +61,9 @@ void combine_mma_bf16(const Slot in[32], Slot out[32], unsigned) {
 void combine_rows(const Slot in[32], Slot out[32], unsigned) {
     for (unsigned l = 0; l < 32; l++) {
         RowPointers rows;
-        for (unsigned m = 0; m < 4; m++) rows.row[m] = from_slot<const char*>(in[m * 8 + l / 4]);
+        for (unsigned m = 0; m < 4; m++) {
+            rows.row[m] = from_slot<const char*>(in[m * 8 + l / 4]);
+        }
         out[l] = to_slot(rows);
     }
 }
@@ -61,7 +71,9 @@ void combine_rows(const Slot in[32], Slot out[32], unsigned) {
 void combine_all_rows(const Slot in[32], Slot out[32], unsigned) {
     for (unsigned l = 0; l < 32; l++) {
         RowPointers rows;
-        for (unsigned m = 0; m < 4; m++) rows.row[m] = from_slot<const char*>(in[m * 8 + (l & 3) * 2]);
+        for (unsigned m = 0; m < 4; m++) {
+            rows.row[m] = from_slot<const char*>(in[m * 8 + (l & 3) * 2]);
+        }
         out[l] = to_slot(rows);
     }
 }
@@ -69,7 +81,9 @@ void combine_all_rows(const Slot in[32], Slot out[32], unsigned) {
 void combine_next_rows(const Slot in[32], Slot out[32], unsigned) {
     for (unsigned l = 0; l < 32; l++) {
         RowPointers rows;
-        for (unsigned m = 0; m < 4; m++) rows.row[m] = from_slot<const char*>(in[m * 8 + (l & 3) * 2 + 1]);
+        for (unsigned m = 0; m < 4; m++) {
+            rows.row[m] = from_slot<const char*>(in[m * 8 + (l & 3) * 2 + 1]);
+        }
         out[l] = to_slot(rows);
     }
 }

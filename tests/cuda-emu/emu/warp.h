@@ -79,7 +79,9 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     const Slot result = warp_meet(WarpOp::Mma, ~0u, to_slot(operands), combine_mma_bf16, false);
     float product[4];
     memcpy(product, &result, sizeof product);
-    for (int i = 0; i < 4; i++) c[i] += product[i];
+    for (int i = 0; i < 4; i++) {
+        c[i] += product[i];
+    }
 }
 
 struct RowPointers {
@@ -87,14 +89,18 @@ struct RowPointers {
 };
 
 inline const char* aligned_row(const char* row) {
-    if (reinterpret_cast<uintptr_t>(row) & 15) fail("ldmatrix: a row's address is no multiple of 16");
+    if (reinterpret_cast<uintptr_t>(row) & 15) {
+        fail("ldmatrix: a row's address is no multiple of 16");
+    }
     return row;
 }
 
 inline void load_matrix_x4(uint32_t (&r)[4], const void* row) {
     const Slot mine = to_slot(static_cast<const char*>(row));
     const auto rows = from_slot<RowPointers>(warp_meet(WarpOp::LoadMatrix, ~0u, mine, combine_rows, false));
-    for (int m = 0; m < 4; m++) memcpy(&r[m], aligned_row(rows.row[m]) + (lane() & 3) * 4, 4);
+    for (int m = 0; m < 4; m++) {
+        memcpy(&r[m], aligned_row(rows.row[m]) + (lane() & 3) * 4, 4);
+    }
 }
 
 inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) {

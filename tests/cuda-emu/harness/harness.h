@@ -46,7 +46,9 @@ struct Random {
     int below(int n) { return static_cast<int>(next() % static_cast<uint64_t>(n)); }
     float normal() {
         double sum = 0;
-        for (int i = 0; i < 12; i++) sum += unit();
+        for (int i = 0; i < 12; i++) {
+            sum += unit();
+        }
         return static_cast<float>(sum - 6.0);
     }
 };
@@ -65,7 +67,9 @@ inline double value(bf16 x) {
 }
 inline double value(e4m3 x) {
     const int exponent = x.bits >> 3 & 15, mantissa = x.bits & 7;
-    if ((x.bits & 0x7f) == 0x7f) return NAN;
+    if ((x.bits & 0x7f) == 0x7f) {
+        return NAN;
+    }
     const double magnitude = exponent ? ldexp(8 + mantissa, exponent - 10) : ldexp(mantissa, -9);
     return x.bits & 0x80 ? -magnitude : magnitude;
 }
@@ -74,7 +78,9 @@ inline bf16 round_bf16(double x) {
     const float f = static_cast<float>(x);
     uint32_t bits;
     memcpy(&bits, &f, 4);
-    if (isnan(f)) return bf16{0x7fc0};
+    if (isnan(f)) {
+        return bf16{0x7fc0};
+    }
     const uint32_t rest = bits & 0xffff;
     bits >>= 16;
     bits += rest > 0x8000 || (rest == 0x8000 && (bits & 1));
@@ -97,7 +103,9 @@ inline e4m3 round_e4m3(double x) {
 
 inline std::vector<bf16> random_bf16(Random& random, size_t n, float spread = 1.0f) {
     std::vector<bf16> v(n);
-    for (bf16& x : v) x = round_bf16(random.normal() * spread);
+    for (bf16& x : v) {
+        x = round_bf16(random.normal() * spread);
+    }
     return v;
 }
 
@@ -105,7 +113,9 @@ inline std::vector<bf16> random_bf16(Random& random, size_t n, float spread = 1.
 
 #ifdef __CUDACC__
 inline void check_cuda(cudaError_t status, const char* what) {
-    if (status == cudaSuccess) return;
+    if (status == cudaSuccess) {
+        return;
+    }
     fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(status));
     exit(71);
 }
@@ -124,7 +134,9 @@ class Buffer {
         check_cuda(cudaMemset(data_, 0xff, bytes), "cudaMemset");
 #else
         void* memory = nullptr;
-        if (posix_memalign(&memory, 256, bytes)) abort();
+        if (posix_memalign(&memory, 256, bytes)) {
+            abort();
+        }
         data_ = static_cast<T*>(memory);
         memset(static_cast<void*>(data_), 0xff, bytes);
 #endif
@@ -145,7 +157,9 @@ class Buffer {
 #ifdef __CUDACC__
         check_cuda(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), "upload");
 #else
-        if (!values.empty()) memcpy(static_cast<void*>(data_), values.data(), values.size() * sizeof(T));
+        if (!values.empty()) {
+            memcpy(static_cast<void*>(data_), values.data(), values.size() * sizeof(T));
+        }
 #endif
     }
     std::vector<T> download() const {
@@ -154,7 +168,9 @@ class Buffer {
 #ifdef __CUDACC__
         check_cuda(cudaMemcpy(out.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost), "download");
 #else
-        if (size_) memcpy(static_cast<void*>(out.data()), data_, size_ * sizeof(T));
+        if (size_) {
+            memcpy(static_cast<void*>(out.data()), data_, size_ * sizeof(T));
+        }
 #endif
         return out;
     }
@@ -208,8 +224,7 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, unsigned threads,
 #endif
 }
 
-#define LAUNCH(kernel, grid, threads, shared, ...) \
-    harness::launch(#kernel, kernel, grid, threads, shared, __VA_ARGS__)
+#define LAUNCH(kernel, grid, threads, shared, ...) harness::launch(#kernel, kernel, grid, threads, shared, __VA_ARGS__)
 
 // ---- comparisons ----
 
@@ -234,9 +249,13 @@ template <class T>
 void expect_close(const std::string& what, const std::vector<T>& got, const std::vector<double>& want,
                   double tolerance = 1e-2) {
     totals().cases++;
-    if (got.size() != want.size()) return mismatch(what + " (length)", 0, got.size(), want.size());
+    if (got.size() != want.size()) {
+        return mismatch(what + " (length)", 0, got.size(), want.size());
+    }
     double squares = 0;
-    for (double w : want) squares += w * w;
+    for (double w : want) {
+        squares += w * w;
+    }
     const double rms = want.empty() ? 0 : sqrt(squares / want.size());
     for (size_t i = 0; i < got.size(); i++) {
         const double g = value(got[i]);
@@ -253,17 +272,23 @@ void expect_close(const std::string& what, const std::vector<T>& got, const std:
 template <class T>
 void expect_equal(const std::string& what, const std::vector<T>& got, const std::vector<T>& want) {
     totals().cases++;
-    if (got.size() != want.size()) return mismatch(what + " (length)", 0, got.size(), want.size());
+    if (got.size() != want.size()) {
+        return mismatch(what + " (length)", 0, got.size(), want.size());
+    }
     for (size_t i = 0; i < got.size(); i++) {
         totals().values++;
-        if (memcmp(&got[i], &want[i], sizeof(T))) mismatch(what, i, static_cast<double>(got[i]), static_cast<double>(want[i]));
+        if (memcmp(&got[i], &want[i], sizeof(T))) {
+            mismatch(what, i, static_cast<double>(got[i]), static_cast<double>(want[i]));
+        }
     }
 }
 
 inline void expect(const std::string& what, bool right) {
     totals().cases++;
     totals().values++;
-    if (!right) mismatch(what, 0, 0, 1);
+    if (!right) {
+        mismatch(what, 0, 0, 1);
+    }
 }
 
 inline int report() {

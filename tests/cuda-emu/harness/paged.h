@@ -9,8 +9,8 @@ namespace harness {
 
 struct CacheShape {
     int kv_heads, head_dim;
-    bool codes;                // e4m3
-    bool scales;               // of e4m3, one for each head
+    bool codes;   // e4m3
+    bool scales;  // of e4m3, one for each head
     bool values_are_keys = false;
 };
 
@@ -27,17 +27,25 @@ class PagedCache {
         }
         table_len_ = std::max(table_len_, 1);
         std::vector<uint32_t> order(pages - 1);
-        for (int i = 0; i < pages - 1; i++) order[i] = i + 1;
-        for (int i = pages - 2; i > 0; i--) std::swap(order[i], order[random.below(i + 1)]);
+        for (int i = 0; i < pages - 1; i++) {
+            order[i] = i + 1;
+        }
+        for (int i = pages - 2; i > 0; i--) {
+            std::swap(order[i], order[random.below(i + 1)]);
+        }
         tables_.assign(contexts.size() * table_len_, 0x00ffffff);
         size_t next = 0;
         for (size_t s = 0; s < contexts.size(); s++) {
-            for (int b = 0; b < (contexts[s] + 15) / 16; b++) tables_[s * table_len_ + b] = order[next++];
+            for (int b = 0; b < (contexts[s] + 15) / 16; b++) {
+                tables_[s * table_len_ + b] = order[next++];
+            }
         }
         bytes_.assign(static_cast<size_t>(pages) * page_bytes(), 0xff);
         scales_.resize(2 * shape.kv_heads, 1.0f);
         if (shape.scales) {
-            for (float& s : scales_) s = static_cast<float>(0.05 + 0.2 * random.unit());
+            for (float& s : scales_) {
+                s = static_cast<float>(0.05 + 0.2 * random.unit());
+            }
         }
     }
 
@@ -64,10 +72,14 @@ class PagedCache {
             memcpy(at, &y, 2);
         }
     }
-    double get(size_t sequence, int part, int head, int token, int d) const { return get(bytes_, sequence, part, head, token, d); }
+    double get(size_t sequence, int part, int head, int token, int d) const {
+        return get(bytes_, sequence, part, head, token, d);
+    }
     double get(const std::vector<unsigned char>& bytes, size_t sequence, int part, int head, int token, int d) const {
         const unsigned char* at = &bytes[address(sequence, part, head, token, d)];
-        if (shape_.codes) return value(e4m3{*at}) * scale(part, head);
+        if (shape_.codes) {
+            return value(e4m3{*at}) * scale(part, head);
+        }
         bf16 y;
         memcpy(&y, at, 2);
         return value(y);
@@ -118,8 +130,8 @@ struct DeviceCache {
 
 struct AttentionRule {
     double scale;
-    double cap;       // 0: none
-    int window;       // 0: none
+    double cap;  // 0: none
+    int window;  // 0: none
     bool causal = true;
     const std::vector<float>* sinks = nullptr;
 };
@@ -129,8 +141,8 @@ struct AttentionRule {
 namespace reference {
 
 // Attention of one query head at `position` (keys 0 to position, or all where not causal).
-inline std::vector<double> attend(const harness::PagedCache& cache, size_t sequence, int head, int kv_head, int position,
-                                  const std::vector<double>& q, const harness::AttentionRule& rule) {
+inline std::vector<double> attend(const harness::PagedCache& cache, size_t sequence, int head, int kv_head,
+                                  int position, const std::vector<double>& q, const harness::AttentionRule& rule) {
     const int context = cache.contexts()[sequence], dim = cache.shape().head_dim;
     const int end = rule.causal ? position + 1 : context;
     const int begin = rule.window ? std::max(0, position + 1 - rule.window) : 0;
@@ -138,9 +150,13 @@ inline std::vector<double> attend(const harness::PagedCache& cache, size_t seque
     double peak = rule.sinks ? (*rule.sinks)[head] : -INFINITY;
     for (int i = begin; i < end; i++) {
         double s = 0;
-        for (int d = 0; d < dim; d++) s += q[d] * cache.get(sequence, 0, kv_head, i, d);
+        for (int d = 0; d < dim; d++) {
+            s += q[d] * cache.get(sequence, 0, kv_head, i, d);
+        }
         s *= rule.scale;
-        if (rule.cap > 0) s = rule.cap * tanh(s / rule.cap);
+        if (rule.cap > 0) {
+            s = rule.cap * tanh(s / rule.cap);
+        }
         scores.push_back(s);
         peak = std::max(peak, s);
     }
@@ -150,9 +166,13 @@ inline std::vector<double> attend(const harness::PagedCache& cache, size_t seque
         const double w = exp(scores[i - begin] - peak);
         sum += w;
         const int part = cache.shape().values_are_keys ? 0 : 1;
-        for (int d = 0; d < dim; d++) out[d] += w * cache.get(sequence, part, kv_head, i, d);
+        for (int d = 0; d < dim; d++) {
+            out[d] += w * cache.get(sequence, part, kv_head, i, d);
+        }
     }
-    for (double& x : out) x /= sum;
+    for (double& x : out) {
+        x /= sum;
+    }
     return out;
 }
 

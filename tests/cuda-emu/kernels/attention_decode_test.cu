@@ -12,7 +12,7 @@ struct Case {
     int q_heads;
     CacheShape cache;
     std::vector<int> contexts;
-    int blocks;          // of threads
+    int blocks;  // of threads
     int window;
     double cap;
     bool sinks;
@@ -43,7 +43,8 @@ Plan deal(const Case& c) {
             uint32_t at = spans[row].first;
             while (at < spans[row].second) {
                 const uint32_t take = static_cast<uint32_t>(std::min<long>(room, spans[row].second - at));
-                plan.items.push_back({static_cast<uint32_t>(row), static_cast<uint32_t>(tile), at, at + take, -1, 0, 0, 0});
+                plan.items.push_back(
+                    {static_cast<uint32_t>(row), static_cast<uint32_t>(tile), at, at + take, -1, 0, 0, 0});
                 at += take;
                 room -= take;
                 if (room == 0) {
@@ -52,7 +53,9 @@ Plan deal(const Case& c) {
                 }
             }
             const size_t parts = plan.items.size() - begin;
-            if (parts < 2) continue;
+            if (parts < 2) {
+                continue;
+            }
             for (size_t p = begin; p < plan.items.size(); p++) {
                 DecodeItem& item = plan.items[p];
                 item.partial = static_cast<int32_t>(plan.parts + (p - begin));
@@ -75,8 +78,8 @@ void launch_decode(const char* name, void (*kernel)(DecodeArgs), int blocks, con
 }
 
 void dispatch(const Case& c, const DecodeArgs& args) {
-#define DIM(dim)                                                                                            \
-    case dim:                                                                                               \
+#define DIM(dim)                                                                                                       \
+    case dim:                                                                                                          \
         if (c.cache.codes) return launch_decode<dim, true>("e4m3 " #dim, attention_decode_e4m3_##dim, c.blocks, args); \
         return launch_decode<dim, false>("bf16 " #dim, attention_decode_bf16_##dim, c.blocks, args);
     switch (c.cache.head_dim) { DIM(64) DIM(96) DIM(128) DIM(256) DIM(512) }
@@ -92,11 +95,14 @@ void run(const Case& c) {
     const int stride = (c.q_heads + 2 * c.cache.kv_heads) * dim;
     const auto q = random_bf16(random, static_cast<size_t>(tokens) * stride, 1.5f);
     std::vector<float> sinks(c.q_heads);
-    for (float& s : sinks) s = random.normal() * 4;
+    for (float& s : sinks) {
+        s = random.normal() * 4;
+    }
     std::vector<RowInfo> rows;
     for (int t = 0; t < tokens; t++) {
         // Rows lie in the step in another order than their slots.
-        rows.push_back({static_cast<uint32_t>(t), static_cast<uint32_t>(tokens - 1 - t), 1, static_cast<uint32_t>(c.contexts[t])});
+        rows.push_back(
+            {static_cast<uint32_t>(t), static_cast<uint32_t>(tokens - 1 - t), 1, static_cast<uint32_t>(c.contexts[t])});
     }
     const Plan plan = deal(c);
     DeviceCache device(cache);
@@ -131,13 +137,16 @@ void run(const Case& c) {
         const int token = tokens - 1 - t;
         for (int h = 0; h < c.q_heads; h++) {
             std::vector<double> query(dim);
-            for (int d = 0; d < dim; d++) query[d] = value(q[static_cast<size_t>(token) * stride + h * dim + d]);
-            const auto out = reference::attend(cache, t, h, h / (c.q_heads / c.cache.kv_heads), c.contexts[t] - 1, query, rule);
+            for (int d = 0; d < dim; d++) {
+                query[d] = value(q[static_cast<size_t>(token) * stride + h * dim + d]);
+            }
+            const auto out =
+                reference::attend(cache, t, h, h / (c.q_heads / c.cache.kv_heads), c.contexts[t] - 1, query, rule);
             std::copy(out.begin(), out.end(), want.begin() + (static_cast<size_t>(token) * c.q_heads + h) * dim);
         }
     }
-    expect_close("heads " + std::to_string(c.q_heads) + " dim " + std::to_string(dim) + " codes " + std::to_string(c.cache.codes) +
-                     " parts " + std::to_string(plan.parts),
+    expect_close("heads " + std::to_string(c.q_heads) + " dim " + std::to_string(dim) + " codes " +
+                     std::to_string(c.cache.codes) + " parts " + std::to_string(plan.parts),
                  d_out.download(), want);
     expect_equal("counters", d_counters.download(), std::vector<unsigned>(plan.groups, 0));
 }
@@ -149,7 +158,9 @@ int main() {
     run({4, {2, 64, false, false}, {1, 37, 130}, 4, 0, 0.0, false});
     run({8, {1, 64, true, true}, {16, 17, 200}, 3, 0, 0.0, true});
     run({4, {1, 512, false, false, true}, {70, 15}, 2, 0, 0.0, false});
-    if (small()) return report();
+    if (small()) {
+        return report();
+    }
     run({16, {1, 128, false, false}, {300, 15, 16, 33}, 6, 0, 20.0, true});
     run({6, {6, 96, false, false}, {31, 129}, 5, 40, 0.0, false});
     run({24, {1, 64, false, false}, {90}, 3, 0, 0.0, true});

@@ -28,8 +28,8 @@ void launch_prefill(const char* name, void (*kernel)(PrefillArgs), size_t items,
 }
 
 void dispatch(const Case& c, size_t items, const PrefillArgs& args) {
-#define DIM(dim)                                                                                                  \
-    case dim:                                                                                                     \
+#define DIM(dim)                                                                                                      \
+    case dim:                                                                                                         \
         if (c.cache.codes) return launch_prefill<dim, true>("e4m3 " #dim, attention_prefill_e4m3_##dim, items, args); \
         return launch_prefill<dim, false>("bf16 " #dim, attention_prefill_bf16_##dim, items, args);
     switch (c.cache.head_dim) { DIM(64) DIM(96) DIM(128) DIM(256) DIM(512) }
@@ -50,7 +50,9 @@ void run(const Case& c) {
         contexts.push_back(chunk.context);
         tokens += chunk.tokens;
         for (int h = 0; h < c.cache.kv_heads; h++) {
-            for (int f = 0; f < chunk.tokens * group; f += kQueries) items.push_back({row, static_cast<uint32_t>(h), static_cast<uint32_t>(f)});
+            for (int f = 0; f < chunk.tokens * group; f += kQueries) {
+                items.push_back({row, static_cast<uint32_t>(h), static_cast<uint32_t>(f)});
+            }
         }
     }
     std::reverse(items.begin(), items.end());
@@ -59,7 +61,9 @@ void run(const Case& c) {
     const int stride = c.q_heads * dim + 8;
     const auto q = random_bf16(random, static_cast<size_t>(tokens) * stride, 1.5f);
     std::vector<float> sinks(c.q_heads);
-    for (float& s : sinks) s = random.normal() * 4;
+    for (float& s : sinks) {
+        s = random.normal() * 4;
+    }
     DeviceCache device(cache);
     Buffer<bf16> d_q(q), d_out(static_cast<size_t>(tokens) * c.q_heads * dim);
     Buffer<float> d_sinks(sinks);
@@ -89,14 +93,16 @@ void run(const Case& c) {
             const int position = contexts[r] - static_cast<int>(rows[r].tokens) + static_cast<int>(i);
             for (int h = 0; h < c.q_heads; h++) {
                 std::vector<double> query(dim);
-                for (int d = 0; d < dim; d++) query[d] = value(q[token * stride + h * dim + d]);
+                for (int d = 0; d < dim; d++) {
+                    query[d] = value(q[token * stride + h * dim + d]);
+                }
                 const auto out = reference::attend(cache, r, h, h / group, position, query, rule);
                 std::copy(out.begin(), out.end(), want.begin() + (token * c.q_heads + h) * dim);
             }
         }
     }
-    expect_close("heads " + std::to_string(c.q_heads) + " dim " + std::to_string(dim) + " codes " + std::to_string(c.cache.codes) +
-                     " window " + std::to_string(c.window),
+    expect_close("heads " + std::to_string(c.q_heads) + " dim " + std::to_string(dim) + " codes " +
+                     std::to_string(c.cache.codes) + " window " + std::to_string(c.window),
                  d_out.download(), want);
 }
 
@@ -107,8 +113,10 @@ int main() {
     run({4, {2, 64, false, false}, {{1, 1}, {37, 37}, {130, 5}}, 0, 0.0, false, true});
     run({2, {1, 64, true, true}, {{70, 40}}, 20, 0.0, true, true});
     run({1, {1, 512, false, false, true}, {{19, 18}}, 0, 0.0, false, true});
-    if (small()) return report();
-    run({8, {1, 128, false, false}, {{65, 65}, {16, 16}, {200, 3}}, 0, 20.0, true, true});
+    if (small()) {
+        return report();
+    }
+    run({8, {1, 128, false, false}, {{65, 65}, {16, 16}, {20, 0}, {200, 3}}, 0, 20.0, true, true});
     run({3, {3, 96, false, false}, {{129, 100}}, 33, 0.0, false, true});
     run({16, {1, 64, false, false}, {{90, 9}, {15, 15}}, 0, 0.0, true, true});
     run({5, {1, 128, true, true}, {{140, 30}, {64, 64}}, 64, 0.0, false, true});

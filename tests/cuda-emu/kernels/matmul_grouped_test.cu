@@ -26,11 +26,14 @@ void run(const Case& c) {
     std::vector<bf16> halves(c.codes ? 0 : w.size());
     std::vector<e4m3> codes(c.codes ? w.size() : 0);
     std::vector<float> scales(c.codes ? scales_each * weights : 0);
-    for (float& s : scales) s = static_cast<float>(0.001 + 0.01 * random.unit());
+    for (float& s : scales) {
+        s = static_cast<float>(0.001 + 0.01 * random.unit());
+    }
     for (size_t i = 0; i < w.size(); i++) {
         if (c.codes) {
-            do codes[i] = e4m3{static_cast<uint8_t>(random.next())};
-            while ((codes[i].bits & 0x7f) == 0x7f);
+            do {
+                codes[i] = e4m3{static_cast<uint8_t>(random.next())};
+            } while ((codes[i].bits & 0x7f) == 0x7f);
             const size_t row = i % each / c.in, k = i % c.in;
             w[i] = value(codes[i]) * scales[i / each * scales_each + row / 64 * scale_columns + k / 128];
         } else {
@@ -45,21 +48,28 @@ void run(const Case& c) {
     for (int e = 0; e < c.experts; e++) {
         for (int p = 0; p < pairs; p++) {
             const int chosen = p % 5 < 3 ? 0 : 2 + p % std::max(1, c.experts - 2);
-            if (chosen == e) order.push_back(static_cast<uint32_t>(p)), expert_of.push_back(e);
+            if (chosen == e) {
+                order.push_back(static_cast<uint32_t>(p)), expert_of.push_back(e);
+            }
         }
         const uint32_t size = static_cast<uint32_t>(order.size()) - offsets.back();
-        for (uint32_t skip = 0; skip < size; skip += 64) tiles.push_back(e), tiles.push_back(skip), tiles[0]++;
+        for (uint32_t skip = 0; skip < size; skip += 64) {
+            tiles.push_back(e), tiles.push_back(skip), tiles[0]++;
+        }
         offsets.push_back(static_cast<uint32_t>(order.size()));
     }
     const int x_rows = c.experts && !c.gather ? pairs : c.rows;
-    const auto x = random_bf16(random, static_cast<size_t>(x_rows) * c.in), bias = random_bf16(random, static_cast<size_t>(c.out) * weights);
+    const auto x = random_bf16(random, static_cast<size_t>(x_rows) * c.in),
+               bias = random_bf16(random, static_cast<size_t>(c.out) * weights);
     const size_t outputs = static_cast<size_t>(pairs) * width;
     Buffer<bf16> d_x(x), d_bias(bias), d_halves(halves), d_out(c.single ? 0 : outputs);
     Buffer<e4m3> d_codes(codes);
     Buffer<float> d_scales(scales), d_single(c.single ? outputs : 0);
-    Buffer<uint32_t> d_offsets(offsets), d_order(order), d_tiles(tiles), d_active(std::vector<uint32_t>(1 + c.experts, 0));
+    Buffer<uint32_t> d_offsets(offsets), d_order(order), d_tiles(tiles),
+        d_active(std::vector<uint32_t>(1 + c.experts, 0));
     MatmulArgs args{};
-    args.weight = c.codes ? reinterpret_cast<unsigned char*>(d_codes.get()) : reinterpret_cast<unsigned char*>(d_halves.get());
+    args.weight =
+        c.codes ? reinterpret_cast<unsigned char*>(d_codes.get()) : reinterpret_cast<unsigned char*>(d_halves.get());
     args.scales = d_scales.get();
     args.x = d_x.get();
     args.bias = c.bias ? d_bias.get() : nullptr;
@@ -82,7 +92,8 @@ void run(const Case& c) {
     args.cap = c.cap;
     args.gate = GateSpec{Gate::GeluTanh, 0, 0};
     // One row of blocks more than there are tiles: they end.
-    const dim3 grid(static_cast<unsigned>(c.gated ? (width + 63) / 64 : (c.out + 127) / 128), c.experts ? tiles[0] + 1 : static_cast<unsigned>((c.rows + 63) / 64));
+    const dim3 grid(static_cast<unsigned>(c.gated ? (width + 63) / 64 : (c.out + 127) / 128),
+                    c.experts ? tiles[0] + 1 : static_cast<unsigned>((c.rows + 63) / 64));
     const uint32_t* list = c.experts ? d_tiles.get() : nullptr;
     if (c.codes) {
         LAUNCH(matmul_grouped_e4m3, grid, 256, Grouped<true>::kSharedBytes, args, list);
@@ -96,12 +107,17 @@ void run(const Case& c) {
         std::vector<double> y(c.out);
         for (int o = 0; o < c.out; o++) {
             double sum = c.bias ? value(bias[e * c.out + o]) : 0;
-            for (int k = 0; k < c.in; k++) sum += value(x[row * c.in + k]) * w[e * each + static_cast<size_t>(o) * c.in + k];
+            for (int k = 0; k < c.in; k++) {
+                sum += value(x[row * c.in + k]) * w[e * each + static_cast<size_t>(o) * c.in + k];
+            }
             y[o] = c.cap > 0 ? c.cap * tanh(sum / c.cap) : sum;
         }
-        for (int o = 0; o < width; o++) want.push_back(c.gated ? reference::activate(y[o], y[width + o], args.gate) : y[o]);
+        for (int o = 0; o < width; o++) {
+            want.push_back(c.gated ? reference::activate(y[o], y[width + o], args.gate) : y[o]);
+        }
     }
-    const std::string name = "grouped rows " + std::to_string(c.rows) + " experts " + std::to_string(c.experts) + " codes " + std::to_string(c.codes);
+    const std::string name = "grouped rows " + std::to_string(c.rows) + " experts " + std::to_string(c.experts) +
+                             " codes " + std::to_string(c.codes);
     if (c.single) {
         expect_close(name, d_single.download(), want, 1e-4);
     } else {
@@ -115,7 +131,9 @@ int main() {
     //   rows out in codes gated bias single experts top_k gather cap
     run({70, 136, 72, false, false, true, false, 0, 1, false, 0.0f});
     run({9, 144, 80, true, true, true, false, 3, 2, true, 0.0f});
-    if (small()) return report();
+    if (small()) {
+        return report();
+    }
     run({64, 128, 64, false, false, false, true, 0, 1, false, 5.0f});
     run({130, 200, 336, true, false, false, false, 0, 1, false, 0.0f});
     run({100, 272, 200, false, true, true, false, 4, 2, true, 0.0f});

@@ -24,16 +24,29 @@ struct Variant {
 };
 
 Variant pick(bool codes, int rows) {
-#define VARIANT(name, codes, m, n) Variant{name, #name, Skinny<codes, m, n>::kThreads, shared_bytes<codes, m, n>()}
+#define VARIANT(name, codes, m, n) \
+    Variant { name, #name, Skinny<codes, m, n>::kThreads, shared_bytes<codes, m, n>() }
     if (codes) {
-        if (rows <= 8) return VARIANT(matmul_skinny_e4m3_8, true, 1, 1);
-        if (rows <= 16) return VARIANT(matmul_skinny_e4m3_16, true, 1, 2);
-        if (rows <= 32) return VARIANT(matmul_skinny_e4m3_32, true, 1, 4);
+        if (rows <= 8) {
+            return VARIANT(matmul_skinny_e4m3_8, true, 1, 1);
+        }
+        if (rows <= 16) {
+            return VARIANT(matmul_skinny_e4m3_16, true, 1, 2);
+        }
+        if (rows <= 32) {
+            return VARIANT(matmul_skinny_e4m3_32, true, 1, 4);
+        }
         return VARIANT(matmul_skinny_e4m3_64, true, 2, 8);
     }
-    if (rows <= 8) return VARIANT(matmul_skinny_bf16_8, false, 1, 1);
-    if (rows <= 16) return VARIANT(matmul_skinny_bf16_16, false, 1, 2);
-    if (rows <= 32) return VARIANT(matmul_skinny_bf16_32, false, 1, 4);
+    if (rows <= 8) {
+        return VARIANT(matmul_skinny_bf16_8, false, 1, 1);
+    }
+    if (rows <= 16) {
+        return VARIANT(matmul_skinny_bf16_16, false, 1, 2);
+    }
+    if (rows <= 32) {
+        return VARIANT(matmul_skinny_bf16_32, false, 1, 4);
+    }
     return VARIANT(matmul_skinny_bf16_64, false, 2, 8);
 #undef VARIANT
 }
@@ -65,7 +78,9 @@ Weights random_weights(Random& random, int out, int in, bool codes, int scale_ro
     const int columns = scale_blocks ? (in + 127) / 128 : 1;
     if (codes) {
         w.scales.resize(static_cast<size_t>((out + scale_rows - 1) / scale_rows) * columns);
-        for (float& s : w.scales) s = static_cast<float>(0.001 + 0.01 * random.unit());
+        for (float& s : w.scales) {
+            s = static_cast<float>(0.001 + 0.01 * random.unit());
+        }
         w.codes.resize(n);
     } else {
         w.halves = random_bf16(random, n, 0.1f);
@@ -91,14 +106,24 @@ std::vector<double> expected_row(const Case& c, const double* x, const Weights& 
     std::vector<double> y(c.out);
     for (int o = 0; o < c.out; o++) {
         double sum = c.bias ? value(bias[o]) : 0;
-        for (int k = 0; k < c.in; k++) sum += x[k] * w.values[static_cast<size_t>(o) * c.in + k];
-        if (!c.gated) sum *= c.scale;
-        if (c.cap > 0) sum = c.cap * tanh(sum / c.cap);
+        for (int k = 0; k < c.in; k++) {
+            sum += x[k] * w.values[static_cast<size_t>(o) * c.in + k];
+        }
+        if (!c.gated) {
+            sum *= c.scale;
+        }
+        if (c.cap > 0) {
+            sum = c.cap * tanh(sum / c.cap);
+        }
         y[o] = sum;
     }
-    if (!c.gated) return y;
+    if (!c.gated) {
+        return y;
+    }
     std::vector<double> gated(c.out / 2);
-    for (int i = 0; i < c.out / 2; i++) gated[i] = reference::activate(y[i], y[c.out / 2 + i], gate_spec(true));
+    for (int i = 0; i < c.out / 2; i++) {
+        gated[i] = reference::activate(y[i], y[c.out / 2 + i], gate_spec(true));
+    }
     return gated;
 }
 
@@ -115,7 +140,8 @@ void run(const Case& c) {
     Buffer<float> d_partial(c.splits > 1 ? static_cast<size_t>(tiles) * c.splits * c.rows * 128 : 0);
     Buffer<unsigned> d_counters(std::vector<unsigned>(tiles, 0));
     MatmulArgs args{};
-    args.weight = c.codes ? reinterpret_cast<unsigned char*>(d_codes.get()) : reinterpret_cast<unsigned char*>(d_halves.get());
+    args.weight =
+        c.codes ? reinterpret_cast<unsigned char*>(d_codes.get()) : reinterpret_cast<unsigned char*>(d_halves.get());
     args.scales = d_scales.get();
     args.x = d_x.get();
     args.bias = c.bias ? d_bias.get() : nullptr;
@@ -137,7 +163,9 @@ void run(const Case& c) {
     run_variant(v, dim3(tiles, c.splits), args);  // counters are as they were: it may run again
 
     std::vector<double> want, xs(x.size());
-    for (size_t i = 0; i < x.size(); i++) xs[i] = value(x[i]);
+    for (size_t i = 0; i < x.size(); i++) {
+        xs[i] = value(x[i]);
+    }
     for (int r = 0; r < c.rows; r++) {
         const auto row = expected_row(c, &xs[static_cast<size_t>(r) * c.in], w, bias);
         want.insert(want.end(), row.begin(), row.end());
@@ -160,7 +188,9 @@ void run_experts(bool codes, int tokens, int experts, int top_k, int in, int wid
         for (int s = 0; s < top_k; s++) {
             // Expert 1 is never chosen, and no token chooses one twice.
             uint32_t e = static_cast<uint32_t>((t * 3 + s * 2) % experts);
-            while (e == 1 || std::count(&choice[t * top_k], &choice[t * top_k] + s, e)) e = (e + 1) % experts;
+            while (e == 1 || std::count(&choice[t * top_k], &choice[t * top_k] + s, e)) {
+                e = (e + 1) % experts;
+            }
             choice[t * top_k + s] = e;
             counts[e]++;
         }
@@ -168,9 +198,13 @@ void run_experts(bool codes, int tokens, int experts, int top_k, int in, int wid
     std::vector<uint32_t> offsets(experts + 1, 0), active{0}, pairs;
     for (int e = 0; e < experts; e++) {
         offsets[e + 1] = offsets[e] + counts[e];
-        if (counts[e]) active.push_back(e), active[0]++;
+        if (counts[e]) {
+            active.push_back(e), active[0]++;
+        }
         for (uint32_t p = 0; p < choice.size(); p++) {
-            if (choice[p] == static_cast<uint32_t>(e)) pairs.push_back(p);
+            if (choice[p] == static_cast<uint32_t>(e)) {
+                pairs.push_back(p);
+            }
         }
     }
     active.resize(1 + experts, 0xffffffffu);
@@ -193,7 +227,8 @@ void run_experts(bool codes, int tokens, int experts, int top_k, int in, int wid
     Buffer<float> d_scales(all.scales);
     Buffer<uint32_t> d_active(active), d_offsets(offsets), d_pairs(pairs);
     MatmulArgs args{};
-    args.weight = codes ? reinterpret_cast<unsigned char*>(d_codes.get()) : reinterpret_cast<unsigned char*>(d_halves.get());
+    args.weight =
+        codes ? reinterpret_cast<unsigned char*>(d_codes.get()) : reinterpret_cast<unsigned char*>(d_halves.get());
     args.scales = d_scales.get();
     args.x = d_x.get();
     args.bias = d_bias.get();
@@ -219,8 +254,11 @@ void run_experts(bool codes, int tokens, int experts, int top_k, int in, int wid
     for (size_t place = 0; place < pairs.size(); place++) {
         const uint32_t e = choice[pairs[place]], token = pairs[place] / top_k;
         std::vector<double> row(in);
-        for (int k = 0; k < in; k++) row[k] = value(x[token * in + k]);
-        const auto y = expected_row(c, row.data(), each[e], std::vector<bf16>(bias.begin() + e * c.out, bias.begin() + (e + 1) * c.out));
+        for (int k = 0; k < in; k++) {
+            row[k] = value(x[token * in + k]);
+        }
+        const auto y = expected_row(c, row.data(), each[e],
+                                    std::vector<bf16>(bias.begin() + e * c.out, bias.begin() + (e + 1) * c.out));
         want.insert(want.end(), y.begin(), y.end());
     }
     expect_close(std::string(v.name) + " experts", d_out.download(), want);
@@ -231,7 +269,8 @@ void run_experts(bool codes, int tokens, int experts, int top_k, int in, int wid
     Buffer<bf16> d_down(down.halves), d_y(pairs.size() * 136);
     Buffer<e4m3> d_down_codes(down.codes);
     Buffer<float> d_down_scales(down.scales);
-    args.weight = codes ? reinterpret_cast<unsigned char*>(d_down_codes.get()) : reinterpret_cast<unsigned char*>(d_down.get());
+    args.weight =
+        codes ? reinterpret_cast<unsigned char*>(d_down_codes.get()) : reinterpret_cast<unsigned char*>(d_down.get());
     args.scales = d_down_scales.get();
     args.x = d_out.get();
     args.bias = nullptr;
@@ -250,7 +289,9 @@ void run_experts(bool codes, int tokens, int experts, int top_k, int in, int wid
         const uint32_t e = choice[pairs[place]];
         for (int o = 0; o < 136; o++) {
             double sum = 0;
-            for (int k = 0; k < width; k++) sum += value(hidden[place * width + k]) * down.values[(static_cast<size_t>(e) * 136 + o) * width + k];
+            for (int k = 0; k < width; k++) {
+                sum += value(hidden[place * width + k]) * down.values[(static_cast<size_t>(e) * 136 + o) * width + k];
+            }
             want.push_back(sum);
         }
     }
@@ -268,7 +309,9 @@ int main() {
     run({2, 264, 592, 2, true, true, 128, true, true, false, 1.0f, 0.0f});
     run({7, 140, 200, 1, false, true, 1, false, false, false, 1.0f, 0.0f});
     run_experts(false, 5, 6, 2, 72, 72);
-    if (small()) return report();
+    if (small()) {
+        return report();
+    }
     run({13, 256, 640, 2, false, false, 1, false, true, false, 1.0f, 0.0f});
     run({32, 130, 2880, 4, false, false, 1, false, false, false, 1.0f, 0.0f});
     run({64, 256, 584, 3, false, true, 1, false, true, false, 1.0f, 0.0f});

@@ -34,7 +34,8 @@ void run(const Case& c) {
     std::vector<RowInfo> rows;
     std::vector<uint32_t> positions, token_rows;
     for (size_t r = 0; r < c.tokens.size(); r++) {
-        rows.push_back({static_cast<uint32_t>(r), static_cast<uint32_t>(positions.size()), static_cast<uint32_t>(c.tokens[r]), static_cast<uint32_t>(c.contexts[r])});
+        rows.push_back({static_cast<uint32_t>(r), static_cast<uint32_t>(positions.size()),
+                        static_cast<uint32_t>(c.tokens[r]), static_cast<uint32_t>(c.contexts[r])});
         for (int i = 0; i < c.tokens[r]; i++) {
             positions.push_back(static_cast<uint32_t>(c.contexts[r] - c.tokens[r] + i));
             token_rows.push_back(static_cast<uint32_t>(r));
@@ -54,9 +55,23 @@ void run(const Case& c) {
     Buffer<float> d_cos(cos), d_sin(sin);
     Buffer<uint32_t> d_positions(positions), d_token_rows(token_rows);
     Buffer<RowInfo> d_rows(rows);
-    const RopeArgs args{d_qkv.get(), c.norm ? d_qn.get() : nullptr, c.norm ? d_kn.get() : nullptr, c.rotary ? d_cos.get() : nullptr,
-                        d_sin.get(), d_positions.get(), d_token_rows.get(), d_rows.get(), device.layer, 1.0f, 1e-6f, c.q_heads,
-                        dim, c.rotary, c.norm_values, c.k_is_v, c.no_values};
+    const RopeArgs args{d_qkv.get(),
+                        c.norm ? d_qn.get() : nullptr,
+                        c.norm ? d_kn.get() : nullptr,
+                        c.rotary ? d_cos.get() : nullptr,
+                        d_sin.get(),
+                        d_positions.get(),
+                        d_token_rows.get(),
+                        d_rows.get(),
+                        device.layer,
+                        1.0f,
+                        1e-6f,
+                        c.q_heads,
+                        dim,
+                        c.rotary,
+                        c.norm_values,
+                        c.k_is_v,
+                        c.no_values};
     const dim3 grid(tokens, static_cast<unsigned>((c.q_heads + kv * (c.no_values ? 1 : 2) + kWarps - 1) / kWarps));
     if (c.cache.codes) {
         LAUNCH(rope_append_e4m3, grid, kWarps * 32, 0, args);
@@ -73,15 +88,25 @@ void run(const Case& c) {
         const size_t row = token_rows[t];
         for (int h = 0; h < c.q_heads + 2 * kv; h++) {
             const bool is_value = h >= c.q_heads + kv, is_query = h < c.q_heads;
-            if (is_value && c.no_values) continue;
+            if (is_value && c.no_values) {
+                continue;
+            }
             const int column = is_value && c.k_is_v ? h - kv : h;
             std::vector<double> x(dim);
-            for (int d = 0; d < dim; d++) x[d] = value(qkv[(static_cast<size_t>(t) * heads + column) * dim + d]);
+            for (int d = 0; d < dim; d++) {
+                x[d] = value(qkv[(static_cast<size_t>(t) * heads + column) * dim + d]);
+            }
             if (is_value) {
-                if (c.norm_values) x = reference::rms_norm(x, std::vector<bf16>(dim, bf16{0}), 1.0, 1e-6);
+                if (c.norm_values) {
+                    x = reference::rms_norm(x, std::vector<bf16>(dim, bf16{0}), 1.0, 1e-6);
+                }
             } else {
-                if (c.norm) x = reference::rms_norm(x, is_query ? q_norm : k_norm, 1.0, 1e-6);
-                if (c.rotary) rotate(x, &cos[positions[t] * pairs], &sin[positions[t] * pairs], c.rotary);
+                if (c.norm) {
+                    x = reference::rms_norm(x, is_query ? q_norm : k_norm, 1.0, 1e-6);
+                }
+                if (c.rotary) {
+                    rotate(x, &cos[positions[t] * pairs], &sin[positions[t] * pairs], c.rotary);
+                }
             }
             for (int d = 0; d < dim; d++) {
                 if (is_query) {
@@ -96,12 +121,15 @@ void run(const Case& c) {
             }
         }
     }
-    const std::string name = "rope dim " + std::to_string(dim) + " rotary " + std::to_string(c.rotary) + " codes " + std::to_string(c.cache.codes);
+    const std::string name = "rope dim " + std::to_string(dim) + " rotary " + std::to_string(c.rotary) + " codes " +
+                             std::to_string(c.cache.codes);
     expect_close(name + " q", got_q, want_q);
     expect_close(name + " cache", got_cache, want_cache, c.cache.codes ? 0.07 : 1e-2);
     // Nothing else in the cache was written: other tokens, layers, pages are as before.
     long stray = 0;
-    for (size_t i = 0; i < before.size(); i++) stray += touched.bytes()[i] == before[i] && after[i] != before[i];
+    for (size_t i = 0; i < before.size(); i++) {
+        stray += touched.bytes()[i] == before[i] && after[i] != before[i];
+    }
     expect(name + " strays", stray == 0);
 }
 

@@ -1,4 +1,5 @@
-// Embeddings, gathers, additions, gates, pages; and that kernels queued one after another read what the one before wrote.
+// Embeddings, gathers, additions, gates, pages; and that kernels queued one after another read what the one before
+// wrote.
 #include "../harness/harness.h"
 #include "blocks.cu"
 #include "elementwise.cu"
@@ -16,12 +17,17 @@ void run_embed(int rows, int width, int vocab) {
     const auto table = random_bf16(random, static_cast<size_t>(vocab) * width);
     const std::vector<uint32_t> last{3, 0xffffffffu, static_cast<uint32_t>(vocab - 1)};
     std::vector<uint32_t> ids(rows);
-    for (int r = 0; r < rows; r++) ids[r] = static_cast<uint32_t>(random.below(vocab));
+    for (int r = 0; r < rows; r++) {
+        ids[r] = static_cast<uint32_t>(random.below(vocab));
+    }
     ids[0] = kFromSlot | 2;
-    if (rows > 2) ids[1] = static_cast<uint32_t>(vocab), ids[2] = kFromSlot | 1;  // no such token
+    if (rows > 2) {
+        ids[1] = static_cast<uint32_t>(vocab), ids[2] = kFromSlot | 1;  // no such token
+    }
     Buffer<bf16> d_table(table), d_out(static_cast<size_t>(rows) * width);
     Buffer<uint32_t> d_ids(ids), d_last(last);
-    LAUNCH(embed_bf16, dim3(rows), 64, 0, d_table.get(), d_ids.get(), d_last.get(), d_out.get(), static_cast<uint32_t>(vocab), width, 2.5f);
+    LAUNCH(embed_bf16, dim3(rows), 64, 0, d_table.get(), d_ids.get(), d_last.get(), d_out.get(),
+           static_cast<uint32_t>(vocab), width, 2.5f);
     const auto out = d_out.download();
     std::vector<bf16> known;
     std::vector<double> want;
@@ -45,7 +51,8 @@ void run_embed(int rows, int width, int vocab) {
     LAUNCH(gather_rows_bf16, dim3(2), 32, 0, d_out.get(), d_outputs.get(), d_gathered.get(), width);
     const auto gathered = d_gathered.download();
     for (int i = 0; i < width; i++) {
-        expect("gather", gathered[i].bits == out[static_cast<size_t>(rows - 1) * width + i].bits && gathered[width + i].bits == out[i].bits);
+        expect("gather", gathered[i].bits == out[static_cast<size_t>(rows - 1) * width + i].bits &&
+                             gathered[width + i].bits == out[i].bits);
     }
 }
 
@@ -59,7 +66,9 @@ void run_add(int rows, int width) {
     LAUNCH(add_bf16, dim3(rows), 32, 0, d_x.get(), d_y.get(), width);
     LAUNCH(add_bf16, dim3(rows), 96, 0, d_x.get(), d_x.get(), width);
     std::vector<double> want(n);
-    for (size_t i = 0; i < n; i++) want[i] = 2 * value(round_bf16(value(round_bf16(value(x[i]) + value(bias[i % width]))) + value(y[i])));
+    for (size_t i = 0; i < n; i++) {
+        want[i] = 2 * value(round_bf16(value(round_bf16(value(x[i]) + value(bias[i % width]))) + value(y[i])));
+    }
     expect_close("add", d_x.download(), want, 1e-3);
 }
 
@@ -85,11 +94,15 @@ void run_glu(int rows, int width, Gate kind, int group) {
     const auto codes = d_codes.download();
     const auto scales = d_scales.download();
     std::vector<double> got(n);
-    for (size_t i = 0; i < n; i++) got[i] = value(codes[i]) * scales[i / group];
+    for (size_t i = 0; i < n; i++) {
+        got[i] = value(codes[i]) * scales[i / group];
+    }
     expect_close(name + " codes", got, want, 0.07);
     for (size_t g = 0; g < scales.size(); g++) {
         double peak = 0;
-        for (int i = 0; i < group; i++) peak = std::max(peak, fabs(want[g * group + i]));
+        for (int i = 0; i < group; i++) {
+            peak = std::max(peak, fabs(want[g * group + i]));
+        }
         expect(name + " scale", fabs(scales[g] * 448 - peak) <= 1e-2 * peak);
     }
 }
@@ -97,14 +110,20 @@ void run_glu(int rows, int width, Gate kind, int group) {
 void run_pages(unsigned long long bytes, unsigned parts) {
     Random random(bytes);
     std::vector<unsigned char> pool(6 * bytes);
-    for (unsigned char& b : pool) b = static_cast<unsigned char>(random.next());
+    for (unsigned char& b : pool) {
+        b = static_cast<unsigned char>(random.next());
+    }
     Buffer<unsigned char> d_pool(pool);
     const std::vector<uint32_t> from{5, 0}, to{1, 3}, clear{5, 2};
     Buffer<uint32_t> d_from(from), d_to(to), d_clear(clear);
     LAUNCH(copy_pages, dim3(2, parts), 64, 0, d_pool.get(), d_from.get(), d_to.get(), bytes);
     LAUNCH(zero_pages, dim3(2, parts), 64, 0, d_pool.get(), d_clear.get(), bytes);
-    for (int i = 0; i < 2; i++) std::copy(pool.begin() + from[i] * bytes, pool.begin() + (from[i] + 1) * bytes, pool.begin() + to[i] * bytes);
-    for (uint32_t page : clear) std::fill(pool.begin() + page * bytes, pool.begin() + (page + 1) * bytes, 0);
+    for (int i = 0; i < 2; i++) {
+        std::copy(pool.begin() + from[i] * bytes, pool.begin() + (from[i] + 1) * bytes, pool.begin() + to[i] * bytes);
+    }
+    for (uint32_t page : clear) {
+        std::fill(pool.begin() + page * bytes, pool.begin() + (page + 1) * bytes, 0);
+    }
     expect_equal("pages of " + std::to_string(bytes), d_pool.download(), pool);
 }
 
