@@ -59,7 +59,8 @@ def shape(hidden, heads, kv_heads, head_dim, layers=2, **more):
 
 LLAMA = dict(hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, vocab_size=61, max_position_embeddings=96)
-YARN = rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=24)
+# A small base, so that the ramp of YaRN has some of the few frequencies on it.
+YARN = rope(rope_theta=100.0, rope_type="yarn", factor=4.0, original_max_position_embeddings=24)
 PATTERN = ["sliding_attention", "full_attention"]
 
 DENSE = {
@@ -86,8 +87,8 @@ DENSE = {
         rope_theta=1e6)), "bfloat16",
         wrapper=("Mistral3ForConditionalGeneration", "mistral3", "language_model.model.", "language_model.lm_head.")),
     "ministral3": Case("Ministral3ForCausalLM", shape(36, 6, 2, 16, rope_parameters=rope(
-        rope_type="yarn", factor=6.0, original_max_position_embeddings=16, beta_fast=32.0, beta_slow=1.0, mscale=1.0,
-        mscale_all_dim=1.0, llama_4_scaling_beta=0.3)), "bfloat16"),
+        rope_theta=100.0, rope_type="yarn", factor=6.0, original_max_position_embeddings=16, beta_fast=2.0,
+        beta_slow=0.25, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.3)), "bfloat16"),
     "ministral3-wrapper": Case("Ministral3ForCausalLM", shape(
         32, 4, 1, 12, tie_word_embeddings=True, rope_parameters=rope(
             rope_type="yarn", factor=12.0, original_max_position_embeddings=8, beta_fast=32.0, beta_slow=1.0,
@@ -155,8 +156,8 @@ MOE = {
     "gptoss": Case("GptOssForCausalLM", dict(
         shape(28, 6, 2, 10, layers=3), intermediate_size=14, num_local_experts=5, num_experts_per_tok=3,
         sliding_window=7, swiglu_limit=1.5, rope_parameters=rope(
-            rope_theta=1.5e5, rope_type="yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
-            original_max_position_embeddings=24)), "bfloat16", old_spelling=True, drop=("swiglu_alpha",)),
+            rope_theta=100.0, rope_type="yarn", factor=4.0, beta_fast=4.0, beta_slow=1.0, truncate=False,
+            original_max_position_embeddings=64)), "bfloat16", old_spelling=True, drop=("swiglu_alpha",)),
     "gptoss-mqa": Case("GptOssForCausalLM", dict(
         shape(40, 4, 1, 24, layers=2), intermediate_size=10, num_local_experts=4, num_experts_per_tok=4,
         sliding_window=17, attention_bias=True, rope_parameters=rope(
@@ -167,8 +168,8 @@ MOE = {
         kv_lora_rank=18, qk_rope_head_dim=8, qk_nope_head_dim=10, v_head_dim=12, n_routed_experts=6, n_group=3,
         topk_group=2, num_experts_per_tok=3, n_shared_experts=2, moe_intermediate_size=10, first_k_dense_replace=1,
         routed_scaling_factor=1.7, num_nextn_predict_layers=0, rms_norm_eps=1e-5, rope_parameters=rope(
-            rope_type="yarn", factor=6.0, original_max_position_embeddings=16, beta_fast=32.0, beta_slow=1.0,
-            mscale=0.7, mscale_all_dim=1.0)), "bfloat16", old_spelling=True,
+            rope_theta=100.0, rope_type="yarn", factor=6.0, original_max_position_embeddings=32, beta_fast=4.0,
+            beta_slow=1.0, mscale=0.7, mscale_all_dim=1.0)), "bfloat16", old_spelling=True,
         add={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}),
     "deepseek-plain-query": Case("DeepseekV3ForCausalLM", dict(
         LLAMA, num_attention_heads=5, num_key_value_heads=5, q_lora_rank=None, kv_lora_rank=14, qk_rope_head_dim=6,

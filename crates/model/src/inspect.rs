@@ -75,7 +75,7 @@ pub fn inspect(source: &ModelSource, task: Task) -> Result<Inspection> {
             let template = named(&["chat_template.jinja", "chat_template.json"])
                 || files
                     .get("tokenizer_config.json")
-                    .is_some_and(|f| f.read("", 1 << 24).is_ok_and(mentions_template));
+                    .is_some_and(|f| f.read("", 1 << 24).is_ok_and(|bytes| mentions_template(&bytes)));
             let seen = Seen {
                 quantized: checkpoint.quantized,
                 stored: weights.bytes_by_type(),
@@ -103,8 +103,8 @@ pub fn inspect(source: &ModelSource, task: Task) -> Result<Inspection> {
     }
 }
 
-fn mentions_template(bytes: Vec<u8>) -> bool {
-    let config = serde_json::from_slice::<serde_json::Value>(&bytes).unwrap_or_default();
+fn mentions_template(bytes: &[u8]) -> bool {
+    let config = serde_json::from_slice::<serde_json::Value>(bytes).unwrap_or_default();
     config.get("chat_template").is_some_and(|template| !template.is_null())
 }
 

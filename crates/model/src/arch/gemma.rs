@@ -104,10 +104,10 @@ fn refuse_bidirectional(config: &Config<'_>) -> Result<()> {
 }
 
 /// Scores, soft-capped where the configuration says so.
-fn scores(config: &Config<'_>, a: AttentionLayer) -> Result<AttentionLayer> {
+fn scores(config: &Config<'_>, a: &AttentionLayer) -> Result<AttentionLayer> {
     let scalar = config.positive_or("query_pre_attn_scalar", 256.0)?;
     let soft_cap = config.opt_positive("attn_logit_softcapping")?.map(|cap| cap as f32);
-    Ok(AttentionLayer { scale: (1.0 / scalar.sqrt()) as f32, soft_cap, ..a })
+    Ok(AttentionLayer { scale: (1.0 / scalar.sqrt()) as f32, soft_cap, ..a.clone() })
 }
 
 /// A decoder with embeddings scaled by the root of the width, and capped logits.
@@ -136,7 +136,7 @@ pub(super) fn gemma2(config: &Config<'_>) -> Result<ModelSpec> {
     let c = common(config, GEMMA2)?;
     let norm = NormSpec { offset: 1.0, ..c.norm };
     refuse_bidirectional(config)?;
-    let a = scores(config, attention(config)?)?;
+    let a = scores(config, &attention(config)?)?;
     let cap = cap_or(config, "attn_logit_softcapping", 50.0)?;
     let a = AttentionLayer { soft_cap: cap.map(|cap| cap as f32), ..a };
     let absent = |i: usize| if i.is_multiple_of(2) { Kind::Sliding } else { Kind::Full };
@@ -163,7 +163,7 @@ pub(super) fn gemma3(config: &Config<'_>) -> Result<ModelSpec> {
     let c = common(config, GEMMA3)?;
     let norm = NormSpec { offset: 1.0, ..c.norm };
     refuse_bidirectional(config)?;
-    let a = scores(config, attention(config)?)?;
+    let a = scores(config, &attention(config)?)?;
     let a = AttentionLayer { qk_norm: Some(QkNorm { norm, across_heads: false }), ..a };
     let pattern = config.count_or("sliding_window_pattern", bounds::LAYERS, 6)?;
     let absent = |i: usize| if (i + 1).is_multiple_of(pattern) { Kind::Full } else { Kind::Sliding };

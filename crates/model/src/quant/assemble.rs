@@ -34,7 +34,7 @@ pub trait RawTensors {
 /// list of tensors that mean something.
 #[must_use]
 pub fn names_of(weight: &str) -> Vec<String> {
-    const PARTS: [&str; 12] = [
+    const PARTS: [&str; 13] = [
         "weight",
         "weight_scale_inv",
         "weight_scale",
@@ -47,6 +47,7 @@ pub fn names_of(weight: &str) -> Vec<String> {
         "g_idx",
         // Scales of activations: known, and of no use.
         "input_scale",
+        "activation_scale",
         "input_global_scale",
     ];
     match weight.strip_suffix(".weight") {
