@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
 use toml::Value;
 
-use crate::config::{Config, ConfigError, Device, Flag, LoadFormat, LogFormat, Quantization, load};
+use crate::config::{Config, ConfigError, Device, Flag, LoadFormat, LogFormat, Quantization, Task, load};
 
 /// Serves open-weight language models behind an OpenAI-compatible HTTP API.
 #[derive(Parser)]
@@ -65,6 +65,9 @@ pub(crate) struct ServeArgs {
     /// Quantize linear weights while loading.
     #[arg(long, value_enum, help_heading = "Model")]
     quantization: Option<Quantization>,
+    /// What the model is served for [default: auto].
+    #[arg(long, value_enum, help_heading = "Model")]
+    task: Option<Task>,
     /// Longest sequence, prompt and output, in tokens [default: the model's own].
     #[arg(long, value_name = "TOKENS", help_heading = "Model")]
     max_model_len: Option<u32>,
@@ -166,6 +169,7 @@ impl ServeArgs {
         add("device", "model.device", value(self.device.as_ref()));
         add("load-format", "model.load_format", value(self.load_format.as_ref()));
         add("quantization", "model.quantization", value(self.quantization.as_ref()));
+        add("task", "model.task", value(self.task.as_ref()));
         add("max-model-len", "model.max_len", value(self.max_model_len.as_ref()));
         add("reasoning-parser", "model.reasoning_parser", value(self.reasoning_parser.as_ref()));
         add("max-num-seqs", "engine.max_num_seqs", value(self.max_num_seqs.as_ref()));

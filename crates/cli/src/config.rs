@@ -40,6 +40,8 @@ pub(crate) struct ModelConfig {
     pub(crate) load_format: LoadFormat,
     /// Blocks that linear weights are quantized to while loading.
     pub(crate) quantization: Option<Quantization>,
+    /// What the model is served for.
+    pub(crate) task: Task,
     /// Longest sequence, prompt and output. Default: what the model was made for, and memory allows.
     pub(crate) max_len: Option<u32>,
     /// How the model marks its reasoning: `auto` (by its template and vocabulary), `none` (all output is the
@@ -55,6 +57,7 @@ impl Default for ModelConfig {
             device: Device::default(),
             load_format: LoadFormat::default(),
             quantization: None,
+            task: Task::Auto,
             max_len: None,
             reasoning_parser: "auto".to_owned(),
         }
@@ -83,6 +86,21 @@ pub(crate) enum LoadFormat {
     Auto,
     /// Random weights of the true shape, for benchmarks: only `config.json` is needed.
     Dummy,
+}
+
+/// What a model is served for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Task {
+    /// What its files say: embeddings where sentence-transformers' files lie beside it, else what it is made for.
+    #[default]
+    Auto,
+    /// Chats and completions.
+    Generate,
+    /// Embeddings.
+    Embed,
+    /// Scores of pairs of texts.
+    Score,
 }
 
 /// Blocks that linear weights are quantized to while loading.

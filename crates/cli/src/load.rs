@@ -10,7 +10,8 @@ use mirai_cpu::{CpuBackend, CpuOptions};
 use mirai_engine::{EngineHandle, Event, Executor, StartError};
 use mirai_hub::{ModelRef, StoreOptions};
 use mirai_model::loader::{Phase, TokenizerData};
-use mirai_model::{CacheBudget, LoadOptions, LoadedModel, ModelError, ModelSource};
+use mirai_model::pooling::PublishedPooling;
+use mirai_model::{CacheBudget, LoadOptions, LoadedModel, ModelError, ModelSource, ModelSpec};
 use mirai_server::{FimTokens, GenerationDefaults, ServedModel, ServerHandle};
 use mirai_text::{
     ChatTemplate, GgufVocab, ReasoningFormat, SpecialTokens, Tokenizer, TokenizerConfig,
@@ -20,6 +21,7 @@ use mirai_text::{
 use crate::config::{Config, Device, LoadFormat, Quantization};
 use crate::demo;
 use crate::exit::Failure;
+use crate::task;
 
 /// Seed of `--load-format dummy`: two runs measure the same numbers.
 const DUMMY_SEED: u64 = 0;
@@ -28,6 +30,8 @@ const DEFAULT_CACHE_BYTES: u64 = 4 << 30;
 
 /// What loading a model yields besides the executor, which stays on the engine's thread.
 struct Described {
+    spec: ModelSpec,
+    pooling: Option<PublishedPooling>,
     tokenizer: TokenizerData,
     chat_template: Option<String>,
     generation_config: Option<serde_json::Map<String, serde_json::Value>>,
@@ -49,9 +53,12 @@ pub(crate) fn check_device(device: Device) -> Result<(), Failure> {
 /// Loads the model and starts its engine. Blocks; `server` is told how far it is.
 pub(crate) fn load(config: &Config, server: &ServerHandle) -> Result<ServedModel, Failure> {
     let (source, own_name) = source(config)?;
-    let options = options(config);
+    let options = task::options(config.model.task, &source, options(config))?;
     let cpu = CpuOptions { threads: config.engine.threads, ..CpuOptions::default() };
-    let engine = engine_config(config);
+    let engine = mirai_engine::EngineConfig {
+        max_step_tokens: options.max_step_tokens as u32,
+        ..engine_config(config)
+    };
     let (send, described) = sync_channel(1);
     let told = server.clone();
     // The executor never leaves the thread that makes it: devices are bound to theirs.
@@ -60,8 +67,8 @@ pub(crate) fn load(config: &Config, server: &ServerHandle) -> Result<ServedModel
         let model = mirai_model::load(&source, &options, CpuBackend::new(&cpu), &mut report)?;
         let LoadedModel { executor, tokenizer, .. } = model;
         let (chat_template, generation_config) = (model.chat_template, model.generation_config);
-        let eos_ids = model.eos_ids;
-        send.send(Described { tokenizer, chat_template, generation_config, eos_ids })?;
+        let (spec, pooling, eos_ids) = (model.spec, model.pooling, model.eos_ids);
+        send.send(Described { spec, pooling, tokenizer, chat_template, generation_config, eos_ids })?;
         Ok(Box::new(executor))
     };
     let (handle, events) = mirai_engine::start(engine, make).map_err(start_failure)?;
@@ -186,6 +193,7 @@ fn served(
     let reasoning = reasoning(&config.model.reasoning_parser, template, &tokenizer)?;
     let template = template.map(|source| ChatTemplate::compile(source, special.clone()));
     let template = template.transpose().map_err(|e| Failure::model(format!("chat template: {e}")))?;
+    let task = task::served(&described.spec, described.pooling.as_ref(), &tokenizer, &special)?;
     let token = |text: &Option<String>| text.as_deref().and_then(|t| tokenizer.token_to_id(t));
     let mut eos_token_ids = described.eos_ids;
     eos_token_ids.extend(token(&special.eos));
@@ -212,7 +220,7 @@ fn served(
         fim: fim_tokens(&tokenizer),
         tokenizer,
         template,
-        task: mirai_server::Task::default(),
+        task,
         reasoning,
         eos_token_ids,
         generation_defaults,
@@ -242,7 +250,7 @@ fn reasoning(
     Ok(format)
 }
 
-fn tokenizer(data: TokenizerData) -> Result<(Tokenizer, SpecialTokens), Failure> {
+pub(crate) fn tokenizer(data: TokenizerData) -> Result<(Tokenizer, SpecialTokens), Failure> {
     match data {
         TokenizerData::Files(files) => {
             let config = files.get("tokenizer_config.json").map(|b| TokenizerConfig::from_json_bytes(b));

@@ -15,6 +15,7 @@ mod load;
 mod logging;
 mod pull;
 mod serve;
+mod task;
 mod verify;
 
 use std::process::ExitCode;

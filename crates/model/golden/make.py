@@ -128,7 +128,10 @@ def prompts(name, case):
     # An encoder's text has a token at either end, and no padding within.
     if "XLMRoberta" not in case.model:
         return ids
-    return [[case.fields["bos_token_id"], *i, case.fields["eos_token_id"]] for i in ids]
+    bos, eos = case.fields["bos_token_id"], case.fields["eos_token_id"]
+    # A cross-encoder's is a query and a document, with two tokens between.
+    pair = lambda i: [*i[: len(i) // 3], eos, eos, *i[len(i) // 3 :]] if case.task == "rerank" else i
+    return [[bos, *pair(i), eos] for i in ids]
 
 
 def logits(model, ids):
