@@ -271,6 +271,13 @@ pub fn load<B: Backend>(
         max_context = cache.max_context,
         "model loaded"
     );
+    if spec.whole_prompts() && cache.max_context > options.max_step_tokens {
+        tracing::warn!(
+            max_context = cache.max_context,
+            max_num_batched_tokens = options.max_step_tokens,
+            "prompts are computed whole: longer ones than a step are refused"
+        );
+    }
     if !opened.unused_tensors.is_empty() {
         tracing::warn!(tensors = ?opened.unused_tensors, "tensors that the model has no place for");
     }

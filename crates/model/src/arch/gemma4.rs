@@ -34,7 +34,8 @@ pub(super) fn gemma4(config: &Config<'_>) -> Result<ModelSpec> {
         Ok(match kinds[i] {
             Kind::Full => {
                 if keys_are_values && kv != KvSource::Own {
-                    let why = "layers that read the keys of layers whose values are their keys are not supported";
+                    let why =
+                        "layers that read the keys of layers whose values are their keys are not supported";
                     return Err(config.error("num_kv_shared_layers", why));
                 }
                 let kv = if kv == KvSource::Own && keys_are_values { KvSource::KeysAreValues } else { kv };

@@ -51,7 +51,7 @@ pub enum Mutation {
     NoLogitsScale,
     /// No learned positions.
     NoPositions,
-    /// The weights of a stack (experts, heads of latent attention) are exchanged in a circle.
+    /// Two weights of each stack (experts, heads of latent attention) are exchanged.
     SwappedExperts,
     /// Routers' weights are normed where they are not, and the reverse.
     WrongRouterNorm,
@@ -159,7 +159,7 @@ where
     }
     fn load_stack(&mut self, mut weights: Vec<Vec<HostTensor<'_>>>) -> Result<B::Stack> {
         if self.is(Mutation::SwappedExperts) {
-            weights.rotate_left(1);
+            weights.swap(0, 1);
         }
         self.inner.load_stack(weights)
     }
