@@ -254,10 +254,10 @@ fn parse_parameters(ptx: &str) -> Result<Parameters> {
         if let Some(rest) = line.split(".entry ").nth(1) {
             let name = rest.trim_end_matches(['(', ')', ' ']).to_owned();
             current = Some((name, Vec::new()));
-        } else if let Some((_, sizes)) = &mut current {
-            if line.starts_with(".param ") {
-                sizes.push(parameter_bytes(line)?);
-            }
+        } else if let Some((_, sizes)) = &mut current
+            && line.starts_with(".param ")
+        {
+            sizes.push(parameter_bytes(line)?);
         }
         if line.starts_with(')') || line.ends_with("()") {
             kernels.extend(current.take());
