@@ -68,7 +68,7 @@ pub(crate) fn write(shape: Shape, values: &[Box<[f32]>], identity: Identity<'_>)
     let usage = PoolingUsage { prompt_tokens: tokens, total_tokens: tokens };
     match shape {
         Shape::Embeddings { base64, dimensions, normalize, width } => {
-            let one = |(index, values): (usize, &Box<[f32]>)| {
+            let one = |(index, values): (usize, &[f32])| {
                 if values.len() != width as usize {
                     return Err(unexpected(index, values.len()));
                 }
@@ -80,7 +80,8 @@ pub(crate) fn write(shape: Shape, values: &[Box<[f32]>], identity: Identity<'_>)
                 };
                 Ok(Embedding { object: "embedding".to_owned(), index: index as u32, embedding })
             };
-            let data = values.iter().enumerate().map(one).collect::<Result<Vec<_>, _>>()?;
+            let data =
+                values.iter().map(AsRef::as_ref).enumerate().map(one).collect::<Result<Vec<_>, _>>()?;
             Ok(Reply::json(&EmbeddingResponse { object: "list".to_owned(), data, model, usage }))
         }
         Shape::Rerank { rule, raw, top, documents, style } => {
@@ -102,10 +103,10 @@ pub(crate) fn write(shape: Shape, values: &[Box<[f32]>], identity: Identity<'_>)
 }
 
 fn scores(rule: ScoreRule, raw: bool, values: &[Box<[f32]>]) -> Result<Vec<f64>, ApiError> {
-    let one = |(index, logits): (usize, &Box<[f32]>)| {
+    let one = |(index, logits): (usize, &[f32])| {
         rule.score(logits, raw).ok_or_else(|| unexpected(index, logits.len()))
     };
-    values.iter().enumerate().map(one).collect()
+    values.iter().map(AsRef::as_ref).enumerate().map(one).collect()
 }
 
 /// The best first; of equal ones the earlier.
@@ -129,6 +130,7 @@ fn ranked(scores: &[f64], top: usize, documents: Option<Vec<String>>, style: Sty
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -27,7 +27,7 @@ mod tests {
         assert_eq!(floats(&[]), "");
         assert_eq!(floats(&[1.0]), "AACAPw==");
         assert_eq!(floats(&[1.0, -2.5]), "AACAPwAAIMA=");
-        assert_eq!(floats(&[1.0, -2.5, 3.141_592_7]), "AACAPwAAIMDbD0lA");
+        assert_eq!(floats(&[1.0, -2.5, std::f32::consts::PI]), "AACAPwAAIMDbD0lA");
         assert_eq!(floats(&[f32::MAX, f32::MIN_POSITIVE]), "//9/fwAAgAA=");
     }
 }

@@ -12,6 +12,7 @@ mod life;
 mod load;
 mod metrics;
 mod pooling;
+mod python;
 mod reasoning;
 mod slow;
 mod support;

@@ -283,7 +283,7 @@ async fn templates_and_two_logits() {
     let body = json!({"query": "q".repeat(64), "documents": ["y"]});
     fine(&server, "/v1/rerank", &body).await;
     fine(&server, "/v1/rerank", &body).await;
-    assert!(server.metric("mirai_prompt_tokens_cached_total").await >= 64.0);
+    assert!(server.metric("mirai_cached_tokens_total").await >= 64.0);
     server.stop().await;
 }
 
