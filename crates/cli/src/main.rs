@@ -16,6 +16,7 @@ mod logging;
 mod pull;
 mod serve;
 mod task;
+mod tokenizer;
 mod verify;
 
 use std::process::ExitCode;

@@ -14,7 +14,7 @@ use mirai_text::{SpecialTokens, Tokenizer};
 
 use crate::config::Task;
 use crate::exit::Failure;
-use crate::load::tokenizer;
+use crate::tokenizer::tokenizer;
 
 /// Largest tokenizer file.
 const MAX_TOKENIZER: usize = 64 << 20;
