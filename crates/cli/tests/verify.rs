@@ -80,6 +80,19 @@ fn a_truncated_file_is_seen_without_reading_it() {
 }
 
 #[test]
+fn a_configuration_alone_is_priced() {
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/configs");
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(configs.join("qwen3-coder-30b-a3b.json"), folder.path().join("config.json")).unwrap();
+    let out = verify(&[folder.path().to_str().unwrap(), "--json"]);
+    assert_eq!(out.status.code(), Some(4), "without weights it cannot be loaded");
+    let report: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(report["parameters"], 30_532_122_624_u64);
+    assert_eq!(report["kv_bytes_per_token"], 96 << 10);
+    assert_eq!(report["faults"].as_array().unwrap().len(), 1);
+}
+
+#[test]
 fn gguf_files_are_described() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../../../shared/data/models/stories260K/gguf/stories260K-Q8_0.gguf");

@@ -69,7 +69,11 @@ pub fn inspect(source: &ModelSource, task: Task) -> Result<Inspection> {
         ModelSource::Files { place, files } => {
             let (described, pooling) = describe_files(place, files, task)?;
             let (spec, checkpoint) = (described.spec, described.checkpoint);
-            let weights = SafetensorsSource::open(place, files, checkpoint)?;
+            let weights = match SafetensorsSource::open(place, files, checkpoint) {
+                // A configuration alone is worth a report too.
+                Err(error @ ModelError::MissingFile { .. }) => Err(error),
+                opened => Ok(opened?),
+            };
             let named = |names: &[&str]| names.iter().any(|name| files.contains_key(*name));
             let tokenizer = files.keys().filter(|name| name.starts_with("token") || *name == "tekken.json");
             let template = named(&["chat_template.jinja", "chat_template.json"])
@@ -78,12 +82,15 @@ pub fn inspect(source: &ModelSource, task: Task) -> Result<Inspection> {
                     .is_some_and(|f| f.read("", 1 << 24).is_ok_and(|bytes| mentions_template(&bytes)));
             let seen = Seen {
                 quantized: checkpoint.quantized,
-                stored: weights.bytes_by_type(),
-                unused: weights.unused(&spec),
+                stored: weights.as_ref().map(SafetensorsSource::bytes_by_type).unwrap_or_default(),
+                unused: weights
+                    .as_ref()
+                    .map_or_else(|_| Ok(Unused::default()), |weights| weights.unused(&spec)),
                 tokenizer: tokenizer.cloned().collect(),
                 chat_template: template,
             };
-            Ok(report(spec, pooling, &weights, seen))
+            let weights = weights.as_ref().map(|weights| weights as &dyn WeightSource);
+            Ok(report(spec, pooling, weights.map_err(ToString::to_string), seen))
         }
         ModelSource::Gguf { name, file } => {
             let weights = GgufSource::open(name, file)?;
@@ -98,7 +105,7 @@ pub fn inspect(source: &ModelSource, task: Task) -> Result<Inspection> {
                 tokenizer: vec![format!("{} in the file", tokenizer.model)],
                 chat_template: tokenizer.chat_template.is_some(),
             };
-            Ok(report(spec, None, &weights, seen))
+            Ok(report(spec, None, Ok(&weights), seen))
         }
     }
 }
@@ -120,27 +127,32 @@ struct Seen {
 fn report(
     spec: ModelSpec,
     pooling: Option<PublishedPooling>,
-    weights: &dyn WeightSource,
+    weights: std::result::Result<&dyn WeightSource, String>,
     seen: Seen,
 ) -> Inspection {
     let mut faults = Vec::new();
-    let mut note = |error: ModelError| {
+    let mut note = |error: String| {
         if faults.len() < MAX_FAULTS {
-            faults.push(error.to_string());
+            faults.push(error);
         }
     };
     let unused = seen.unused.unwrap_or_else(|error| {
-        note(error);
+        note(error.to_string());
         Unused::default()
     });
-    let embedding = embedding_id(&spec, weights).unwrap_or(TensorId::Embedding);
     let mut cpu_bytes = 0;
-    for id in tensors(&spec) {
-        let id = if id == TensorId::Embedding { embedding } else { id };
-        match weights.check(&spec, id) {
-            Ok(storage) => cpu_bytes += bytes_on_cpu(storage, &shape(&spec, id)),
-            Err(error) => note(error),
+    match weights {
+        Ok(weights) => {
+            let embedding = embedding_id(&spec, weights).unwrap_or(TensorId::Embedding);
+            for id in tensors(&spec) {
+                let id = if id == TensorId::Embedding { embedding } else { id };
+                match weights.check(&spec, id) {
+                    Ok(storage) => cpu_bytes += bytes_on_cpu(storage, &shape(&spec, id)),
+                    Err(error) => note(error.to_string()),
+                }
+            }
         }
+        Err(error) => note(error),
     }
     Inspection {
         groups: groups(&spec),
