@@ -71,7 +71,7 @@ fn to_text(seen: &Inspection) -> String {
     let mut out = String::new();
     let mut row = |name: &str, value: String| {
         // Writing to a string cannot fail.
-        let _ = writeln!(out, "{name:<22}{value}");
+        let _ = writeln!(out, "{name:<24}{value}");
     };
     row("architecture", format!("{}, to {}", seen.spec.architecture, seen.task()));
     let (all, active) = (seen.spec.parameters(), seen.spec.active_parameters());
@@ -81,11 +81,13 @@ fn to_text(seen: &Inspection) -> String {
     row("shape", format!("{layers} layers, hidden {hidden}, vocabulary {vocab}"));
     row("context", format!("{} tokens", seen.spec.context));
     let stored: Vec<String> = seen.stored.iter().map(|(name, n)| format!("{} {name}", bytes(*n))).collect();
-    row("weights in the files", stored.join(", "));
+    row("weights in the files", list(&stored));
     if let Some(quantized) = &seen.quantized {
         row("quantization", quantized.name().to_owned());
     }
-    row("weights on the CPU", bytes(seen.cpu_bytes));
+    if seen.cpu_bytes > 0 {
+        row("weights on the CPU", bytes(seen.cpu_bytes));
+    }
     row("KV cache", format!("{} a token in bf16, all layers counted", bytes(seen.token_bytes() as u64)));
     for g in &seen.groups {
         let each = match g.kind {
