@@ -231,6 +231,7 @@ void run(int vocab, std::vector<Request> requests, uint32_t max_top, float scale
     const auto last = d_last.download();
     const auto tops = d_tops.download();
     const auto counts = d_counts.download();
+    const auto prepared = d_logits.download();
     for (int i = 0; i < count; i++) {
         const Request& q = requests[i];
         const std::string name = "vocab " + std::to_string(vocab) + " row " + std::to_string(i);
@@ -246,6 +247,13 @@ void run(int vocab, std::vector<Request> requests, uint32_t max_top, float scale
                 expect(name + " slot untouched", last[q.row.slot] == 7777777);
             }
             continue;
+        }
+        const auto want = q.row.flags & kScore ? raw : edited(q, raw);
+        for (int id = 0; id < vocab; id++) {
+            const double got = prepared[static_cast<size_t>(i) * stride + id];
+            if (got != want[id] && !(fabs(got - want[id]) <= 1e-6 * fabs(want[id]))) {
+                mismatch(name + " edited", id, got, want[id]);
+            }
         }
         const uint32_t token = results[i].token;
         (e.token < 0 ? undecided : decided)++;
