@@ -267,9 +267,9 @@ fn pack(tensor: &HostTensor<'_>, rows: usize, columns: usize, isa: Isa) -> Resul
         Storage::Q8_0 => PackedMatrix::from_q8_0(bytes, rows, columns, isa),
         Storage::Q4K => PackedMatrix::from_q4_k(bytes, rows, columns, isa),
         Storage::Q4_0 => return Ok(blocks(GgmlDType::Q4_0, bytes, rows)),
-        Storage::Q4_1 => return Ok(blocks(GgmlDType::Q4_1, bytes, rows)),
-        Storage::Q5_0 => return Ok(blocks(GgmlDType::Q5_0, bytes, rows)),
-        Storage::Q5_1 => return Ok(blocks(GgmlDType::Q5_1, bytes, rows)),
+        Storage::Q4_1 => return pairs_of_blocks(GgmlDType::Q4_1, bytes, rows, columns, isa),
+        Storage::Q5_0 => return pairs_of_blocks(GgmlDType::Q5_0, bytes, rows, columns, isa),
+        Storage::Q5_1 => return pairs_of_blocks(GgmlDType::Q5_1, bytes, rows, columns, isa),
         Storage::Q2K => return Ok(blocks(GgmlDType::Q2K, bytes, rows)),
         Storage::Q3K => return Ok(blocks(GgmlDType::Q3K, bytes, rows)),
         Storage::Q5K => return Ok(blocks(GgmlDType::Q5K, bytes, rows)),
@@ -279,6 +279,20 @@ fn pack(tensor: &HostTensor<'_>, rows: usize, columns: usize, isa: Isa) -> Resul
         }
     };
     packed.map(Part::Packed).map_err(|error| unsupported(tensor, error.to_string()))
+}
+
+/// Formats that candle multiplies two blocks at a time: rows of an odd number of blocks are widened to f32.
+fn pairs_of_blocks(dtype: GgmlDType, bytes: &[u8], rows: usize, columns: usize, isa: Isa) -> Result<Part> {
+    let part = blocks(dtype, bytes, rows);
+    if columns.is_multiple_of(2 * dtype.block_size()) {
+        return Ok(part);
+    }
+    let mut wide = vec![0.0; rows * columns];
+    for (index, row) in wide.chunks_exact_mut(columns).enumerate() {
+        part.row(index, row)?;
+    }
+    let packed = PackedMatrix::from_f32(&wide, rows, columns, isa);
+    packed.map(Part::Packed).map_err(|error| device("load_linear", error.to_string()))
 }
 
 /// Blocks as candle keeps them; it asks for even addresses.

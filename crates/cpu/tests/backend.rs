@@ -425,6 +425,7 @@ fn operations_check_their_widths() {
         soft_cap: None,
     };
     fails(b.attention(&spec, None, &six, &mut four), "not allocated");
+    let mut four = b.buffer(Rows::Tokens, 4).unwrap();
     let wide = mirai_model::backend::AttentionSpec { key_dim: 7, ..spec.clone() };
     fails(b.attention(&wide, None, &four, &mut six), "rows of 4");
     fails(b.append(&spec, None, None, &mut four), "rows of 4, 6 are needed");
