@@ -25,7 +25,7 @@ pub(crate) fn run(args: &[&str]) -> Output {
     mirai(args).stdin(Stdio::null()).output().unwrap()
 }
 
-/// A server that is killed when the test ends.
+/// A server that is asked to end when the test ends, and killed where the test failed.
 pub(crate) struct Server {
     child: Child,
     stdout: BufReader<std::process::ChildStdout>,
@@ -112,7 +112,16 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = self.child.kill();
+        if !matches!(self.child.try_wait(), Ok(None)) {
+            return;
+        }
+        if std::thread::panicking() {
+            let _ = self.child.kill();
+        } else {
+            // As an orchestrator does, so that every test also sees the server end in order. Its drain has a limit.
+            self.signal("TERM");
+            let _ = self.stdout.read_to_end(&mut Vec::new());
+        }
         let _ = self.child.wait();
     }
 }
