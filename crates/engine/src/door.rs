@@ -5,7 +5,8 @@
 
 use crate::config::EngineConfig;
 use crate::ids::{BLOCK_TOKENS, TokenId};
-use crate::request::{EngineRequest, Task};
+use crate::params::Task;
+use crate::request::EngineRequest;
 use crate::step::{Geometry, GroupKind};
 
 /// Most choices of one request: what is kept for a choice is allocated when the request arrives.

@@ -5,16 +5,14 @@
 
 use std::error::Error;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::Receiver;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::config::EngineConfig;
 use crate::door::{AdmissionError, Door};
-use crate::executor::Executor;
 use crate::ids::RequestId;
 use crate::mailbox::Mailbox;
-use crate::request::{EngineRequest, Event, Time};
+use crate::request::{EngineRequest, Time};
 use crate::stats::{Counters, EngineStats};
 use crate::step::Geometry;
 
@@ -277,17 +275,4 @@ impl EngineHandle {
     pub fn hooks(&self) -> &crate::hooks::TestHooks {
         &self.shared().hooks
     }
-}
-
-/// Starts the engine's thread, which loads its executor with `make` (executors need not be `Send`) and then
-/// serves. Blocks until the executor is loaded. Events come in batches, one or more a step, for one
-/// demultiplexer; when it is gone or too slow the engine stops or waits.
-///
-/// # Errors
-/// The executor could not be loaded or has no room, or no thread could be started.
-pub fn start(
-    config: EngineConfig,
-    make: impl FnOnce() -> Result<Box<dyn Executor>, BoxError> + Send + 'static,
-) -> Result<(EngineHandle, Receiver<Vec<Event>>), StartError> {
-    crate::thread::start(config, make)
 }

@@ -11,6 +11,7 @@ mod handle;
 pub mod hooks;
 mod ids;
 mod mailbox;
+mod params;
 mod pool;
 mod prefix;
 mod request;
@@ -26,12 +27,14 @@ mod thread;
 pub use config::EngineConfig;
 pub use door::{AdmissionError, MAX_CHOICES};
 pub use executor::{DeviceFault, Executor};
-pub use handle::{BoxError, EngineHandle, EngineHealth, StartError, start};
+pub use handle::{BoxError, EngineHandle, EngineHealth, StartError};
 pub use ids::{BLOCK_TOKENS, BlockId, RequestId, SeqId, SlotId, SnapshotId, TenantId, TokenId};
-pub use request::{EngineRequest, Event, FinishReason, SamplingParams, SeqUsage, Task, Time};
+pub use params::{SamplingParams, Task};
+pub use request::{EngineRequest, Event, FinishReason, SeqUsage, Time};
 pub use scheduler::{CommitError, HashKey, IntegrityError, MAX_PREEMPTIONS, Scheduler};
 pub use stats::{Counters, EngineStats, STEP_TOKEN_BOUNDS};
 pub use step::{
     BlockAppend, Geometry, GroupKind, Row, RowFault, RowInput, RowLogprobs, RowOutcome, RowOutput, SlotOpen,
     SnapshotSave, StepOutcome, StepPlan, TokenLogprobs,
 };
+pub use thread::start;

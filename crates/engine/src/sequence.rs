@@ -5,8 +5,9 @@
 use std::sync::Arc;
 
 use crate::ids::{BLOCK_TOKENS, BlockId, RequestId, SeqId, SlotId, TokenId};
+use crate::params::{SamplingParams, Task};
 use crate::prefix::{BlockKey, NodeId, ROOT, Room};
-use crate::request::{EngineRequest, SamplingParams, SeqUsage, Task, Time};
+use crate::request::{EngineRequest, SeqUsage, Time};
 use crate::step::{RowOutput, TokenLogprobs};
 
 /// Where a sequence is.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::ids::{BlockId, SeqId, SlotId, SnapshotId, TokenId};
-use crate::request::{SamplingParams, Task};
+use crate::params::{SamplingParams, Task};
 
 /// What a group of layers keeps of a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -43,8 +43,13 @@ enum End {
     Told,
 }
 
-/// See [`crate::start`].
-pub(crate) fn start(
+/// Starts the engine's thread, which loads its executor with `make` (executors need not be `Send`) and then
+/// serves. Blocks until the executor is loaded. Events come in batches, one or more a step, for one
+/// demultiplexer; when it is gone or too slow the engine stops or waits.
+///
+/// # Errors
+/// The executor could not be loaded or has no room, or no thread could be started.
+pub fn start(
     config: EngineConfig,
     make: impl FnOnce() -> Result<Box<dyn Executor>, BoxError> + Send + 'static,
 ) -> Result<(EngineHandle, Receiver<Vec<Event>>), StartError> {

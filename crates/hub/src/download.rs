@@ -8,10 +8,10 @@ use hf_hub::HFClient;
 use hf_hub::progress::{DownloadEvent, ProgressEvent, ProgressHandler};
 use hf_hub::repository::RepoTreeEntry;
 
+use crate::HubError;
 use crate::checksum::{Failure, Sha256Digest, hash_file};
-use crate::pull::{PullProgress, select_files};
+use crate::selection::{PullProgress, is_wanted_file, select_files};
 use crate::store::StoreOptions;
-use crate::{HubError, is_wanted_file};
 
 /// Most entries of a repository.
 const MAX_LISTING: usize = 100_000;

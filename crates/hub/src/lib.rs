@@ -16,10 +16,12 @@ mod index;
 mod local;
 mod model_ref;
 mod pull;
+mod selection;
 mod store;
 
 pub use error::HubError;
 pub use local::{LocalModel, TokenizerFiles, Weights, resolve};
 pub use model_ref::ModelRef;
-pub use pull::{PullProgress, is_wanted_file, pull};
+pub use pull::pull;
+pub use selection::{PullProgress, is_wanted_file};
 pub use store::StoreOptions;

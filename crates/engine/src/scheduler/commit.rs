@@ -4,7 +4,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::{FlightRow, Scheduler};
 use crate::ids::{BLOCK_TOKENS, TokenId};
-use crate::request::{Event, FinishReason, Task};
+use crate::params::Task;
+use crate::request::{Event, FinishReason};
 use crate::sequence::{Sequence, Stage};
 use crate::step::{RowFault, RowLogprobs, RowOutcome, RowOutput, StepOutcome, TokenLogprobs};
 

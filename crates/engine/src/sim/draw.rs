@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use crate::ids::TokenId;
-use crate::request::{EngineRequest, FinishReason, SamplingParams};
+use crate::params::SamplingParams;
+use crate::request::{EngineRequest, FinishReason};
 use crate::step::TokenLogprobs;
 
 /// Everything that a drawn token may depend on.

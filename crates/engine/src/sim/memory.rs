@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::ids::{BLOCK_TOKENS, BlockId, SeqId, SnapshotId, TokenId};
-use crate::request::SamplingParams;
+use crate::params::SamplingParams;
 use crate::sim::draw::Context;
 use crate::step::{BlockAppend, Geometry, GroupKind, SlotOpen};
 

@@ -27,7 +27,7 @@ use serde_json::{Map, Value};
 
 use crate::config::Config;
 use crate::error::{ModelError, Result};
-use crate::gguf::Dialect;
+use crate::gguf::dialect::Dialect;
 use crate::names::{Checkpoint, Naming};
 use crate::quant::Quantized;
 use crate::spec::ModelSpec;
