@@ -2,6 +2,8 @@
 //
 //   out[token][h] = softmax(cap(scale q_h K^T), sink_h) V
 //   keys of a token at position p: [max(0, p + 1 - window), p + 1), or all of the sequence where not causal
+//   with `beside` keys and values are not in pages but behind the queries, in rows `[q | k | v]` of the step, which then
+//   has each sequence whole (bf16 only)
 //
 // Tensors and options are those of `attention_decode.cu`. A row's tokens are the last ones of its context, so a prompt
 // may come in chunks. Rows of one step may differ in everything.
@@ -40,6 +42,7 @@ struct PrefillArgs {
     int q_heads;
     int values_are_keys;
     int causal;
+    int beside;
 };
 
 template <int kDim, bool kE4m3>
@@ -68,17 +71,24 @@ struct Prefill {
 
     // Asks for the keys and values [first, first + kKeys). Those outside [from, to) are not read and become zero:
     // their pages may be gone, and what lies behind the last token may be NaN.
-    PORT_FN static void fetch_tile(const PrefillArgs& a, const uint32_t* table, uint32_t head, int first, int from,
-                                   int to, unsigned char* stage) {
+    PORT_FN static void fetch_tile(const PrefillArgs& a, const RowInfo& row, uint32_t head, int first, int from, int to,
+                                   unsigned char* stage) {
+        const uint32_t* table = a.kv.tables + static_cast<size_t>(row.slot) * a.kv.table_len;
         constexpr int kPieces = kRawRow / 16;
         for (int part = 0; part < (a.values_are_keys ? 1 : 2); part++) {
             for (int i = static_cast<int>(threadIdx.x); i < kKeys * kPieces; i += kThreads) {
                 const int key = first + i / kPieces, piece = i % kPieces * 16;
                 const bool seen = key >= from && key < to;
-                const uint32_t page = seen ? table[key / kPageTokens] : 0;
-                const unsigned char* rows = page_rows(a.kv, page, part, head, kRawRow);
-                copy_async(stage + part * kRawTile + i / kPieces * kRawStride + piece,
-                           rows + key % kPageTokens * kRawRow + piece, seen ? 16u : 0u);
+                const unsigned char* at;
+                if (!kE4m3 && a.beside) {
+                    const size_t token = row.first + static_cast<size_t>(seen ? key : 0);
+                    at = reinterpret_cast<const unsigned char*>(
+                        a.q + token * a.q_stride + (a.q_heads + part * a.kv.kv_heads + head) * kDim);
+                } else {
+                    const uint32_t page = seen ? table[key / kPageTokens] : 0;
+                    at = page_rows(a.kv, page, part, head, kRawRow) + key % kPageTokens * kRawRow;
+                }
+                copy_async(stage + part * kRawTile + i / kPieces * kRawStride + piece, at + piece, seen ? 16u : 0u);
             }
         }
     }
@@ -251,9 +261,8 @@ struct Prefill {
         const int first_position = start + first / group;
         const int to = a.causal ? last_position + 1 : context;
         const int from = window && first_position + 1 > window ? first_position + 1 - window : 0;
-        const uint32_t* table = a.kv.tables + static_cast<size_t>(row.slot) * a.kv.table_len;
         const int first_tile = from / kKeys, end_tile = ceil_div(to, kKeys);
-        fetch_tile(a, table, item.kv_head, first_tile * kKeys, from, to, ring);
+        fetch_tile(a, row, item.kv_head, first_tile * kKeys, from, to, ring);
         copy_commit();
         block_sync();  // queries are in shared memory
 
@@ -287,7 +296,7 @@ struct Prefill {
             copy_wait<0>();
             block_sync();  // this tile is here, and the one before is done with
             if (tile + 1 < end_tile) {
-                fetch_tile(a, table, item.kv_head, (tile + 1) * kKeys, from, to,
+                fetch_tile(a, row, item.kv_head, (tile + 1) * kKeys, from, to,
                            ring + (tile + 1 - first_tile) % 2 * 2 * kRawTile);
             }
             copy_commit();
