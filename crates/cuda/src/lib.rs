@@ -9,7 +9,7 @@ mod budget;
 pub mod driver;
 mod kernels;
 
-pub use budget::MemoryOptions;
+pub use budget::{Budget, BudgetError, CacheNeed, MemoryOptions};
 pub use driver::{
     ALIGNMENT, Arena, CudaError, DeviceMemory, DevicePtr, DeviceValue, DriverCode, Event, Facts, Gpu, Graph,
     KernelArgs, Kernels, Loader, Lt, LtOperands, LtOptions, LtOutput, LtPlan, LtShape, LtStorage, OpenError,

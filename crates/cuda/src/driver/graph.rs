@@ -28,7 +28,7 @@ impl Gpu {
         // SAFETY: a stream that lives.
         let result = unsafe { sys::cuStreamBeginCapture_v2(self.stream(), mode) };
         check(result, self.stream(), || "begin a capture".to_owned())?;
-        let recording = Recording { gpu: self };
+        let mut recording = Recording { gpu: self, ended: false };
         record()?;
         let graph = recording.end()?;
         Ok(Graph::new(self, &graph)?)
@@ -38,16 +38,12 @@ impl Gpu {
 /// A stream that records. Dropped, it ends the capture and what was recorded is gone.
 struct Recording<'a> {
     gpu: &'a Gpu,
+    ended: bool,
 }
 
 impl Recording<'_> {
-    fn end(self) -> Result<Template> {
-        let template = self.finish();
-        std::mem::forget(self);
-        template
-    }
-
-    fn finish(&self) -> Result<Template> {
+    fn end(&mut self) -> Result<Template> {
+        self.ended = true;
         let mut graph = std::ptr::null_mut();
         // SAFETY: a place for one graph, a stream that captures.
         let result = unsafe { sys::cuStreamEndCapture(self.gpu.stream(), &raw mut graph) };
@@ -58,8 +54,10 @@ impl Recording<'_> {
 
 impl Drop for Recording<'_> {
     fn drop(&mut self) {
-        // The error that led here is the one to report.
-        let _ = self.finish();
+        if !self.ended {
+            // The error that led here is the one to report.
+            let _ = self.end();
+        }
     }
 }
 

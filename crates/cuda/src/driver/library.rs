@@ -13,7 +13,7 @@ pub(super) const DRIVER: &str = "libcuda.so.1";
 const NEEDED: i32 = 13_000;
 
 /// Every function of the driver that this crate calls.
-const SYMBOLS: [&str; 44] = [
+const SYMBOLS: [&str; 45] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGetCount",
@@ -49,6 +49,7 @@ const SYMBOLS: [&str; 44] = [
     "cuModuleGetFunction",
     "cuFuncGetAttribute",
     "cuFuncSetAttribute",
+    "cuFuncGetParamInfo",
     "cuLaunchKernelEx",
     "cuGraphInstantiateWithFlags",
     "cuGraphUpload",

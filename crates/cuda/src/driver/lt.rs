@@ -4,9 +4,14 @@
 //! shape ([`Lt::tune`]) and kept in a file, so that a restart computes the same bits. Never allocates device memory:
 //! the workspace is given to it.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::path::PathBuf;
 
 use super::error::Result;
+use super::lt_file::{PlanFile, PlanKey};
+use super::lt_product::{Library, Product};
+use super::lt_tune::tune;
 use super::memory::DevicePtr;
 use super::stream::Gpu;
 
@@ -20,8 +25,6 @@ pub enum LtStorage {
     E4m3Tensor,
     /// Both e4m3 with an f32 scale for each row of x and each output. Compute capability 9.0 and above.
     E4m3Row,
-    /// Both e4m3; x with an f32 scale for each 128 elements of a row, the weight for each 128 by 128 block.
-    E4m3Block,
 }
 
 /// What is written.
@@ -81,13 +84,24 @@ pub struct LtOptions {
     pub workspace_bytes: u64,
     /// Algorithms that are timed for each shape; 1 takes the library's own first.
     pub candidates: usize,
-    /// Where plans are kept; without it they are made at each start.
-    pub plan_file: Option<PathBuf>,
+    /// Folder in which plans are kept, a file for each list of shapes; without it they are made at each start.
+    pub plan_folder: Option<PathBuf>,
+}
+
+impl fmt::Display for LtShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rows, outputs, inner, storage, output, bias } = self;
+        let bias = if *bias { " with bias" } else { "" };
+        write!(f, "{rows} x {outputs} x {inner} {storage:?} to {output:?}{bias}")
+    }
 }
 
 /// cublasLt with its plans.
 pub struct Lt {
-    gpu: Gpu,
+    library: Library,
+    options: LtOptions,
+    plans: BTreeMap<LtShape, usize>,
+    products: Vec<Product>,
 }
 
 impl Lt {
@@ -95,8 +109,8 @@ impl Lt {
     ///
     /// # Errors
     /// [`CudaError::NoLibrary`](super::error::CudaError::NoLibrary); the library's.
-    pub fn new(gpu: &Gpu, _options: LtOptions) -> Result<Self> {
-        Ok(Self { gpu: gpu.clone() })
+    pub fn new(gpu: &Gpu, options: LtOptions) -> Result<Self> {
+        Ok(Self { library: Library::open(gpu)?, options, plans: BTreeMap::new(), products: Vec::new() })
     }
 
     /// Makes the plans of all shapes: from the file if it fits, else timed on `scratch`, whose content is lost, and
@@ -105,20 +119,64 @@ impl Lt {
     ///
     /// # Errors
     /// A shape without an algorithm; the library's. A file that cannot be written is a warning.
-    pub fn tune(&mut self, _shapes: &[LtShape], _scratch: (DevicePtr, u64)) -> Result<()> {
-        self.gpu.synchronize()
+    pub fn tune(&mut self, shapes: &[LtShape], scratch: (DevicePtr, u64)) -> Result<()> {
+        let shapes: Vec<LtShape> = shapes.iter().copied().collect::<BTreeSet<_>>().into_iter().collect();
+        let key = PlanKey::new(&self.library, &self.options, &shapes);
+        let file = self.options.plan_folder.as_ref().map(|folder| folder.join(key.file_name()));
+        let kept = file.as_deref().and_then(|file| PlanFile::read(file, &key, &shapes));
+        if let Some(kept) = kept.filter(|kept| self.take(kept)) {
+            tracing::info!(plans = kept.plans.len(), "matmul plans taken from their file");
+            return Ok(());
+        }
+        let started = std::time::Instant::now();
+        let mut made = PlanFile::new(key);
+        for &shape in &shapes {
+            let (product, plan) = tune(&self.library, shape, &self.options, scratch)?;
+            self.insert(product);
+            made.plans.push(plan);
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        tracing::info!(plans = shapes.len(), seconds, "matmul plans made");
+        if let Some(file) = file
+            && let Err(error) = made.write(&file)
+        {
+            let file = file.display();
+            tracing::warn!(%file, %error, "matmul plans not kept: the next start may choose others");
+        }
+        Ok(())
+    }
+
+    /// Takes the plans of a file; whether the library accepts all of them.
+    fn take(&mut self, kept: &PlanFile) -> bool {
+        let products = kept.plans.iter().map(|plan| {
+            Product::new(&self.library, plan.shape, Some((plan.algorithm, plan.workspace)), &self.options)
+        });
+        let Ok(products) = products.collect::<Result<Vec<_>>>() else {
+            tracing::info!("matmul plans are made anew: the library refuses one of those that were kept");
+            return false;
+        };
+        for product in products {
+            self.insert(product);
+        }
+        true
+    }
+
+    fn insert(&mut self, product: Product) {
+        self.plans.insert(product.shape(), self.products.len());
+        self.products.push(product);
     }
 
     /// The plan of a shape that was among those of [`Self::tune`].
-    pub fn plan(&self, _shape: &LtShape) -> Option<LtPlan> {
-        None
+    pub fn plan(&self, shape: &LtShape) -> Option<LtPlan> {
+        self.plans.get(shape).copied().map(LtPlan)
     }
 
     /// Computes a product behind all that was issued. May be captured.
     ///
     /// # Errors
     /// The library's.
-    pub fn run(&self, _plan: LtPlan, _operands: &LtOperands) -> Result<()> {
-        Ok(())
+    pub fn run(&self, plan: LtPlan, operands: &LtOperands) -> Result<()> {
+        let workspace = (self.options.workspace, self.options.workspace_bytes);
+        self.products[plan.0].run(&self.library, operands, workspace)
     }
 }

@@ -1,1 +1,153 @@
+//! The choice of an algorithm: by the clock, on weights that do not stay in the cache.
+//!
+//! Owns the measurement. The library's own first choice is made without running anything, and is off by half at the
+//! edges of its tables; a decode step's weights come from memory every time, so they do here.
 
+use super::error::{CudaError, Result};
+use super::lt::{LtOperands, LtOptions, LtOutput, LtShape, LtStorage};
+use super::lt_file::KeptPlan;
+use super::lt_product::{Algorithm, Library, Product};
+use super::memory::{ALIGNMENT, DevicePtr};
+use super::stream::Event;
+
+/// Runs between two events.
+const RUNS: usize = 4;
+/// Times that is done; the fastest counts, since everything that disturbs makes it slower.
+const ROUNDS: usize = 3;
+/// Most copies of a weight that runs rotate over.
+const MAX_COPIES: u64 = 16;
+/// What operands hold: a small number in bf16, e4m3 and f32. All zeros would cost less power than weights do.
+const FILL: u8 = 0x3c;
+
+/// The fastest of the candidates for a shape.
+pub(super) fn tune(
+    library: &Library,
+    shape: LtShape,
+    options: &LtOptions,
+    scratch: (DevicePtr, u64),
+) -> Result<(Product, KeptPlan)> {
+    let mut product = Product::new(library, shape, None, options)?;
+    let candidates = product.candidates(library, options.candidates, options.workspace_bytes)?;
+    let place = Place::new(&shape, scratch)?;
+    let mut best: Option<(f32, Algorithm, usize)> = None;
+    if candidates.len() > 1 {
+        let (start, bytes) = scratch;
+        library.gpu().fill(start, FILL, bytes.min(place.bytes))?;
+        for &(algorithm, workspace) in &candidates {
+            product.choose(algorithm, workspace);
+            let milliseconds = time(library, &product, &place, options)?;
+            tracing::trace!(%shape, workspace, milliseconds, "matmul candidate");
+            if best.is_none_or(|(fastest, ..)| milliseconds < fastest) {
+                best = Some((milliseconds, algorithm, workspace));
+            }
+        }
+    } else if let Some(&(algorithm, workspace)) = candidates.first() {
+        best = Some((0.0, algorithm, workspace));
+    }
+    let Some((milliseconds, algorithm, workspace)) = best else {
+        let workspace = options.workspace_bytes as usize;
+        return Err(CudaError::NoAlgorithm { shape: shape.to_string(), workspace });
+    };
+    product.choose(algorithm, workspace);
+    tracing::debug!(%shape, candidates = candidates.len(), workspace, milliseconds, "matmul plan");
+    let microseconds = f64::from(milliseconds) * 1e3;
+    Ok((product, KeptPlan { shape, algorithm, workspace, microseconds }))
+}
+
+/// Milliseconds of one run.
+fn time(library: &Library, product: &Product, place: &Place, options: &LtOptions) -> Result<f32> {
+    let gpu = library.gpu();
+    let (start, end) = (Event::timed(gpu)?, Event::timed(gpu)?);
+    let workspace = (options.workspace, options.workspace_bytes);
+    let mut copy = 0;
+    let mut run = || {
+        copy += 1;
+        product.run(library, &place.operands(copy), workspace)
+    };
+    // The first run loads the algorithm's code.
+    run()?;
+    let mut fastest = f32::INFINITY;
+    for _ in 0..ROUNDS {
+        start.record()?;
+        for _ in 0..RUNS {
+            run()?;
+        }
+        end.record()?;
+        end.wait()?;
+        fastest = fastest.min(end.since(&start)? / RUNS as f32);
+    }
+    Ok(fastest)
+}
+
+/// Where a shape's operands lie in the scratch: all but the weight once, then as many weights as there is room for.
+struct Place {
+    operands: LtOperands,
+    weight_stride: u64,
+    copies: u64,
+    /// From the scratch's start.
+    bytes: u64,
+}
+
+impl Place {
+    fn new(shape: &LtShape, scratch: (DevicePtr, u64)) -> Result<Self> {
+        let (rows, outputs, inner) =
+            (u64::from(shape.rows), u64::from(shape.outputs), u64::from(shape.inner));
+        let element = if shape.storage == LtStorage::Bf16 { 2 } else { 1 };
+        let result = if shape.output == LtOutput::F32 { 4 } else { 2 };
+        let mut used = 0;
+        let mut take = |bytes: u64| {
+            let at = scratch.0.add(used);
+            used += bytes.next_multiple_of(ALIGNMENT);
+            at
+        };
+        let operands = LtOperands {
+            x: take(rows * inner * element),
+            x_scales: take(rows * 4),
+            weight_scales: take(outputs * 4),
+            bias: take(outputs * 2),
+            y: take(rows * outputs * result),
+            weight: take(0),
+        };
+        let weight_stride = (outputs * inner * element).next_multiple_of(ALIGNMENT);
+        let copies = scratch.1.saturating_sub(used) / weight_stride.max(1);
+        if copies == 0 {
+            let bytes = used.saturating_add(weight_stride) as usize;
+            return Err(CudaError::Room { what: "scratch of matmul plans", bytes, room: scratch.1 as usize });
+        }
+        let copies = copies.min(MAX_COPIES);
+        Ok(Self { operands, weight_stride, copies, bytes: used + copies * weight_stride })
+    }
+
+    fn operands(&self, copy: u64) -> LtOperands {
+        let weight = self.operands.weight.add(copy % self.copies * self.weight_stride);
+        LtOperands { weight, ..self.operands }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn operands_do_not_overlap_and_weights_rotate() {
+        let shape = LtShape {
+            rows: 80,
+            outputs: 24,
+            inner: 40,
+            storage: LtStorage::Bf16,
+            output: LtOutput::F32,
+            bias: true,
+        };
+        let place = Place::new(&shape, (DevicePtr::NULL, 30_000)).unwrap();
+        // x 80*40*2, scales 80*4 and 24*4, bias 24*2, y 80*24*4, each up to 256; a weight is 24*40*2.
+        assert_eq!(place.operands.weight.address(), 6400 + 512 + 256 + 256 + 7680);
+        assert_eq!((place.weight_stride, place.copies), (2048, 7));
+        let weights: Vec<u64> = (0..8).map(|copy| place.operands(copy).weight.address()).collect();
+        assert_eq!(weights[0], weights[7]);
+        assert!(weights.windows(2).all(|w| w[0] != w[1]));
+        assert!(weights[6] + 24 * 40 * 2 <= 30_000);
+        let error = Place::new(&shape, (DevicePtr::NULL, 16_000)).err().unwrap();
+        assert!(matches!(error, CudaError::Room { .. }), "{error}");
+    }
+}

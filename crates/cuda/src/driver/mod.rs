@@ -12,6 +12,7 @@ mod launch;
 mod library;
 mod lt;
 mod lt_file;
+mod lt_product;
 mod lt_tune;
 mod memory;
 mod module;

@@ -55,6 +55,7 @@ impl Kernels {
         if let Some(driver) = DriverCode::of(result) {
             return Err(CudaError::NoKernel { kernel: kernel.name(), driver });
         }
+        Self::compare(kernel, function)?;
         let mut fixed = 0;
         let what = Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
         // SAFETY: a place for one number, a function that lives.
@@ -64,6 +65,27 @@ impl Kernels {
         // SAFETY: a function that lives.
         called(unsafe { sys::cuFuncSetAttribute(function, what, dynamic as c_int) }, "cuFuncSetAttribute")?;
         Ok((function, dynamic))
+    }
+
+    /// Holds the list's parameters to the device code's.
+    fn compare(kernel: Kernel, function: sys::CUfunction) -> Result<()> {
+        let takes = kernel.parameters();
+        let mut given = Vec::new();
+        // One more than there should be: the driver refuses the first that is not there.
+        for index in 0..=takes.len() {
+            let (mut offset, mut bytes) = (0, 0);
+            // SAFETY: a function that lives, places for two numbers.
+            let result = unsafe { sys::cuFuncGetParamInfo(function, index, &raw mut offset, &raw mut bytes) };
+            if DriverCode::of(result).is_some() {
+                break;
+            }
+            given.push(bytes);
+        }
+        if given == takes {
+            Ok(())
+        } else {
+            Err(CudaError::Arguments { kernel: kernel.name(), takes, given })
+        }
     }
 
     /// The driver's function.
