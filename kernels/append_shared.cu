@@ -56,7 +56,7 @@ PORT_FN void store_key(const AppendSharedArgs& a, float* head, uint32_t token, u
     constexpr uint32_t kElement = kE4m3 ? 1 : 2;
     const uint32_t page = page_of(a.kv, a.rows[a.token_rows[token]].slot, position);
     unsigned char* to = token_in_page(a.kv, page, 0, kv_head, position, (a.dim + a.rotation.rotary) * kElement, 0);
-    const float inverse = 1.0f / cache_scale(a.kv, 0, kv_head);
+    const float inverse = fast_divide(1.0f, cache_scale(a.kv, 0, kv_head));
     const Moments as_value = head_moments(head, a.dim, a.v_norm), as_key = head_moments(head, a.dim, a.k_norm);
     auto put = [&](int i, float x) {
         if (kE4m3) {

@@ -53,7 +53,7 @@ struct DeltaArgs {
 
 PORT_FN int channels_of(const DeltaArgs& a) { return 2 * a.k_heads * a.k_dim + a.v_heads * a.v_dim; }
 
-PORT_FN float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+PORT_FN float sigmoid(float x) { return fast_divide(1.0f, 1.0f + fast_exp(-x)); }
 
 // What a thread keeps of its channel: the last taps - 1 inputs, oldest first, and the weights, at the upper ends of the
 // arrays.

@@ -73,13 +73,13 @@ PORT_FN Moments head_moments(const float* head, int dim, const HeadNorm& norm) {
         for (int i = lane; i < dim; i += 32) {
             sum += head[i];
         }
-        m.mean = warp_sum(sum) / dim;
+        m.mean = fast_divide(warp_sum(sum), static_cast<float>(dim));
     }
     float squares = 0.0f;
     for (int i = lane; i < dim; i += 32) {
         squares += (head[i] - m.mean) * (head[i] - m.mean);
     }
-    m.inverse = fast_rsqrt(warp_sum(squares) / dim + norm.eps);
+    m.inverse = fast_rsqrt(fast_divide(warp_sum(squares), static_cast<float>(dim)) + norm.eps);
     return m;
 }
 
@@ -153,7 +153,7 @@ PORT_FN float cache_scale(const KvLayer& kv, int part, uint32_t head) {
 template <bool kE4m3>
 PORT_FN void store_elements(unsigned char* to, const float* head, int first, int count, float scale) {
     const int lane = static_cast<int>(lane_id());
-    const float inverse = kE4m3 ? 1.0f / scale : 1.0f;
+    const float inverse = kE4m3 ? fast_divide(1.0f, scale) : 1.0f;
     if ((first | count) % 2 == 0 && reinterpret_cast<uintptr_t>(to) % (kE4m3 ? 2 : 4) == 0) {
         for (int i = lane * 2; i < count; i += 64) {
             if (kE4m3) {

@@ -85,8 +85,7 @@ PORT_FN void norm_row(const NormArgs& a, void* out, float* out_scales) {
             if (v >= vectors) {
                 continue;
             }
-            Eight old = widen8(load16(residual + v * 8));
-            clear_from(old, a.width - v * 8);
+            const Eight old = widen8(load16(residual + v * 8));
             Eight factor;
 #pragma unroll
             for (int j = 0; j < 8; j++) {
@@ -100,6 +99,7 @@ PORT_FN void norm_row(const NormArgs& a, void* out, float* out_scales) {
                 const float f = a.post_weight ? factor.x[j] + a.post_offset : 1.0f;
                 h[i].x[j] = old.x[j] + h[i].x[j] * scale * f;
             }
+            clear_from(h[i], a.width - v * 8);
             const uint4 rounded = narrow8(h[i]);
             store16(residual + v * 8, rounded);
             h[i] = widen8(rounded);

@@ -115,14 +115,14 @@ PORT_FN Moments block_moments(const bf16* x, int count, const HeadNorm& norm, fl
         for (int i = t; i < count; i += step) {
             sum += to_float(x[i]);
         }
-        m.mean = block_sum(sum, scratch) / count;
+        m.mean = fast_divide(block_sum(sum, scratch), static_cast<float>(count));
     }
     float squares = 0.0f;
     for (int i = t; i < count; i += step) {
         const float v = to_float(x[i]) - m.mean;
         squares += v * v;
     }
-    m.inverse = fast_rsqrt(block_sum(squares, scratch) / count + norm.eps);
+    m.inverse = fast_rsqrt(fast_divide(block_sum(squares, scratch), static_cast<float>(count)) + norm.eps);
     return m;
 }
 
