@@ -8,6 +8,7 @@ mod args;
 mod bench;
 mod config;
 mod demo;
+mod device;
 mod exit;
 #[cfg(feature = "test-hooks")]
 mod hooks;

@@ -12,12 +12,15 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::args::ServeArgs;
 use crate::config::Config;
 use crate::exit::Failure;
-use crate::{load, logging};
+#[cfg(not(feature = "test-hooks"))]
+use crate::load;
+use crate::{device, logging};
 
 /// Resolves all layers and checks what can be checked without touching the machine.
 fn configuration(args: &ServeArgs) -> Result<Config, Failure> {
     let config = args.resolve()?;
     check_engine(&config)?;
+    device::check(&config)?;
     config.server.validate().map_err(Failure::usage)?;
     Ok(config)
 }
@@ -61,8 +64,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let loader = crate::hooks::loader(&args.hooks);
     #[cfg(not(feature = "test-hooks"))]
     let loader = {
-        load::check_device(config.model.device)?;
-        load::load
+        let device = device::choose(&config)?;
+        move |config: &Config, server: &ServerHandle| load::load(config, device, server)
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -77,16 +77,12 @@ impl Graph {
     fn new(gpu: &Gpu, template: &Template) -> Result<Self> {
         let mut nodes = 0;
         // SAFETY: without a place for nodes the driver writes their number alone.
-        called(
-            unsafe { sys::cuGraphGetNodes(template.0, std::ptr::null_mut(), &raw mut nodes) },
-            "cuGraphGetNodes",
-        )?;
+        let result = unsafe { sys::cuGraphGetNodes(template.0, std::ptr::null_mut(), &raw mut nodes) };
+        called(result, "cuGraphGetNodes")?;
         let mut executable = std::ptr::null_mut();
         // SAFETY: a place for one executable, a graph that lives.
-        called(
-            unsafe { sys::cuGraphInstantiateWithFlags(&raw mut executable, template.0, 0) },
-            &format!("make a graph of {nodes} nodes executable"),
-        )?;
+        let result = unsafe { sys::cuGraphInstantiateWithFlags(&raw mut executable, template.0, 0) };
+        called(result, &format!("make a graph of {nodes} nodes executable"))?;
         let graph = Self { gpu: gpu.clone(), executable, nodes };
         // SAFETY: both live. Otherwise the first launch would do it.
         let result = unsafe { sys::cuGraphUpload(graph.executable, gpu.stream()) };

@@ -13,12 +13,13 @@ pub(super) const DRIVER: &str = "libcuda.so.1";
 const NEEDED: i32 = 13_000;
 
 /// Every function of the driver that this crate calls.
-const SYMBOLS: [&str; 45] = [
+const SYMBOLS: [&str; 46] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGetCount",
     "cuDeviceGet",
     "cuDeviceGetName",
+    "cuDeviceTotalMem_v2",
     "cuDeviceGetAttribute",
     "cuDeviceGetPCIBusId",
     "cuDevicePrimaryCtxRetain",

@@ -28,10 +28,8 @@ impl Kernels {
     pub fn load(gpu: &Gpu) -> Result<Self> {
         let mut module = std::ptr::null_mut();
         // SAFETY: a place for one module, and a whole fatbin, whose header says where it ends.
-        called(
-            unsafe { sys::cuModuleLoadData(&raw mut module, FATBIN.as_ptr().cast()) },
-            "load the device code",
-        )?;
+        let result = unsafe { sys::cuModuleLoadData(&raw mut module, FATBIN.as_ptr().cast()) };
+        called(result, "load the device code")?;
         let count = Kernel::ALL.len();
         let mut kernels = Self {
             gpu: gpu.clone(),

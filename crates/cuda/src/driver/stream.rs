@@ -11,6 +11,9 @@ use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use super::error::{OpenError, Result, called, check};
 use super::library;
 
+/// The least that the kernels are built for.
+const LEAST_CAPABILITY: (u32, u32) = (8, 0);
+
 /// What is known of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Facts {
@@ -84,37 +87,37 @@ impl Gpu {
         library::probe()
     }
 
-    /// Opens a device and makes its context current on this thread.
+    /// What is known of a device, without opening it.
     ///
     /// # Errors
     /// No driver, no such device, or one that the kernels are not built for.
-    pub fn open(ordinal: usize) -> Result<Self, OpenError> {
+    pub fn look(ordinal: usize) -> Result<Facts, OpenError> {
         let devices = library::probe()?;
         if ordinal >= devices {
             return Err(OpenError::NoSuchDevice { ordinal, devices });
         }
-        let mut device = 0;
-        // SAFETY: a place for one device, an ordinal that exists.
-        called(unsafe { sys::cuDeviceGet(&raw mut device, ordinal as c_int) }, "cuDeviceGet")?;
-        let mut facts = facts(device, ordinal)?;
-        if facts.capability < (8, 0) {
+        let facts = facts(device(ordinal)?, ordinal)?;
+        if facts.capability < LEAST_CAPABILITY {
             return Err(OpenError::Capability { device: facts.name, capability: facts.capability });
         }
+        Ok(facts)
+    }
+
+    /// Opens a device and makes its context current on this thread.
+    ///
+    /// # Errors
+    /// As [`Self::look`]; the driver's.
+    pub fn open(ordinal: usize) -> Result<Self, OpenError> {
+        let facts = Self::look(ordinal)?;
+        let device = device(ordinal)?;
         let mut context = std::ptr::null_mut();
         // SAFETY: a place for one context of a device that exists; released when the last `Gpu` goes.
-        called(
-            unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut context, device) },
-            "cuDevicePrimaryCtxRetain",
-        )?;
-        let mut stream = std::ptr::null_mut();
-        let made = Self::current(context, &mut stream).and_then(|()| device_memory());
-        let inner = Inner { device, context, stream, facts: facts.clone() };
-        let mut gpu = Self { inner: Rc::new(inner) };
-        facts.memory = made?.total;
-        if let Some(inner) = Rc::get_mut(&mut gpu.inner) {
-            inner.facts = facts;
-        }
-        Ok(gpu)
+        let result = unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut context, device) };
+        called(result, "cuDevicePrimaryCtxRetain")?;
+        // From here on the context is given back, whatever fails.
+        let mut inner = Inner { device, context, stream: std::ptr::null_mut(), facts };
+        Self::current(inner.context, &mut inner.stream)?;
+        Ok(Self { inner: Rc::new(inner) })
     }
 
     /// Makes a context current on this thread, and a stream in it that does not wait for the legacy stream.
@@ -163,6 +166,14 @@ fn device_memory() -> Result<DeviceMemory> {
     Ok(DeviceMemory { free: free as u64, total: total as u64 })
 }
 
+/// The handle of a device that exists.
+fn device(ordinal: usize) -> Result<sys::CUdevice> {
+    let mut device = 0;
+    // SAFETY: a place for one device; the driver refuses an ordinal that is none.
+    called(unsafe { sys::cuDeviceGet(&raw mut device, ordinal as c_int) }, "cuDeviceGet")?;
+    Ok(device)
+}
+
 fn facts(device: sys::CUdevice, ordinal: usize) -> Result<Facts> {
     let attribute = |which: Attribute| -> Result<u32> {
         let mut value = 0;
@@ -173,11 +184,17 @@ fn facts(device: sys::CUdevice, ordinal: usize) -> Result<Facts> {
     let mut driver = 0;
     // SAFETY: a place for one number.
     called(unsafe { sys::cuDriverGetVersion(&raw mut driver) }, "cuDriverGetVersion")?;
-    // SAFETY (both): the length is that of the place, into which the driver writes a string that ends in zero.
-    let name = text("cuDeviceGetName", |place, bytes| unsafe { sys::cuDeviceGetName(place, bytes, device) })?;
-    let bus = text("cuDeviceGetPCIBusId", |place, bytes| unsafe {
-        sys::cuDeviceGetPCIBusId(place, bytes, device)
+    let name = text("cuDeviceGetName", |place, bytes| {
+        // SAFETY: the length is that of the place; the driver writes a string that ends in zero.
+        unsafe { sys::cuDeviceGetName(place, bytes, device) }
     })?;
+    let bus = text("cuDeviceGetPCIBusId", |place, bytes| {
+        // SAFETY: as above.
+        unsafe { sys::cuDeviceGetPCIBusId(place, bytes, device) }
+    })?;
+    let mut memory = 0;
+    // SAFETY: a place for one number, a device that exists.
+    called(unsafe { sys::cuDeviceTotalMem_v2(&raw mut memory, device) }, "cuDeviceTotalMem")?;
     Ok(Facts {
         ordinal,
         name,
@@ -187,7 +204,7 @@ fn facts(device: sys::CUdevice, ordinal: usize) -> Result<Facts> {
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         ),
         multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-        memory: 0,
+        memory: memory as u64,
         shared_memory: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         l2: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.into(),
         driver: driver.unsigned_abs(),
