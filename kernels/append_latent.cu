@@ -1,13 +1,13 @@
-// Append of latent attention (see `Backend::append_latent`): one vector `[latent | rotated key]` of a token is stored for
-// all heads.
+// Append of latent attention (see `Backend::append_latent`): one vector `[latent | rotated key]` of a token is stored
+// for all heads.
 //
-// Rows kv_rows [tokens, kv_stride] bf16, `[latent | rope | anything]`: the latent is normed, the rest rotated, and both are
-// stored as the one key of the layer. q [tokens, q_stride], heads of nope + rope: the rope part of each is rotated into
-// q_out [tokens, out_stride], heads of latent + rope, behind the latent part, which a matmul wrote before; where there is
-// a q_scale it multiplies all of q_out. What lies behind a row of q_out becomes zero.
+// Rows kv_rows [tokens, kv_stride] bf16, `[latent | rope | anything]`: the latent is normed, the rest rotated, and both
+// are stored as the one key of the layer. q [tokens, q_stride], heads of nope + rope: the rope part of each is rotated
+// into q_out [tokens, out_stride], heads of latent + rope, behind the latent part, which a matmul wrote before; where
+// there is a q_scale it multiplies all of q_out. What lies behind a row of q_out becomes zero.
 //
-// Limits: latent + rope up to 1,024. Grid: (tokens, ceil((q_heads + 1) / 4)), 128 threads: a warp a head, the last one for
-// what is stored. Bytes: 4 tokens q_heads rope + the cache's: latency at decode.
+// Limits: latent + rope up to 1,024. Grid: (tokens, ceil((q_heads + 1) / 4)), 128 threads: a warp a head, the last one
+// for what is stored. Bytes: 4 tokens q_heads rope + the cache's: latency at decode.
 
 #include "heads.cuh"
 

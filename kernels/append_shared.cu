@@ -1,13 +1,14 @@
 // Append where keys and values are one projection (see `Backend::append_shared`): one vector of a token is stored.
 //
-// Rows qk [tokens, stride] bf16, `[q | k]` of heads of `dim`. Stored of each key head, [dim + rotary]: v_norm(k), then the
-// elements of rope(k_norm(k)) that are rotated, in their order. The other elements of a key are those of the value times
-// the weight of k_norm, so queries take that weight: q_out [tokens, out_stride], heads of dim + rotary: with q = rope(
-// q_norm(q)) * q_scale, first q times the weight and 0 where an element is rotated, then the rotated ones. Both norms
-// of a key divide by the same size, so they have equal kind and eps. What lies behind a row of q_out becomes zero.
+// Rows qk [tokens, stride] bf16, `[q | k]` of heads of `dim`. Stored of each key head, [dim + rotary]: v_norm(k), then
+// the elements of rope(k_norm(k)) that are rotated, in their order. The other elements of a key are those of the value
+// times the weight of k_norm, so queries take that weight: q_out [tokens, out_stride], heads of dim + rotary: with q =
+// rope(q_norm(q)) * q_scale, first q times the weight and 0 where an element is rotated, then the rotated ones. Both
+// norms of a key divide by the same size, so they have equal kind and eps. What lies behind a row of q_out becomes
+// zero.
 //
-// Limits: dim up to 1,024. kv heads are `kv.kv_heads`. Grid: (tokens, ceil((q_heads + kv heads) / 4)), 128 threads: a warp
-// a head. Bytes: 2 tokens (width + out width) + the cache's: latency at decode.
+// Limits: dim up to 1,024. kv heads are `kv.kv_heads`. Grid: (tokens, ceil((q_heads + kv heads) / 4)), 128 threads: a
+// warp a head. Bytes: 2 tokens (width + out width) + the cache's: latency at decode.
 
 #include "heads.cuh"
 

@@ -2,15 +2,15 @@
 // alike.
 //
 //   out[token][h] = softmax(cap(scale q_h K^T), sink_h) V
-//   keys of a token at position p: [max(0, p + 1 - window), p + 1) out of the pages of its slot, or with `whole` all of its
-//   row of the step from max(0, p + 1 - window) on, which lie beside the queries in rows `[q | k | v]`
+//   keys of a token at position p: [max(0, p + 1 - window), p + 1) out of the pages of its slot, or with `whole` all of
+//   its row of the step from max(0, p + 1 - window) on, which lie beside the queries in rows `[q | k | v]`
 //
 // q [tokens, q_stride] bf16: its first q_heads * key_dim columns are the queries; out [tokens, out_stride], of which
 // q_heads * value_dim are written, and what lies behind them as zero. Query heads of a kv head are consecutive. With
 // `value_in_key` the first value_dim elements of a stored key are its value. A sink is one more score without a value.
 //
-// Grid: (tokens, q_heads), 256 threads. Keys in turns of 64: each warp scores eight of them, its lanes side by side over the
-// elements; then every thread adds up its elements of the output. All in single precision, online softmax.
+// Grid: (tokens, q_heads), 256 threads. Keys in turns of 64: each warp scores eight of them, its lanes side by side
+// over the elements; then every thread adds up its elements of the output. All in single precision, online softmax.
 // Work: 2 * keys * (key_dim + value_dim) a block; each head reads its keys by itself, out of L2 mostly.
 
 #include "heads.cuh"
@@ -158,5 +158,7 @@ PORT_FN void attend(const AttentionAnyArgs& a) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) attention_any_bf16(AttentionAnyArgs args) { attend<false>(args); }
+extern "C" __global__ void __launch_bounds__(kThreads) attention_any_bf16(AttentionAnyArgs args) {
+    attend<false>(args);
+}
 extern "C" __global__ void __launch_bounds__(kThreads) attention_any_e4m3(AttentionAnyArgs args) { attend<true>(args); }

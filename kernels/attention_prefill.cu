@@ -2,8 +2,8 @@
 //
 //   out[token][h] = softmax(cap(scale q_h K^T), sink_h) V
 //   keys of a token at position p: [max(0, p + 1 - window), p + 1), or all of the sequence where not causal
-//   with `beside` keys and values are not in pages but behind the queries, in rows `[q | k | v]` of the step, which then
-//   has each sequence whole (bf16 only)
+//   with `beside` keys and values are not in pages but behind the queries, in rows `[q | k | v]` of the step, which
+//   then has each sequence whole (bf16 only)
 //
 // Tensors and options are those of `attention_decode.cu`. A row's tokens are the last ones of its context, so a prompt
 // may come in chunks. Rows of one step may differ in everything.
@@ -82,8 +82,8 @@ struct Prefill {
                 const unsigned char* at;
                 if (!kE4m3 && a.beside) {
                     const size_t token = row.first + static_cast<size_t>(seen ? key : 0);
-                    at = reinterpret_cast<const unsigned char*>(
-                        a.q + token * a.q_stride + (a.q_heads + part * a.kv.kv_heads + head) * kDim);
+                    at = reinterpret_cast<const unsigned char*>(a.q + token * a.q_stride +
+                                                                (a.q_heads + part * a.kv.kv_heads + head) * kDim);
                 } else {
                     const uint32_t page = seen ? table[key / kPageTokens] : 0;
                     at = page_rows(a.kv, page, part, head, kRawRow) + key % kPageTokens * kRawRow;

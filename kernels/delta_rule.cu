@@ -7,12 +7,12 @@
 //   out = o / rms(o) * (w + offset) * silu(z)
 //
 // x [tokens, stride] bf16, `[q | k | v | z | b | a]`: k_heads * k_dim twice, v_heads * v_dim twice, v_heads twice. out
-// [tokens, out_stride] bf16, v_heads * v_dim and zero behind it. States of a layer, single precision: at states + slot *
-// slot_stride: [taps - 1][channels] of the convolution, oldest first, channels = 2 k_heads k_dim + v_heads v_dim; then
-// [v_heads][k_dim][v_dim]. Value head h reads key head h / (v_heads / k_heads). A row of no tokens does nothing.
+// [tokens, out_stride] bf16, v_heads * v_dim and zero behind it. States of a layer, single precision: at states + slot
+// * slot_stride: [taps - 1][channels] of the convolution, oldest first, channels = 2 k_heads k_dim + v_heads v_dim;
+// then [v_heads][k_dim][v_dim]. Value head h reads key head h / (v_heads / k_heads). A row of no tokens does nothing.
 //
-// Two kernels, the second after the first: `delta_rule_bf16` reads the convolution's state and moves the recurrent one on;
-// `delta_conv_state` then moves the convolution's on, which several heads have read.
+// Two kernels, the second after the first: `delta_rule_bf16` reads the convolution's state and moves the recurrent one
+// on; `delta_conv_state` then moves the convolution's on, which several heads have read.
 //
 //   delta_rule_bf16:   grid (v_heads, rows), threads: the larger of 4 v_dim and 2 k_dim + v_dim, rounded up to whole
 //                      warps. Four threads share a column of the state and hold it in registers over all tokens of the
@@ -36,11 +36,11 @@ struct DeltaArgs {
     const bf16* x;
     bf16* out;
     const RowInfo* rows;
-    float* states;         // of the layer, in slot 0
-    const float* conv;     // [channels][taps], oldest first
-    const float* a_log;    // [v_heads]
-    const float* dt_bias;  // [v_heads]
-    HeadNorm norm;         // of each output head: None or Rms
+    float* states;                   // of the layer, in slot 0
+    const float* conv;               // [channels][taps], oldest first
+    const float* a_log;              // [v_heads]
+    const float* dt_bias;            // [v_heads]
+    HeadNorm norm;                   // of each output head: None or Rms
     unsigned long long slot_stride;  // singles from a slot to the next
     int stride;
     int out_stride;
@@ -135,7 +135,8 @@ PORT_FN void write_output(const DeltaArgs& a, const bf16* row, bf16* out, int he
         out[head * a.v_dim + column] = to_bf16(y * z * sigmoid(z));
     }
     if (head == 0) {
-        for (int i = a.v_heads * a.v_dim + static_cast<int>(threadIdx.x); i < a.out_stride; i += static_cast<int>(blockDim.x)) {
+        for (int i = a.v_heads * a.v_dim + static_cast<int>(threadIdx.x); i < a.out_stride;
+             i += static_cast<int>(blockDim.x)) {
             out[i] = to_bf16(0.0f);
         }
     }

@@ -5,9 +5,9 @@
 //   scale_bf16:     x[r] *= factor
 //   gate_bf16:      x[r][i] *= sigmoid(gates[r][at + i]), or with `one` sigmoid(gates[r][at]) for all of a row
 //
-// bf16, in single precision, rounded once. One block a row. Widths are padded ones, multiples of 8, but for `gate_bf16`,
-// whose rows are `padded(width)` (x) and `gates_stride` apart; `at` is any column.
-// Bytes: 4 (6, 4, 6) rows width over the bandwidth. Decode has no bias of its own: the matmul of few rows adds it.
+// bf16, in single precision, rounded once. One block a row. Widths are padded ones, multiples of 8, but for
+// `gate_bf16`, whose rows are `padded(width)` (x) and `gates_stride` apart; `at` is any column. Bytes: 4 (6, 4, 6) rows
+// width over the bandwidth. Decode has no bias of its own: the matmul of few rows adds it.
 
 #include "tile.cuh"
 

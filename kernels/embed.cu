@@ -1,14 +1,14 @@
 // Rows out of a table: token embeddings, learned positions, and the rows of a step whose logits are wanted.
 //
-//   embed_bf16:          out[t] = table[id(t)] * scale     id(t) = ids[t], or last_drawn[ids[t] & 0x7fffffff] where bit 31
-//                        is set
+//   embed_bf16:          out[t] = table[id(t)] * scale
+//                        id(t) = ids[t], or last_drawn[ids[t] & 0x7fffffff] where bit 31 is set
 //   add_positions_bf16:  x[t] += table[positions[t] + offset]
 //   gather_rows_bf16:    out[o] = x[outputs[o]]
 //
-// Shapes: table [table_rows, width] bf16, its rows `table_stride` apart; x, out [rows, width] bf16, `padded(width)` apart,
-// zero between; ids, positions, outputs [rows]; last_drawn [slots]: the token that a slot drew in the step before, which
-// the host has not seen yet. A row beyond the table gives a row of NaN, so that only the sequence it belongs to fails.
-// One block a row. `gather_rows_bf16` takes the padded width as its width.
+// Shapes: table [table_rows, width] bf16, its rows `table_stride` apart; x, out [rows, width] bf16, `padded(width)`
+// apart, zero between; ids, positions, outputs [rows]; last_drawn [slots]: the token that a slot drew in the step
+// before, which the host has not seen yet. A row beyond the table gives a row of NaN, so that only the sequence it
+// belongs to fails. One block a row. `gather_rows_bf16` takes the padded width as its width.
 //
 // Bytes: 4 (6) rows width: latency at decode, bandwidth at prefill.
 

@@ -4,11 +4,11 @@
 //   activate_bf16:  out[r][i] = curve(x[r][i])                      out may be x
 //
 // Shapes: x [rows, 2 width] (`activate_bf16`: [rows, width]), out [rows, width] bf16. Rows are padded(2 width) and
-// padded(width) apart; width is any number, and where it is no multiple of 8 the ups begin in the middle of 16 bytes and
-// are read one by one. What lies behind a row of out is written as zero. Activations: see `tile.cuh`, `Gate`, and `Curve`.
-// The e4m3 form writes codes and a scale for each `group` elements (64, 128 or 256, or any number for the whole row,
-// which is then held in shared memory: `width` singles of dynamic shared memory). Its width is a multiple of 8.
-// One block a row. Bytes: 4 rows width read, 2 (1) written; the floor is 6 rows width over the bandwidth.
+// padded(width) apart; width is any number, and where it is no multiple of 8 the ups begin in the middle of 16 bytes
+// and are read one by one. What lies behind a row of out is written as zero. Activations: see `tile.cuh`, `Gate`, and
+// `Curve`. The e4m3 form writes codes and a scale for each `group` elements (64, 128 or 256, or any number for the
+// whole row, which is then held in shared memory: `width` singles of dynamic shared memory). Its width is a multiple of
+// 8. One block a row. Bytes: 4 rows width read, 2 (1) written; the floor is 6 rows width over the bandwidth.
 
 #include "tile.cuh"
 
@@ -65,8 +65,7 @@ PORT_FN float curve(float x, const ActivateArgs& a) {
         case Curve::Tanh:
             return fast_tanh(x);
         case Curve::Xielu:
-            return x > 0.0f ? a.alpha_p * x * x + a.beta * x
-                            : (expm1f(smaller(x, a.eps)) - x) * a.alpha_n + a.beta * x;
+            return x > 0.0f ? a.alpha_p * x * x + a.beta * x : (expm1f(smaller(x, a.eps)) - x) * a.alpha_n + a.beta * x;
     }
     return 0.0f;
 }

@@ -1,5 +1,5 @@
-// A matmul for each head, of any sizes and places: `matmul_skinny` and `matmul_grouped` take heads too, and are fast, where
-// everything is a multiple of 8.
+// A matmul for each head, of any sizes and places: `matmul_skinny` and `matmul_grouped` take heads too, and are fast,
+// where everything is a multiple of 8.
 //
 //   y[r][y_first + h y_head + o] = sum over i of x[r][x_first + h x_head + i] * w[h][o][i]
 //
@@ -47,8 +47,8 @@ extern "C" __global__ void __launch_bounds__(256) head_linear_bf16(HeadLinearArg
         x[row * kMaxIn + k] = row < rows ? to_float(a.x[at]) : 0.0f;
     }
     block_sync();
-    for (int o = static_cast<int>(blockIdx.x) * kOutputs + warp; o < smaller(a.out, (static_cast<int>(blockIdx.x) + 1) * kOutputs);
-         o += static_cast<int>(blockDim.x) / 32) {
+    for (int o = static_cast<int>(blockIdx.x) * kOutputs + warp;
+         o < smaller(a.out, (static_cast<int>(blockIdx.x) + 1) * kOutputs); o += static_cast<int>(blockDim.x) / 32) {
         const bf16* w = a.weight + head * a.weight_stride + static_cast<size_t>(o) * a.in_stride;
         float sums[kRows] = {};
         for (int k = lane; k < a.in; k += 32) {

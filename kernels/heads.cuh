@@ -17,8 +17,8 @@ struct HeadNorm {
     NormKind kind;
 };
 
-// Pair i of a head, of rotary / 2: elements (step i, step i + distance). Halves: 1, rotary / 2; adjacent: 2, 1; halves of
-// a longer head of which only the first pairs turn: 1, and the half of that head.
+// Pair i of a head, of rotary / 2: elements (step i, step i + distance). Halves: 1, rotary / 2; adjacent: 2, 1; halves
+// of a longer head of which only the first pairs turn: 1, and the half of that head.
 struct Rotation {
     const float* cos;      // [positions][rotary / 2]; null: nothing is rotated
     const float* sin;      // [positions][rotary / 2]
@@ -135,7 +135,8 @@ PORT_FN bool is_rotated(const Rotation& r, int i) {
     return r.step == 2 ? i < r.rotary : i < half || (i >= r.distance && i < r.distance + half);
 }
 
-// Address of a token's key or value. Pages hold `[K|V][kv_heads][16][...]`, keys and values each with a width of its own.
+// Address of a token's key or value. Pages hold `[K|V][kv_heads][16][...]`, keys and values each with a width of its
+// own.
 PORT_FN unsigned char* token_in_page(const KvLayer& kv, uint32_t page, int part, uint32_t head, uint32_t position,
                                      uint32_t key_bytes, uint32_t value_bytes) {
     const uint32_t row_bytes = part ? value_bytes : key_bytes;
@@ -157,8 +158,8 @@ PORT_FN void store_elements(unsigned char* to, const float* head, int first, int
     if ((first | count) % 2 == 0 && reinterpret_cast<uintptr_t>(to) % (kE4m3 ? 2 : 4) == 0) {
         for (int i = lane * 2; i < count; i += 64) {
             if (kE4m3) {
-                *reinterpret_cast<uint16_t*>(to + first + i) = static_cast<uint16_t>(
-                    to_e4m3(head[i] * inverse).bits | to_e4m3(head[i + 1] * inverse).bits << 8);
+                *reinterpret_cast<uint16_t*>(to + first + i) =
+                    static_cast<uint16_t>(to_e4m3(head[i] * inverse).bits | to_e4m3(head[i + 1] * inverse).bits << 8);
             } else {
                 *reinterpret_cast<uint32_t*>(to + (first + i) * 2) = pack_bf16(head[i], head[i + 1]);
             }

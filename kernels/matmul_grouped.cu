@@ -112,8 +112,7 @@ struct Grouped {
     PORT_FN static void run(const MatmulArgs& a, const uint32_t* tiles) {
         PORT_DYNAMIC_SHARED(shared);
         const int chunks = ceil_div(a.in, kChunk), row_tile = static_cast<int>(blockIdx.y) * kRows;
-        MatmulTask task =
-            head_task(a, blockIdx.z, static_cast<uint32_t>(row_tile), smaller(kRows, a.rows - row_tile));
+        MatmulTask task = head_task(a, blockIdx.z, static_cast<uint32_t>(row_tile), smaller(kRows, a.rows - row_tile));
         if (!tiles) {
             for (int s = 0; s < smaller(kStages - 1, chunks); s++) {
                 fetch_weights(a, task, s, shared + s * kStage);

@@ -4,19 +4,18 @@
 //   epilogue: y * scale, then cap * tanh(y / cap) if cap > 0; or, gated, w is [gate | up] and y = gate(g, u), [rows,
 //   out / 2]
 //
-// in is a multiple of 8 (bf16) or 16 (e4m3), out of 2 (16 where gated); weights and x start on 16 bytes. Rows of x and y
-// are x_stride (a multiple of 8) and y_stride (even) apart; columns of x from x_stride on are taken as zero, since
-// e4m3 weights are padded to 16 and rows of x only to 8. Outputs from bias_stride on have no bias.
-// e4m3: scales [ceil(out / scale_rows), ceil(in / 128)] if `scale_blocks`, else [ceil(out / scale_rows), 1]; value =
-// code * scale.
+// in is a multiple of 8 (bf16) or 16 (e4m3), out of 2 (16 where gated); weights and x start on 16 bytes. Rows of x and
+// y are x_stride (a multiple of 8) and y_stride (even) apart; columns of x from x_stride on are taken as zero, since
+// e4m3 weights are padded to 16 and rows of x only to 8. Outputs from bias_stride on have no bias. e4m3: scales
+// [ceil(out / scale_rows), ceil(in / 128)] if `scale_blocks`, else [ceil(out / scale_rows), 1]; value = code * scale.
 //
 // Experts: with `experts` set, grid z is an index into the list of experts that have rows (see `moe_route.cu`), each
 // with its own weight at w + expert * weight_stride, bias and scales likewise. Rows are those of the expert: input row
 // is the pair's token (`gather`) or the pair's place; output rows lie at the pair's place. No padding to wide tiles: an
 // expert with one row costs its weights.
 //
-// Heads: without `experts`, grid z is a head with its own weight (weight_stride, scale_stride) and its own columns of x and
-// y: x + head * x_head (a multiple of 8), y + head * y_head (even); no bias then.
+// Heads: without `experts`, grid z is a head with its own weight (weight_stride, scale_stride) and its own columns of x
+// and y: x + head * x_head (a multiple of 8), y + head * y_head (even); no bias then.
 //
 // Algorithm: weights are the wide side of the tensor-core tile: m16n8k16 with 16 outputs by 8 rows. A block has 128
 // outputs and, with split-K, a range of `in`. Every thread copies to shared memory exactly the 16-byte pieces of

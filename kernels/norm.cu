@@ -2,7 +2,8 @@
 //
 //   h = residual + x_scale * (post_weight ? rms_norm(x, post_weight) : x)        if x is given, else residual
 //   residual = h                                                                 rounded to bf16, if x is given
-//   out = norm(h)         h / rms(h) * (w + offset) + bias, or with `layer`: (h - mean) / deviation * (w + offset) + bias
+//   out = norm(h)         h / rms(h) * (w + offset) + bias
+//                         with `layer`: (h - mean) / deviation * (w + offset) + bias
 //                         without a weight nothing multiplies, without a bias nothing is added
 //
 // Shapes: residual, x, out [rows, width] bf16, rows `padded(width)` apart, what lies between read as zero and written
@@ -186,8 +187,7 @@ PORT_FN void norm_row(const NormArgs& a, void* out, float* out_scales) {
             continue;
         }
         const float scale = mine > 0.0f ? mine / kE4m3Max : 1.0f;
-        *reinterpret_cast<uint2*>(static_cast<e4m3*>(out) + row * stride + v * 8) =
-            quantize8(h[i], 1.0f / scale);
+        *reinterpret_cast<uint2*>(static_cast<e4m3*>(out) + row * stride + v * 8) = quantize8(h[i], 1.0f / scale);
         if (v * 8 % a.group == 0) {
             out_scales[row * (a.width / a.group) + v * 8 / a.group] = scale;
         }

@@ -3,10 +3,9 @@
 //   mean_outputs_bf16:  out[o] = mean over the tokens of row output_rows[o] of x; zero where that is ~0
 //   emit_rows:          out[o] = x[o] in single precision, finite[o] = 1 if all of it are numbers, else 0
 //
-// Shapes: x [tokens or outputs, width] bf16, rows padded(width) apart; out of mean_outputs likewise, with zeros behind a row;
-// out of emit_rows [outputs, width], with nothing between. Grids: (outputs, ceil(width / 256)) with 256 threads; outputs
-// with 256 threads. A row's tokens are added up in their order.
-// Bytes: 2 tokens width; 6 outputs width.
+// Shapes: x [tokens or outputs, width] bf16, rows padded(width) apart; out of mean_outputs likewise, with zeros behind
+// a row; out of emit_rows [outputs, width], with nothing between. Grids: (outputs, ceil(width / 256)) with 256 threads;
+// outputs with 256 threads. A row's tokens are added up in their order. Bytes: 2 tokens width; 6 outputs width.
 
 #include "tile.cuh"
 

@@ -12,7 +12,8 @@
 //
 //   rope_append_*      key_dim and value_dim even and at most 512, stride even, not across heads. Grid: (tokens,
 //                      ceil((q_heads + 2 kv_heads) / 4)), 128 threads: one warp a head, so nothing crosses warps.
-//   rope_append_any_*  any key_dim and value_dim up to 1,024. Grid: tokens, 256 threads: one block has all heads of a token.
+//   rope_append_any_*  any key_dim and value_dim up to 1,024. Grid: tokens, 256 threads: one block has all heads of a
+//                      token.
 //
 // Bytes: 4 tokens width, plus the tables' 4 tokens rotary: at decode it is launch and latency.
 
@@ -48,13 +49,11 @@ enum class Role { Query, Key, Value };
 // Head `index` of a token, in shared memory of the warp. `q_all`, `k_all`: moments of all heads, with `across_heads`.
 template <bool kE4m3>
 PORT_FN void append_head(const AppendArgs& a, uint32_t token, int index, float* head, Moments q_all, Moments k_all) {
-    const Role role = index < a.q_heads                ? Role::Query
-                      : index < a.q_heads + a.kv_heads ? Role::Key
-                                                       : Role::Value;
+    const Role role = index < a.q_heads ? Role::Query : index < a.q_heads + a.kv_heads ? Role::Key : Role::Value;
     const int first_value = a.q_heads + a.kv_heads;
     const int dim = role == Role::Value ? a.value_dim : a.key_dim;
-    const int column = role == Role::Value ? first_value * a.key_dim + (index - first_value) * a.value_dim
-                                           : index * a.key_dim;
+    const int column =
+        role == Role::Value ? first_value * a.key_dim + (index - first_value) * a.value_dim : index * a.key_dim;
     bf16* from = a.qkv + static_cast<size_t>(token) * a.stride + column;
     const uint32_t position = a.positions[token];
     load_head(head, from, dim);
@@ -85,8 +84,8 @@ PORT_FN void append_head(const AppendArgs& a, uint32_t token, int index, float* 
         const uint32_t kv_head = static_cast<uint32_t>(index - (part ? first_value : a.q_heads));
         constexpr uint32_t kElement = kE4m3 ? 1 : 2;
         const uint32_t page = page_of(a.kv, a.rows[a.token_rows[token]].slot, position);
-        unsigned char* to = token_in_page(a.kv, page, part, kv_head, position, a.key_dim * kElement,
-                                          a.value_dim * kElement);
+        unsigned char* to =
+            token_in_page(a.kv, page, part, kv_head, position, a.key_dim * kElement, a.value_dim * kElement);
         store_elements<kE4m3>(to, head, 0, dim, cache_scale(a.kv, part, kv_head));
     }
     warp_sync();  // the head's memory may be taken again
@@ -145,7 +144,9 @@ PORT_FN void rope_append_any(const AppendArgs& a) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kWarps * 32) rope_append_bf16(AppendArgs args) { rope_append<false>(args); }
+extern "C" __global__ void __launch_bounds__(kWarps * 32) rope_append_bf16(AppendArgs args) {
+    rope_append<false>(args);
+}
 extern "C" __global__ void __launch_bounds__(kWarps * 32) rope_append_e4m3(AppendArgs args) { rope_append<true>(args); }
 extern "C" __global__ void __launch_bounds__(kAnyWarps * 32) rope_append_any_bf16(AppendArgs args) {
     rope_append_any<false>(args);

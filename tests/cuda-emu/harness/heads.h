@@ -23,7 +23,8 @@ class TestNorm {
           d_bias_(bias_) {}
 
     HeadNorm args() const {
-        return {shape_.weight ? d_weight_.get() : nullptr, shape_.bias ? d_bias_.get() : nullptr, kOffset, kEps, shape_.kind};
+        return {shape_.weight ? d_weight_.get() : nullptr, shape_.bias ? d_bias_.get() : nullptr, kOffset, kEps,
+                shape_.kind};
     }
     double weight(int i) const { return shape_.weight ? value(weight_[i]) + kOffset : 1; }
 
@@ -66,8 +67,12 @@ struct RotationShape {
 class TestRotation {
   public:
     TestRotation(const RotationShape& shape, int positions)
-        : shape_(shape), cos_(table(shape, positions, false)), sin_(table(shape, positions, true)),
-          q_scale_(shape.q_scale ? positions : 0), d_cos_(cos_), d_sin_(sin_) {
+        : shape_(shape),
+          cos_(table(shape, positions, false)),
+          sin_(table(shape, positions, true)),
+          q_scale_(shape.q_scale ? positions : 0),
+          d_cos_(cos_),
+          d_sin_(sin_) {
         for (size_t p = 0; p < q_scale_.size(); p++) {
             q_scale_[p] = 0.5f + 0.01f * static_cast<float>(p);
         }
@@ -77,7 +82,8 @@ class TestRotation {
     Rotation args() const {
         Rotation r{};
         if (shape_.rotary) {
-            r = {d_cos_.get(), d_sin_.get(), shape_.q_scale ? d_scale_->get() : nullptr, shape_.rotary, 1, shape_.rotary / 2};
+            r = {d_cos_.get(),     d_sin_.get(), shape_.q_scale ? d_scale_->get() : nullptr, shape_.rotary, 1,
+                 shape_.rotary / 2};
             if (shape_.pairing == Pairing::Adjacent) {
                 r.step = 2, r.distance = 1;
             } else if (shape_.pairing == Pairing::Apart) {
@@ -157,7 +163,8 @@ struct StepRows {
 struct DeviceRows {
     Buffer<RowInfo> rows;
     Buffer<uint32_t> positions, token_rows;
-    explicit DeviceRows(const StepRows& step) : rows(step.rows), positions(step.positions), token_rows(step.token_rows) {}
+    explicit DeviceRows(const StepRows& step)
+        : rows(step.rows), positions(step.positions), token_rows(step.token_rows) {}
 };
 
 }  // namespace harness

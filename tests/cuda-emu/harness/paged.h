@@ -9,8 +9,8 @@ namespace harness {
 
 struct CacheShape {
     int kv_heads, head_dim;
-    bool codes;   // e4m3
-    bool scales;  // of e4m3, one for each head
+    bool codes;                    // e4m3
+    bool scales;                   // of e4m3, one for each head
     bool values_are_keys = false;  // the first elements of a key are its value
     int value_dim = 0;             // 0: as keys
 };

@@ -27,7 +27,8 @@ std::vector<float> random_sinks(Random& random, int heads) {
 }
 
 // Heads of each row are as wanted, and what lies behind them is zero.
-void check(const std::string& name, const std::vector<bf16>& out, const std::vector<double>& want, int width, int stride) {
+void check(const std::string& name, const std::vector<bf16>& out, const std::vector<double>& want, int width,
+           int stride) {
     std::vector<bf16> got;
     bool zero = true;
     for (size_t i = 0; i < out.size(); i++) {
@@ -91,8 +92,9 @@ void run(const Case& c) {
             want.insert(want.end(), out.begin(), out.end());
         }
     }
-    check("any dims " + std::to_string(dim) + " " + std::to_string(value_dim) + " codes " + std::to_string(c.cache.codes),
-          d_out.download(), want, width, out_stride);
+    check(
+        "any dims " + std::to_string(dim) + " " + std::to_string(value_dim) + " codes " + std::to_string(c.cache.codes),
+        d_out.download(), want, width, out_stride);
 }
 
 // Sequences that lie whole in rows [q | k | v].
@@ -123,19 +125,24 @@ void run_whole(int q_heads, int kv_heads, int key_dim, int value_dim, const std:
     args.key_dim = key_dim;
     args.value_dim = value_dim;
     args.whole = 1;
-    LAUNCH(attention_any_bf16, dim3(static_cast<unsigned>(step.count()), static_cast<unsigned>(q_heads)), kThreads, 0, args);
+    LAUNCH(attention_any_bf16, dim3(static_cast<unsigned>(step.count()), static_cast<unsigned>(q_heads)), kThreads, 0,
+           args);
     std::vector<double> want;
     for (int t = 0; t < step.count(); t++) {
         const RowInfo& row = step.rows[step.token_rows[t]];
         const uint32_t position = step.positions[t];
-        const auto at = [&](uint32_t token, int column) { return value(x[static_cast<size_t>(token) * stride + column]); };
+        const auto at = [&](uint32_t token, int column) {
+            return value(x[static_cast<size_t>(token) * stride + column]);
+        };
         for (int h = 0; h < q_heads; h++) {
             std::vector<double> out(value_dim, 0.0);
             double sum = with_sinks ? exp(static_cast<double>(sinks[h])) : 0;
-            for (uint32_t k = window && position + 1 > args.window ? position + 1 - args.window : 0; k < row.tokens; k++) {
+            for (uint32_t k = window && position + 1 > args.window ? position + 1 - args.window : 0; k < row.tokens;
+                 k++) {
                 double score = 0;
                 for (int d = 0; d < key_dim; d++) {
-                    score += at(static_cast<uint32_t>(t), h * key_dim + d) * at(row.first + k, k_at + h / group * key_dim + d);
+                    score += at(static_cast<uint32_t>(t), h * key_dim + d) *
+                             at(row.first + k, k_at + h / group * key_dim + d);
                 }
                 const double w = exp(score * static_cast<double>(args.scale));
                 sum += w;

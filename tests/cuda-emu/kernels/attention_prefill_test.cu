@@ -166,7 +166,8 @@ void run_beside(int q_heads, int kv_heads, const std::vector<int>& lengths, int 
             }
         }
     }
-    expect_close("beside, heads " + std::to_string(q_heads) + " window " + std::to_string(window), d_out.download(), want);
+    expect_close("beside, heads " + std::to_string(q_heads) + " window " + std::to_string(window), d_out.download(),
+                 want);
 }
 
 }  // namespace

@@ -36,7 +36,8 @@ void run(const Case& c) {
     Random random(c.q_heads * 100 + c.cache.head_dim + c.rotation.rotary);
     PagedCache cache(c.cache, c.contexts, random);
     const int key_dim = c.cache.head_dim, value_dim = cache.value_dim(), kv = c.queries_alone ? 0 : c.cache.kv_heads;
-    const int q_width = c.q_heads * key_dim, k_width = kv * key_dim, width = q_width + k_width + kv * value_dim + c.gates;
+    const int q_width = c.q_heads * key_dim, k_width = kv * key_dim,
+              width = q_width + k_width + kv * value_dim + c.gates;
     const int stride = (width + 7) / 8 * 8;
     const StepRows step(c.contexts, c.tokens);
     const auto qkv = random_bf16(random, static_cast<size_t>(step.count()) * stride, 2.0f);
@@ -92,7 +93,8 @@ void run(const Case& c) {
             }
             return x;
         };
-        std::vector<double> q = part(0, q_width), k = part(q_width, k_width), v = part(q_width + k_width, kv * value_dim);
+        std::vector<double> q = part(0, q_width), k = part(q_width, k_width),
+                            v = part(q_width + k_width, kv * value_dim);
         norm_heads(q, key_dim, c.across, q_norm);
         if (kv) {
             norm_heads(k, key_dim, c.across, k_norm);
@@ -143,13 +145,25 @@ void run(const Case& c) {
 int main() {
     using P = Pairing;
     const NormShape none{}, rms{NormKind::Rms}, bare{NormKind::Rms, false}, layer{NormKind::Layer, true, true};
-    //   q heads, {kv heads, dim, codes, scales, values = keys, value dim}, contexts, tokens, {rotary, pairing, distance,
-    //   q scale}, norms of q, k, v; across heads, any; append, keep; queries alone, gates
+    //   q heads, {kv heads, dim, codes, scales, values = keys, value dim}, contexts, tokens, {rotary, pairing,
+    //   distance, q scale}, norms of q, k, v; across heads, any; append, keep; queries alone, gates
     run({4, {2, 64, false, false}, {1, 17, 40}, {1, 1, 5}, {64}, rms, rms, none});
     run({3, {1, 96, true, true}, {33}, {20}, {48, P::Adjacent}, none, none, none});
     run({2, {1, 256, false, false}, {18}, {18}, {64, P::Apart, 128}, rms, rms, bare});
-    run({3, {1, 6, false, false, false, 10}, {20}, {4}, {6, P::Halves, 0, true}, rms, bare, none, false, false, true, false,
-         false, 24});
+    run({3,
+         {1, 6, false, false, false, 10},
+         {20},
+         {4},
+         {6, P::Halves, 0, true},
+         rms,
+         bare,
+         none,
+         false,
+         false,
+         true,
+         false,
+         false,
+         24});
     run({3, {2, 7, false, false, false, 5}, {17, 3}, {2, 3}, {4, P::Adjacent, 0, true}, rms, rms, rms, true, true});
     run({2, {1, 28, false, false}, {5}, {5}, {28}, none, none, none, false, true, false, true});
     run({2, {1, 64, false, false}, {9}, {2}, {32}, rms, none, none, false, false, false, false, true, 5});

@@ -30,8 +30,8 @@ void run_embed(int rows, int width, int vocab, int table_stride) {
     const int stride = row_stride(width);
     Buffer<bf16> d_table(spread_rows(table, width, table_stride, kNan)), d_out(static_cast<size_t>(rows) * stride);
     Buffer<uint32_t> d_ids(ids), d_last(last);
-    const EmbedArgs args{d_table.get(), d_ids.get(),   d_last.get(), d_out.get(), static_cast<uint32_t>(vocab),
-                         table_stride,  width, 2.5f};
+    const EmbedArgs args{d_table.get(), d_ids.get(), d_last.get(), d_out.get(), static_cast<uint32_t>(vocab),
+                         table_stride,  width,       2.5f};
     LAUNCH(embed_bf16, dim3(rows), 64, 0, args);
     const auto out = d_out.download();
     const auto live = gather_rows("embed", out, width, stride);
@@ -74,8 +74,8 @@ void run_positions(int rows, int width, int table_rows, uint32_t offset) {
     positions.back() = static_cast<uint32_t>(table_rows) - offset;  // the first that the table has not
     Buffer<bf16> d_table(spread_rows(table, width, table_stride, kNan)), d_x(spread_rows(x, width, stride, kZero));
     Buffer<uint32_t> d_positions(positions);
-    const PositionsArgs args{d_table.get(), d_positions.get(), d_x.get(), static_cast<uint32_t>(table_rows), offset,
-                             table_stride,  width};
+    const PositionsArgs args{d_table.get(), d_positions.get(), d_x.get(), static_cast<uint32_t>(table_rows),
+                             offset,        table_stride,      width};
     LAUNCH(add_positions_bf16, dim3(rows), 32, 0, args);
     auto got = gather_rows("positions", d_x.download(), width, stride);
     for (int i = 0; i < width; i++) {
@@ -110,7 +110,8 @@ void run_gate(int rows, int width, int at, bool one) {
     const int stride = row_stride(width), gates_width = at + (one ? 1 : width), gates_stride = gates_width + 3;
     const auto x = random_bf16(random, static_cast<size_t>(rows) * width);
     const auto gates = random_bf16(random, static_cast<size_t>(rows) * gates_width, 3.0f);
-    Buffer<bf16> d_x(spread_rows(x, width, stride, kZero)), d_gates(spread_rows(gates, gates_width, gates_stride, kNan));
+    Buffer<bf16> d_x(spread_rows(x, width, stride, kZero)),
+        d_gates(spread_rows(gates, gates_width, gates_stride, kNan));
     const GateArgs args{d_gates.get(), d_x.get(), gates_stride, at, width, one};
     LAUNCH(gate_bf16, dim3(rows), 64, 0, args);
     std::vector<double> want(x.size());
