@@ -18,12 +18,22 @@ uint32_t next_random() {
     return static_cast<uint32_t>(machine.random >> 16);
 }
 
+namespace {
+void seed_random(uint64_t seed) { machine.random = seed * 0x9e3779b97f4a7c15ull + 1; }
+}  // namespace
+
+void set_order(Order order, uint64_t seed) {
+    machine.configured = true;
+    machine.order = order;
+    seed_random(seed);
+}
+
 void start_machine() {
-    if (machine.started) {
+    adopt_running_stack(machine.host);
+    if (machine.configured) {
         return;
     }
-    machine.started = true;
-    adopt_running_stack(machine.host);
+    machine.configured = true;
     const char* order = getenv("EMU_ORDER");
     const char* seed = getenv("EMU_SEED");
     if (order && !strcmp(order, "rev")) {
@@ -32,7 +42,7 @@ void start_machine() {
     if (order && !strcmp(order, "rand")) {
         machine.order = Order::Random;
     }
-    machine.random = (seed ? strtoull(seed, nullptr, 10) : 1) * 0x9e3779b97f4a7c15ull + 1;
+    seed_random(seed ? strtoull(seed, nullptr, 10) : 1);
 }
 
 namespace {

@@ -51,15 +51,16 @@ emu_switch_stack:
 namespace emu {
 
 namespace {
-// Bounds of the process's own stack, learnt at the first switch away from it.
-const void* process_stack;
-size_t process_stack_bytes;
+// The stack that the running thread brought along, learnt when it is left.
+const void* host_stack;
+size_t host_stack_bytes;
 constexpr unsigned kNoSync = 1;
 
-void learn(const void* bottom, size_t bytes) {
-    if (!process_stack) {
-        process_stack = bottom;
-        process_stack_bytes = bytes;
+// Only the host switches to a fiber, so a fiber that wakes has come from the host's stack.
+void learn(const Fiber& awake, const void* bottom, size_t bytes) {
+    if (awake.stack) {
+        host_stack = bottom;
+        host_stack_bytes = bytes;
     }
 }
 }  // namespace
@@ -98,9 +99,9 @@ void prepare(Fiber& fiber, void (*entry)()) {
 
 void switch_fiber(Fiber& from, Fiber& to, bool ends) {
     if (__sanitizer_start_switch_fiber) {
-        const void* bottom = to.stack ? to.stack : process_stack;
+        const void* bottom = to.stack ? to.stack : host_stack;
         __sanitizer_start_switch_fiber(ends ? nullptr : &from.asan_frames, bottom,
-                                       to.stack ? kStackBytes : process_stack_bytes);
+                                       to.stack ? kStackBytes : host_stack_bytes);
     }
     if (under_tsan()) {
         __tsan_switch_to_fiber(to.tsan, kNoSync);
@@ -110,6 +111,7 @@ void switch_fiber(Fiber& from, Fiber& to, bool ends) {
         const void* bottom;
         size_t bytes;
         __sanitizer_finish_switch_fiber(from.asan_frames, &bottom, &bytes);
+        learn(from, bottom, bytes);
     }
 }
 
@@ -118,7 +120,7 @@ void entered(Fiber& self) {
         const void* bottom;
         size_t bytes;
         __sanitizer_finish_switch_fiber(self.asan_frames, &bottom, &bytes);
-        learn(bottom, bytes);
+        learn(self, bottom, bytes);
     }
 }
 

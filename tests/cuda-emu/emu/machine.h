@@ -20,7 +20,6 @@ constexpr size_t kPendingGrids = 2;         // queued behind the one that runs
 constexpr unsigned kEarlyBlocks = 2;        // of a grid, that start before their dependencies have ended
 constexpr unsigned kSpinRounds = 20000;     // without any progress, before it is a deadlock
 
-enum class Order { Forward, Reverse, Random };
 enum class Wait { None, Barrier, Named, Warp, Dependency, Spin, Done };
 
 struct Copy {
@@ -98,14 +97,14 @@ struct Machine {
     std::vector<unsigned> thread_order;
     Order order = Order::Forward;
     uint64_t random = 0;
-    bool started = false;
+    bool configured = false;
 };
 
 extern Machine machine;
 
 // ---- blocks.cpp ----
 
-// Starts the machine at its first use.
+// Takes over the calling thread; at the first use reads the environment.
 void start_machine();
 uint32_t next_random();
 // Gives the processor back to the scheduler until `wait` is over.

@@ -34,8 +34,9 @@ void complete_warp(Warp& warp, Block& block, unsigned warp_number, unsigned mask
 void fail(const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    fprintf(stderr, "EMU ERROR: block (%u,%u,%u) thread (%u,%u,%u): ", block_index.x, block_index.y, block_index.z,
-            thread_index.x, thread_index.y, thread_index.z);
+    const char* kernel = machine.current ? machine.current->block->grid->launch.name : "kernel";
+    fprintf(stderr, "EMU ERROR: %s, block (%u,%u,%u) thread (%u,%u,%u): ", kernel, block_index.x, block_index.y,
+            block_index.z, thread_index.x, thread_index.y, thread_index.z);
     vfprintf(stderr, format, arguments);
     fprintf(stderr, "\n");
     va_end(arguments);

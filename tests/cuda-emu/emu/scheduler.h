@@ -27,7 +27,12 @@ extern Extent3 block_extent, grid_extent;
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
 
-// ---- launching, called by the host ----
+// ---- launching, called by the host, from one thread at a time ----
+
+// Of threads and of blocks. In random order blocks run three at a time.
+enum class Order { Forward, Reverse, Random };
+// Instead of what the environment says.
+void set_order(Order order, uint64_t seed);
 
 struct Launch {
     Extent3 grid, block;
