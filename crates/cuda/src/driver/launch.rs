@@ -206,12 +206,15 @@ mod tests {
     #[test]
     fn arguments_of_another_kernel_are_refused() {
         crate::kernel_args! {
-            struct Add { x: DevicePtr, y: DevicePtr, width: i32 }
+            struct Add { x: DevicePtr, bias: DevicePtr, width: i32 }
         }
-        assert_eq!(fits(Kernel::AddBf16, Add::PARAMETERS), Ok(()));
-        let Err(error) = fits(Kernel::AddBf16, Mixed::PARAMETERS) else { panic!("accepted") };
-        assert_eq!(error.to_string(), "add_bf16 takes parameters of [8, 8, 4] bytes, not of [16, 8, 4, 12]");
-        let fewer = fits(Kernel::AddBf16, &Add::PARAMETERS[..2]);
+        assert_eq!(fits(Kernel::AddBiasBf16, Add::PARAMETERS), Ok(()));
+        let Err(error) = fits(Kernel::AddBiasBf16, Mixed::PARAMETERS) else { panic!("accepted") };
+        assert_eq!(
+            error.to_string(),
+            "add_bias_bf16 takes parameters of [8, 8, 4] bytes, not of [16, 8, 4, 12]"
+        );
+        let fewer = fits(Kernel::AddBiasBf16, &Add::PARAMETERS[..2]);
         assert!(matches!(fewer, Err(CudaError::Arguments { .. })), "{fewer:?}");
     }
 }
