@@ -68,6 +68,12 @@ int attribute_of(int attribute) {
     return found == values.end() ? 0 : found->second;
 }
 
+// None on a machine with a driver but no GPU, which MIRAI_EMU_DEVICES=0 asks for.
+int device_count() {
+    const char* wanted = getenv("MIRAI_EMU_DEVICES");
+    return wanted && !strcmp(wanted, "0") ? 0 : 1;
+}
+
 void read_settings(Device& d) {
     const char* lazy = getenv("MIRAI_EMU_LAZY");
     d.lazy = lazy && strcmp(lazy, "0");
@@ -167,6 +173,9 @@ CUresult cuInit(unsigned flags) {
         if (flags) {
             return CUDA_ERROR_INVALID_VALUE;
         }
+        if (!device_count()) {
+            return CUDA_ERROR_NO_DEVICE;
+        }
         if (!d.started) {
             d.started = true;
             read_settings(d);
@@ -221,9 +230,7 @@ CUresult cuDeviceGetCount(int* count) {
         if (!count) {
             return CUDA_ERROR_INVALID_VALUE;
         }
-        // A machine with a driver but no GPU.
-        const char* wanted = getenv("MIRAI_EMU_DEVICES");
-        *count = wanted ? atoi(wanted) : 1;
+        *count = device_count();
         return CUDA_SUCCESS;
     });
 }

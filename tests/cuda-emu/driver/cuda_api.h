@@ -239,6 +239,8 @@ CUresult cuGraphExecDestroy(CUgraphExec executable);
 // Writes this process's counts as one line of JSON, at most `capacity` bytes with the closing zero; returns the
 // line's length. `reset`: then starts again from zero (but for memory in use).
 size_t mirai_emu_counts(char* json, size_t capacity, int reset);
+// Bytes of device memory in use and in all.
+void mirai_emu_memory(size_t* used, size_t* total);
 // Queues work of a library above the driver, as a kernel of that name. The arguments are copied.
 CUresult mirai_emu_submit(CUstream stream, const char* name, void (*run)(const void* arguments), const void* arguments,
                           size_t bytes);

@@ -177,6 +177,13 @@ CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
     });
 }
 
+void mirai_emu_memory(size_t* used, size_t* total) {
+    Device& d = device();
+    std::lock_guard<std::mutex> lock(d.mutex);
+    *used = d.memory_used;
+    *total = d.memory_total;
+}
+
 CUresult cuMemAlloc_v2(CUdeviceptr* address, size_t bytes) {
     return enter(__func__, Needs::Context, [&](Device& d) {
         if (!address) {
