@@ -90,8 +90,9 @@ pub(crate) fn decode_work(rows: &[RowInfo], class: WorkClass, grid: usize, work:
         u64::from(end - first)
     };
     let total: u64 = decoding().map(|(_, row)| (pages_of(row) + ITEM_COST) * u64::from(tiles)).sum();
-    let stretch = total.div_ceil(grid as u64).max(MIN_STRETCH + ITEM_COST);
-    let mut cutter = Cutter { work, stretch, room: 0, parts: 0, groups: 0 };
+    // Every cut costs one item more, and there are fewer cuts than blocks.
+    let stretch = (total.div_ceil(grid as u64) + ITEM_COST).max(MIN_STRETCH + ITEM_COST);
+    let mut cutter = Cutter { work, grid, stretch, room: 0, parts: 0, groups: 0 };
     for (index, row) in decoding() {
         let (first, end) = class.pages(row.context);
         for head_tile in 0..tiles {
@@ -104,6 +105,7 @@ pub(crate) fn decode_work(rows: &[RowInfo], class: WorkClass, grid: usize, work:
 /// Cuts rows where stretches end.
 struct Cutter<'a> {
     work: &'a mut DecodeWork,
+    grid: usize,
     stretch: u64,
     /// What is left of the current block's stretch.
     room: u64,
@@ -112,6 +114,13 @@ struct Cutter<'a> {
 }
 
 impl Cutter<'_> {
+    /// Begins the next block's stretch; the last block takes what is left.
+    fn next_block(&mut self) {
+        self.work.starts.push(self.work.items.len() as u32);
+        let last = self.work.starts.len() == self.grid;
+        self.room = if last { u64::MAX } else { self.room + self.stretch };
+    }
+
     /// One row and tile, in as many items as stretches it touches.
     fn row(&mut self, whole: DecodeItem) {
         let from = self.work.items.len();
@@ -119,8 +128,7 @@ impl Cutter<'_> {
         while next < whole.end {
             // A stretch with no room for a page worth reading ends.
             if self.room < ITEM_COST + MIN_STRETCH.min(u64::from(whole.end - next)) {
-                self.work.starts.push(self.work.items.len() as u32);
-                self.room += self.stretch;
+                self.next_block();
             }
             let left = u64::from(whole.end - next);
             let mut pages = left.min(self.room - ITEM_COST);
@@ -241,10 +249,9 @@ mod tests {
         let (most, total): (u64, u64) = (*loads.iter().max().unwrap_or(&0), loads.iter().sum());
         assert!(loads.iter().all(|l| *l > 0), "{loads:?}");
         assert!(most * GRID as u64 <= total * 21 / 20, "at most 5 % above the mean: {most} of {total}");
-        let owners = |row| work.starts.windows(2).filter(move |w| {
-            work.items[w[0] as usize..w[1] as usize].iter().any(|i| i.row == row)
-        });
-        assert!(owners(0).count() >= GRID - 3, "the long row is on {} blocks", owners(0).count());
+        let has_long = |w: &&[u32]| work.items[w[0] as usize..w[1] as usize].iter().any(|i| i.row == 0);
+        let owners = work.starts.windows(2).filter(has_long).count();
+        assert!(owners >= GRID - 3, "the long row is on {owners} blocks");
     }
 
     #[test]
