@@ -93,10 +93,11 @@ void run(const Case& c) {
 
 int main() {
     using P = Pairing;
-    const NormShape rms{NormKind::Rms}, bare{NormKind::Rms, false};
+    const NormShape none{}, rms{NormKind::Rms}, bare{NormKind::Rms, false};
     run({4, 2, 24, false, {1, 20}, {1, 3}, {8, P::Apart, 12}, rms, rms, bare});
     run({3, 1, 7, true, {18}, {2}, {4, P::Adjacent, 0, true}, rms, rms, bare});
     run({2, 1, 16, false, {40}, {2}, {16}, bare, bare, bare});
+    run({1, 1, 40, false, {9}, {2}, {8, P::Apart, 20}, none, none, none});
     if (small()) {
         return report();
     }

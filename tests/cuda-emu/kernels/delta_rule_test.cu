@@ -204,6 +204,7 @@ int main() {
     //   k heads, v heads, k dim, v dim, taps, {tokens of each row} for each step, norm
     run({1, 2, 6, 5, 4, {{3, 1}, {1, 2}, {0, 5}}, rms});
     run({2, 2, 16, 8, 2, {{2}, {1}}, rms});
+    run({1, 1, 20, 24, 2, {{3}, {2}}, none});
     if (small()) {
         return report();
     }

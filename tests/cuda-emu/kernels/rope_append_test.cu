@@ -168,6 +168,7 @@ int main() {
     run({2, {1, 28, false, false}, {5}, {5}, {28}, none, none, none, false, true, false, true});
     run({2, {1, 64, false, false}, {9}, {2}, {32}, rms, none, none, false, false, false, false, true, 5});
     run({4, {2, 24, false, false}, {19}, {3}, {8, P::Apart, 12}, layer, layer, layer, true, true});
+    run({9, {3, 6, false, false, false, 5}, {18}, {2}, {6}, rms, rms, rms, false, true});
     if (small()) {
         return report();
     }
