@@ -2,7 +2,10 @@
 //!
 //! Owns the choice and its one line in the log. It looks at devices and opens none: that is for the engine's thread.
 
-use mirai_cuda::{Gpu, OpenError};
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use mirai_cuda::{CudaOptions, Gpu, MemoryOptions, OpenError};
 
 use crate::config::{Config, Device, KvCacheDtype, Quantization};
 use crate::exit::Failure;
@@ -99,9 +102,24 @@ fn decide(config: &Config, look: impl Fn(usize) -> Result<String, OpenError>) ->
     }
 }
 
-/// Share of the GPU's memory that may be in use.
-pub(crate) fn utilization(config: &Config) -> f64 {
-    config.engine.gpu_memory_utilization.unwrap_or(DEFAULT_UTILIZATION)
+/// What the CUDA backend is told.
+pub(crate) fn cuda_options(config: &Config) -> CudaOptions {
+    let engine = &config.engine;
+    CudaOptions {
+        memory: MemoryOptions {
+            utilization: engine.gpu_memory_utilization.unwrap_or(DEFAULT_UTILIZATION),
+            cache: engine.kv_cache_memory_bytes,
+        },
+        plan_folder: engine.plan_folder.clone().or_else(|| cache_folder(|name| std::env::var_os(name))),
+        ..CudaOptions::default()
+    }
+}
+
+/// `mirai` in the user's cache folder, by the XDG rules: a relative path does not count.
+fn cache_folder(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    let absolute = |name: &str| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let caches = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")));
+    caches.map(|folder| folder.join("mirai"))
 }
 
 #[cfg(test)]
@@ -189,8 +207,23 @@ mod tests {
             let mut config = config(Device::Auto);
             config.engine.gpu_memory_utilization = Some(share);
             assert_eq!(check(&config).is_ok(), good, "{share}");
-            assert!(utilization(&config).total_cmp(&share).is_eq());
+            assert!(cuda_options(&config).memory.utilization.total_cmp(&share).is_eq());
         }
-        assert!((utilization(&config(Device::Auto)) - 0.9).abs() < 1e-9);
+        let default = cuda_options(&config(Device::Auto)).memory;
+        assert_eq!(default, MemoryOptions { utilization: 0.9, cache: None });
+    }
+
+    #[test]
+    fn plans_are_kept_where_caches_are() {
+        let with = |variables: &'static [(&str, &str)]| {
+            cache_folder(|name| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| value.into()))
+        };
+        assert_eq!(with(&[]), None);
+        assert_eq!(with(&[("HOME", "/h")]), Some("/h/.cache/mirai".into()));
+        assert_eq!(with(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/c")]), Some("/c/mirai".into()));
+        assert_eq!(with(&[("HOME", "/h"), ("XDG_CACHE_HOME", "c")]), Some("/h/.cache/mirai".into()));
+        let mut told = config(Device::Auto);
+        told.engine.plan_folder = Some("plans".into());
+        assert_eq!(cuda_options(&told).plan_folder, Some("plans".into()));
     }
 }

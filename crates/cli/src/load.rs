@@ -7,10 +7,10 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use mirai_cpu::{CpuBackend, CpuOptions};
-use mirai_cuda::OpenError;
+use mirai_cuda::{CudaBackend, Gpu, OpenError};
 use mirai_engine::{EngineHandle, Event, Executor, StartError};
 use mirai_hub::{ModelRef, StoreOptions};
-use mirai_model::backend::{Backend, CacheDtype};
+use mirai_model::backend::{Backend, BackendError, CacheDtype};
 use mirai_model::loader::{Phase, TokenizerData};
 use mirai_model::pooling::PublishedPooling;
 use mirai_model::{CacheBudget, LoadOptions, LoadedModel, ModelError, ModelSource, ModelSpec};
@@ -19,9 +19,10 @@ use mirai_text::{ChatTemplate, ReasoningFormat, Tokenizer};
 
 use crate::config::{Config, KvCacheDtype, LoadFormat, Quantization};
 use crate::demo;
-use crate::device::Chosen;
+use crate::device::{self, Chosen};
 use crate::exit::Failure;
 use crate::task;
+use crate::telemetry;
 use crate::tokenizer::tokenizer;
 
 /// Seed of `--load-format dummy`: two runs measure the same numbers.
@@ -40,14 +41,14 @@ struct Described {
 }
 
 /// Loads the model and starts its engine. Blocks; `server` is told how far it is.
-pub(crate) fn load(
-    config: &Config,
-    device: Chosen,
-    server: &ServerHandle,
-) -> Result<ServedModel, Failure> {
+pub(crate) fn load(config: &Config, device: Chosen, server: &ServerHandle) -> Result<ServedModel, Failure> {
     let (source, own_name) = source(config)?;
-    let options = task::options(config.model.task, &source, options(config))?;
+    let options = task::options(config.model.task, &source, options(config, device))?;
     let cpu = CpuOptions { threads: config.engine.threads, ..CpuOptions::default() };
+    let cuda = device::cuda_options(config);
+    if let Chosen::Cuda(ordinal) = device {
+        telemetry::start(ordinal, server);
+    }
     let engine = mirai_engine::EngineConfig {
         max_step_tokens: options.max_step_tokens as u32,
         ..engine_config(config)
@@ -58,8 +59,8 @@ pub(crate) fn load(
     let make = move || match device {
         Chosen::Cpu => executor(&source, &options, CpuBackend::new(&cpu), &told, &send),
         Chosen::Cuda(ordinal) => {
-            let gpu = mirai_cuda::Gpu::open(ordinal)?;
-            Err(format!("{}: this build has no CUDA backend", gpu.facts().name).into())
+            let backend = CudaBackend::new(Gpu::open(ordinal)?, cuda)?;
+            executor(&source, &options, backend, &told, &send)
         }
     };
     let (handle, events) = mirai_engine::start(engine, make).map_err(start_failure)?;
@@ -100,7 +101,9 @@ pub(crate) fn engine_config(config: &Config) -> mirai_engine::EngineConfig {
 fn start_failure(error: StartError) -> Failure {
     match error {
         // What a device lacks is the machine's, what a file lacks the model's; options are the user's.
-        StartError::Executor(inner) if inner.is::<OpenError>() => Failure::environment(inner),
+        StartError::Executor(inner) if inner.is::<OpenError>() || inner.is::<BackendError>() => {
+            Failure::environment(inner)
+        }
         StartError::Executor(inner) => match inner.downcast_ref::<ModelError>().map(ModelError::exit_code) {
             Some(2) => Failure::usage(inner),
             Some(3) => Failure::environment(inner),
@@ -163,10 +166,15 @@ pub(crate) fn named_source(given: &str, store: &StoreOptions) -> Result<(ModelSo
     Ok((source, reference.default_name()))
 }
 
-fn options(config: &Config) -> LoadOptions {
-    let cache = config.engine.kv_cache_memory_bytes.unwrap_or_else(|| {
-        memory_limit().map_or(DEFAULT_CACHE_BYTES / 4, |bytes| (bytes / 4).min(DEFAULT_CACHE_BYTES))
-    });
+fn options(config: &Config, device: Chosen) -> LoadOptions {
+    let cache = match (device, config.engine.kv_cache_memory_bytes) {
+        // The device's own budget knows what was configured, and says what fits where it does not.
+        (Chosen::Cuda(_), _) => CacheBudget::Device,
+        (Chosen::Cpu, Some(bytes)) => CacheBudget::Bytes(bytes),
+        (Chosen::Cpu, None) => CacheBudget::Bytes(
+            memory_limit().map_or(DEFAULT_CACHE_BYTES / 4, |bytes| (bytes / 4).min(DEFAULT_CACHE_BYTES)),
+        ),
+    };
     LoadOptions {
         dummy: (config.model.load_format == LoadFormat::Dummy).then_some(DUMMY_SEED),
         quantization: config.model.quantization.map(|q| match q {
@@ -178,7 +186,7 @@ fn options(config: &Config) -> LoadOptions {
             KvCacheDtype::Auto | KvCacheDtype::Bf16 => CacheDtype::Bf16,
             KvCacheDtype::Fp8 => CacheDtype::F8E4M3,
         },
-        cache: CacheBudget::Bytes(cache),
+        cache,
         max_model_len: config.model.max_len.map(|n| n as usize),
         max_slots: config.engine.max_num_seqs as usize,
         max_step_tokens: config.engine.max_num_batched_tokens as usize,

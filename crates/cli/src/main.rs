@@ -17,6 +17,7 @@ mod logging;
 mod pull;
 mod serve;
 mod task;
+mod telemetry;
 mod tokenizer;
 mod verify;
 
