@@ -142,6 +142,8 @@ pub(crate) struct EngineConfig {
     /// Folder in which choices made by the clock at start are kept, so that a restart computes the same bits.
     /// Default: `mirai` in the user's cache folder.
     pub(crate) plan_folder: Option<PathBuf>,
+    /// Algorithms of cublasLt that are timed for each shape of matmul at start; 1 takes its own first choice.
+    pub(crate) matmul_candidates: usize,
     /// Whether prompts reuse the computed blocks of earlier ones.
     pub(crate) enable_prefix_caching: bool,
     /// Requests that may wait; further ones get 503.
@@ -163,6 +165,7 @@ impl Default for EngineConfig {
             kv_cache_dtype: KvCacheDtype::default(),
             gpu_memory_utilization: None,
             plan_folder: None,
+            matmul_candidates: 8,
             enable_prefix_caching: true,
             max_queued_requests: 1024,
             max_queued_tokens: 4 << 20,
