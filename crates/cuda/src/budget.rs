@@ -56,7 +56,7 @@ pub struct CacheNeed {
 pub enum BudgetError {
     /// Something other than the cache.
     #[error(
-        "GPU memory: {part} need {}, but {} are left under --gpu-memory-utilization {utilization}{}\n{budget}",
+        "GPU memory: {} for {part}, but {} are left under --gpu-memory-utilization {utilization}{}\n{budget}",
         Bytes(*need), Bytes(*left), enough(*share)
     )]
     Part {
@@ -107,8 +107,8 @@ pub enum BudgetError {
 
 fn enough(share: Option<f64>) -> String {
     share.map_or_else(
-        || "; the device is too small".to_owned(),
-        |share| format!("; {share:.2} would be enough for that"),
+        || " (the device is too small)".to_owned(),
+        |share| format!(" (so far, {share:.2} would be enough)"),
     )
 }
 
@@ -257,9 +257,9 @@ mod tests {
     fn weights_that_do_not_fit_show_the_table_and_the_share_that_would_do() {
         let mut budget = Budget::new(device(), MemoryOptions { utilization: 0.5, cache: None });
         let error = budget.add(Part::Weights, 80 * GIB).unwrap_err().to_string();
-        assert!(error.contains("weights need 80.00 GiB, but 69.00 GiB are left"), "{error}");
+        assert!(error.contains("80.00 GiB for weights, but 69.00 GiB are left"), "{error}");
         // 80 and 1.5 of 141 are 57.8 of 100.
-        assert!(error.contains("utilization 0.5; 0.58 would be enough"), "{error}");
+        assert!(error.contains("utilization 0.5 (so far, 0.58 would be enough)"), "{error}");
         assert!(error.contains("\n  device                141.00 GiB\n"), "{error}");
         assert!(error.contains("\n  left                   69.00 GiB"), "{error}");
         let mut enough = Budget::new(device(), MemoryOptions { utilization: 0.58, cache: None });
