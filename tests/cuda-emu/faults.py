@@ -71,7 +71,9 @@ def attempt(fault):
         for mode, order in STAGES:
             binary = place / mode / test
             if built != mode:
-                made = run(["make", "-s", "-C", str(HERE), f"KERNELS={kernels}", f"OUT={place}", f"EMU_OUT={EMULATION}", str(binary), "WARNINGS=-w", "FLAGS_plain=-O1"])
+                folders = [f"KERNELS={kernels}", f"OUT={place}", f"EMU_OUT={EMULATION}"]
+                quick = ["WARNINGS=-w", "FLAGS_plain=-O1"]
+                made = run(["make", "-s", "-C", str(HERE), *folders, *quick, str(binary)])
                 if made.returncode:
                     return ("edit", "-", "does not compile: " + made.stderr.strip()[:300])
                 built = mode
@@ -98,11 +100,12 @@ def report(path, results, seconds):
     lines = [
         "# Faults in the CUDA kernels, and whether the emulated tests notice",
         "",
-        "Made by `cargo xtask cuda-emu --faults` (`python3 tests/cuda-emu/faults.py --report FILE`), which edits one place of a "
-        "copy of the kernels at a time (`tests/cuda-emu/fault_table.py`) and runs the kernel's test: plain in three orders, then "
-        "under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer, until one fails. A wrong value, a run "
-        "that the emulation stopped (a missing dependency wait, threads at different barriers, a deadlock), an address out of "
-        "bounds, a data race; other: the test crashed.",
+        "Made by `python3 tests/cuda-emu/faults.py --report FILE`, which edits one place of a copy of the kernels at a "
+        "time (`tests/cuda-emu/fault_table.py`) and runs the kernel's test until something fails: plain in three orders, "
+        "then under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer.",
+        "",
+        "Stopped: the emulation saw a missing dependency wait, threads at different barriers, a deadlock or a misaligned "
+        "address. Other: the test crashed, or never ended.",
         "",
         "| file | faults | caught | value | stopped | address | race | other |",
         "|---|---|---|---|---|---|---|---|",
