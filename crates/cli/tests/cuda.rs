@@ -1,6 +1,6 @@
 //! The binary with a GPU, without one, and with one that fails: on the emulated driver.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
 
 mod support;
 

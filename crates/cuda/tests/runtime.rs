@@ -1,6 +1,6 @@
 //! The runtime below the backend, on the emulated driver: memory, copies, launches, graphs, faults, products, figures.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod support;
 

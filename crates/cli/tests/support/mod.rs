@@ -1,6 +1,6 @@
 //! The real binary as a child process, and the smallest HTTP client that can talk to it.
 
-#![allow(dead_code, clippy::unwrap_used, reason = "each test file uses its part")]
+#![allow(dead_code, clippy::unwrap_used, clippy::print_stdout, reason = "each test file uses its part")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
