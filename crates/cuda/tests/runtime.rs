@@ -8,7 +8,7 @@ use mirai_cuda::{
     Arena, CudaError, DevicePtr, Event, Gpu, Kernel, Kernels, Loader, Lt, LtOperands, LtOptions, LtOutput,
     LtShape, LtStorage, OpenError, Part, ReadBack, Telemetry, UploadRing,
 };
-use support::{on_emulated_driver, without_driver};
+use support::{on_emulated_driver, on_libraries, without_driver};
 
 mirai_cuda::kernel_args! {
     struct Add { x: DevicePtr, y: DevicePtr, width: i32, scale: f32 }
@@ -466,6 +466,20 @@ fn a_product_is_recorded_with_the_rest() {
         case.check(&gpu);
         let small = lt.tune(&shapes(), (arena.rest().0, 64));
         assert!(matches!(small, Err(CudaError::Room { .. })), "{small:?}");
+    });
+}
+
+#[test]
+fn without_cublaslt_the_error_says_so() {
+    let name = "without_cublaslt_the_error_says_so";
+    on_libraries(name, &["libcuda.so.1"], || {
+        let gpu = Gpu::open(0).unwrap();
+        let options =
+            LtOptions { workspace: DevicePtr::NULL, workspace_bytes: 0, candidates: 1, plan_folder: None };
+        // A machine may have the real one in its system's folders.
+        if let Err(error) = Lt::new(&gpu, options) {
+            assert_eq!(error, CudaError::NoLibrary { library: "libcublasLt.so.13" });
+        }
     });
 }
 

@@ -122,6 +122,14 @@ pub enum CudaError {
         /// Its file's name.
         library: &'static str,
     },
+    /// A library that lacks a function.
+    #[error("{library} lacks {symbol}")]
+    NoSymbol {
+        /// Its file's name.
+        library: &'static str,
+        /// The function.
+        symbol: &'static str,
+    },
     /// A call of cublasLt.
     #[error("{operation} for {shape}: cublasLt status {name} ({status})")]
     Lt {
@@ -223,4 +231,51 @@ pub(super) fn check(
 /// As [`check`], for a call without a stream and without sizes.
 pub(super) fn called(result: sys::CUresult, operation: &str) -> Result<()> {
     check(result, std::ptr::null_mut(), || operation.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_loses_the_context_is_told_from_what_does_not() {
+        let code = |code| DriverCode { code, name: "X".to_owned() };
+        for lost in [214, 220, 700, 715, 719, 999] {
+            assert!(code(lost).is_fatal(), "{lost}");
+        }
+        for kept in [1, 2, 100, 209, 600, 701, 900] {
+            assert!(!code(kept).is_fatal(), "{kept}");
+        }
+        let error = CudaError::NoKernel { kernel: "k", driver: code(719) };
+        assert!(error.is_fatal());
+        assert!(!CudaError::NoLibrary { library: "l" }.is_fatal());
+    }
+
+    #[test]
+    fn messages_carry_the_numbers() {
+        let driver = DriverCode { code: 701, name: "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES".to_owned() };
+        let launch = CudaError::Launch {
+            kernel: "add_bf16",
+            grid: (3, 2, 1),
+            block: 256,
+            shared: 1024,
+            stream: 0x10,
+            driver,
+        };
+        let wanted = "launch of add_bf16, grid 3x2x1, 256 threads, 1024 bytes shared, on stream 0x10: \
+                      CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES (701)";
+        assert_eq!(launch.to_string(), wanted);
+        let old = OpenError::Capability { device: "Tesla V100".to_owned(), capability: (7, 0) };
+        assert_eq!(old.to_string(), "Tesla V100 has compute capability 7.0, but 8.0 is the least");
+        let lacks = OpenError::NoSymbol { library: "libcuda.so.1", symbol: "cuLaunchKernelEx" };
+        assert_eq!(lacks.to_string(), "the CUDA driver libcuda.so.1 lacks cuLaunchKernelEx");
+        let lt = CudaError::Lt {
+            operation: "compute",
+            shape: "64 x 8 x 8 Bf16".to_owned(),
+            status: 13,
+            name: "CUBLAS_STATUS_EXECUTION_FAILED".to_owned(),
+        };
+        let wanted = "compute for 64 x 8 x 8 Bf16: cublasLt status CUBLAS_STATUS_EXECUTION_FAILED (13)";
+        assert_eq!(lt.to_string(), wanted);
+    }
 }

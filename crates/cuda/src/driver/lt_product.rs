@@ -18,6 +18,24 @@ use super::stream::Gpu;
 
 /// The library's file, as people look for it.
 const LIBRARY: &str = "libcublasLt.so.13";
+/// Every function of it that is called: the bindings panic where one is missing.
+const SYMBOLS: [&str; 15] = [
+    "cublasLtCreate",
+    "cublasLtDestroy",
+    "cublasLtGetVersion",
+    "cublasLtGetStatusName",
+    "cublasLtMatmul",
+    "cublasLtMatmulAlgoCheck",
+    "cublasLtMatmulAlgoGetHeuristic",
+    "cublasLtMatmulDescCreate",
+    "cublasLtMatmulDescDestroy",
+    "cublasLtMatmulDescSetAttribute",
+    "cublasLtMatmulPreferenceCreate",
+    "cublasLtMatmulPreferenceDestroy",
+    "cublasLtMatmulPreferenceSetAttribute",
+    "cublasLtMatrixLayoutCreate",
+    "cublasLtMatrixLayoutDestroy",
+];
 /// Bytes that all operands start on a multiple of.
 const ALIGNMENT: u32 = 16;
 /// `CUBLAS_OP_N` and `CUBLAS_OP_T`.
@@ -41,6 +59,14 @@ impl Library {
         // SAFETY: runs the library's initialisers, which is what loading it means.
         if !unsafe { lt::is_culib_present() } {
             return Err(CudaError::NoLibrary { library: LIBRARY });
+        }
+        // SAFETY: the library is there, so it does not panic.
+        let found = unsafe { lt::culib() };
+        for symbol in SYMBOLS {
+            // SAFETY: the symbol is looked up, not called.
+            if unsafe { found.get::<unsafe extern "C" fn()>(symbol.as_bytes()) }.is_err() {
+                return Err(CudaError::NoSymbol { library: LIBRARY, symbol });
+            }
         }
         let mut handle = std::ptr::null_mut();
         // SAFETY: a place for one handle; a context is current.

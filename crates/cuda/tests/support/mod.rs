@@ -41,6 +41,22 @@ pub(crate) fn on_emulated_driver(name: &str, variables: &[(&str, &str)], body: i
     run(name, variables, &driver_folder());
 }
 
+/// Runs `body` in a process that finds only some of the emulated libraries.
+pub(crate) fn on_libraries(name: &str, libraries: &[&str], body: impl FnOnce()) {
+    if std::env::var_os(INSIDE).is_some() {
+        return body();
+    }
+    if !is_built(name) {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    for library in libraries {
+        std::os::unix::fs::symlink(driver_folder().join(library), folder.path().join(library))
+            .expect("a link in a folder of our own");
+    }
+    run(name, &[], folder.path());
+}
+
 /// Runs `body` in a process that finds no driver, unless the machine has one of its own.
 pub(crate) fn without_driver(name: &str, body: impl FnOnce()) {
     if std::env::var_os(INSIDE).is_some() {
@@ -64,4 +80,23 @@ fn run(name: &str, variables: &[(&str, &str)], libraries: &std::path::Path) {
     let (out, err) = (text(&output.stdout), text(&output.stderr));
     assert!(output.status.success(), "{name} with {variables:?}: {}\n{out}\n{err}", output.status);
     assert!(out.contains("1 passed"), "{name} is not the calling test's name\n{out}");
+}
+
+/// Whether this is the second process.
+pub(crate) fn is_inside() -> bool {
+    std::env::var_os(INSIDE).is_some()
+}
+
+/// As [`on_emulated_driver`], and what the driver counted in that process; none in it, and without the emulation.
+pub(crate) fn counts_on_emulated_driver(
+    name: &str,
+    variables: &[(&str, &str)],
+    body: impl FnOnce(),
+) -> Option<serde_json::Value> {
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    let path = file.path().to_str().expect("a path of letters").to_owned();
+    let variables: Vec<_> = variables.iter().copied().chain([("MIRAI_EMU_COUNTS", &*path)]).collect();
+    on_emulated_driver(name, &variables, body);
+    let text = std::fs::read_to_string(file.path()).expect("the file is there");
+    text.lines().next_back().map(|line| serde_json::from_str(line).expect("a line of JSON"))
 }
