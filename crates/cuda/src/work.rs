@@ -251,7 +251,8 @@ mod tests {
         assert!(most * GRID as u64 <= total * 21 / 20, "at most 5 % above the mean: {most} of {total}");
         let has_long = |w: &&[u32]| work.items[w[0] as usize..w[1] as usize].iter().any(|i| i.row == 0);
         let owners = work.starts.windows(2).filter(has_long).count();
-        assert!(owners >= GRID - 3, "the long row is on {owners} blocks");
+        // The short ones are a twentieth of the work.
+        assert!(owners >= GRID * 15 / 16, "the long row is on {owners} blocks");
     }
 
     #[test]

@@ -163,7 +163,9 @@ impl CudaBackend {
 
     /// A product with one weight.
     pub(super) fn product(&mut self, p: &Product) -> Result<()> {
-        if p.rows > SKINNY_ROWS && p.gate.is_none() && self.lt_product(p)? {
+        // Singles with a bias are the router's alone, which is small.
+        let lt = p.gate.is_none() && !(p.single && p.bias.is_some());
+        if p.rows > SKINNY_ROWS && lt && self.lt_product(p)? {
             return Ok(());
         }
         self.own_product(p, p.args(), Many::Dense)

@@ -233,7 +233,7 @@ impl CudaBackend {
             let single = logits || rows == self.most_experts;
             for bucket in lt_buckets(most) {
                 shapes.push(lt_shape(&w, bucket, single, false));
-                if self.vectors.contains(&rows) {
+                if !single && self.vectors.contains(&rows) {
                     shapes.push(lt_shape(&w, bucket, single, true));
                 }
             }
