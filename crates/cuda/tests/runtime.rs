@@ -456,7 +456,7 @@ fn a_product_is_recorded_with_the_rest() {
         let mut arena = Arena::new(&gpu, 16 << 20).unwrap();
         let workspace_bytes = 1 << 20;
         let workspace = arena.take(Part::Workspace, workspace_bytes).unwrap();
-        let options = LtOptions { workspace, workspace_bytes, candidates: 1, plan_folder: None };
+        let options = LtOptions { workspace, workspace_bytes, candidates: 4, plan_folder: None };
         let mut lt = Lt::new(&gpu, options).unwrap();
         let case = Case::new(&gpu, &mut arena, shapes()[0]);
         lt.tune(&[case.shape], arena.rest()).unwrap();
@@ -464,8 +464,9 @@ fn a_product_is_recorded_with_the_rest() {
         let graph = gpu.capture(|| lt.run(plan, &case.operands)).unwrap();
         graph.launch().unwrap();
         case.check(&gpu);
-        let small = lt.tune(&shapes(), (arena.rest().0, 64));
-        assert!(matches!(small, Err(CudaError::Room { .. })), "{small:?}");
+        // Without room for timing there are plans all the same.
+        lt.tune(&shapes(), (arena.rest().0, 64)).unwrap();
+        assert!(shapes().iter().all(|shape| lt.plan(shape).is_some()));
     });
 }
 

@@ -119,7 +119,7 @@ impl Lt {
 
     /// Makes the plans of all shapes: from the file if it fits, else timed on `scratch`, whose content is lost, and
     /// written to the file. Weights rotate through the scratch, so it should be larger than twice the second-level
-    /// cache, and has room for the largest operands.
+    /// cache; a shape whose operands it cannot hold is not timed.
     ///
     /// # Errors
     /// A shape without an algorithm; the library's. A file that cannot be written is a warning.
@@ -137,9 +137,9 @@ impl Lt {
         let mut untimed = 0;
         for &shape in &shapes {
             let late = started.elapsed() > LIMIT;
-            untimed += usize::from(late);
             let most = if late { 1 } else { self.options.candidates };
             let (product, plan) = tune(&self.library, shape, &self.options, scratch, most)?;
+            untimed += usize::from(plan.microseconds == 0.0);
             self.insert(product);
             made.plans.push(plan);
         }
