@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdarg.h>
 #include <stdio.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "machine.h"
@@ -14,19 +15,26 @@ Extent3 block_extent, grid_extent;
 
 namespace {
 
-void complete_warp(Warp& warp, Block& block, unsigned warp_number, unsigned mask, Combine combine) {
-    if (combine) {
-        combine(warp.in, warp.out, mask);
+// Whether all lanes of `mask` have come to the operation that lane `me` has come to.
+bool all_have_come(const Warp& warp, unsigned mask, unsigned me) {
+    if (const unsigned ended = mask & warp.done) {
+        fail("warp operation %d: lane %d of mask %08x has ended", static_cast<int>(warp.ops[me]), __builtin_ctz(ended),
+             mask);
     }
-    for (unsigned l = 0; l < 32; l++) {
-        if (!(mask >> l & 1)) {
-            continue;
+    if (mask & ~warp.meeting) {
+        return false;
+    }
+    for (unsigned rest = mask; rest; rest &= rest - 1) {
+        const auto l = static_cast<unsigned>(__builtin_ctz(rest));
+        if (warp.masks[l] != mask) {
+            return false;
         }
-        Thread& t = *block.team->threads[warp_number * 32 + l];
-        if (&t != machine.current) {
-            t.wait = Wait::None;
+        if (warp.ops[l] != warp.ops[me]) {
+            fail("lanes %u and %u wait in different warp operations, %d and %d", me, l,
+                 static_cast<int>(warp.ops[me]), static_cast<int>(warp.ops[l]));
         }
     }
+    return true;
 }
 
 }  // namespace
@@ -47,11 +55,20 @@ void fail(const char* format, ...) {
 void block_barrier(const char* file, int line) {
     Thread& self = *machine.current;
     Team& team = *self.block->team;
+    Block& block = *self.block;
     self.file = file;
     self.line = line;
-    release(&team.barrier_key);
+    if (!block.at_barrier++) {
+        block.first_at_barrier = &self;
+    } else if (const Thread& first = *block.first_at_barrier; line != first.line || strcmp(file, first.file)) {
+        fail("threads of one block wait at different barriers: %s:%d and %s:%d", first.file, first.line, file, line);
+    }
+    char* const key = &team.barrier_keys[self.barrier_turn++ % 2];
+    release(key);
+    // The last goes on at once, but not always first.
+    finish_barrier(block);
     pause(Wait::Barrier);
-    acquire(&team.barrier_key);
+    acquire(key);
 }
 
 void named_barrier(unsigned id, unsigned threads) {
@@ -66,6 +83,19 @@ void named_barrier(unsigned id, unsigned threads) {
     self.barrier = id;
     self.barrier_threads = threads;
     release(&team.named_keys[id]);
+    NamedBarrier& barrier = self.block->named[id];
+    if (barrier.waiting && barrier.wanted != threads) {
+        fail("threads expect different numbers at barrier %u, %u and %u", id, barrier.wanted, threads);
+    }
+    barrier.wanted = threads;
+    barrier.lanes[self.number / 32] |= 1u << self.number % 32;
+    if (++barrier.waiting == threads) {
+        for (unsigned w = 0; w < self.block->warp_count; w++) {
+            wake(*self.block, w, barrier.lanes[w]);
+            barrier.lanes[w] = 0;
+        }
+        barrier.waiting = 0;
+    }
     pause(Wait::Named);
     acquire(&team.named_keys[id]);
 }
@@ -87,42 +117,35 @@ unsigned lane() { return machine.current->number & 31; }
 Slot warp_meet(WarpOp op, unsigned mask, const Slot& mine, Combine combine, bool orders_memory) {
     Thread& self = *machine.current;
     Block& block = *self.block;
-    const unsigned warp_number = self.number >> 5, me = self.number & 31;
-    const unsigned first = warp_number * 32, lanes = std::min(32u, block.threads - first);
-    mask &= lanes == 32 ? ~0u : (1u << lanes) - 1;
-    if (!(mask >> me & 1)) {
+    const unsigned warp_number = self.number >> 5, me = self.number & 31, bit = 1u << me;
+    Warp& warp = block.warps[warp_number];
+    mask &= warp.lanes;
+    if (!(mask & bit)) {
         fail("warp operation %d: lane %u is not in its mask %08x", static_cast<int>(op), me, mask);
     }
-    Warp& warp = block.warps[warp_number];
     warp.in[me] = mine;
-    self.op = op;
-    self.mask = mask;
+    warp.ops[me] = op;
+    warp.masks[me] = mask;
+    warp.meeting |= bit;
+    char* const key = &block.team->warp_keys[warp_number][self.warp_turn % 2];
     if (orders_memory) {
-        release(&block.team->warp_keys[warp_number]);
+        if (mask != warp.lanes) {
+            fail("a warp barrier for the lanes of mask %08x: it is for all", mask);
+        }
+        self.warp_turn++;
+        release(key);
     }
-    bool all_here = true;
-    for (unsigned l = 0; l < lanes; l++) {
-        if (l == me || !(mask >> l & 1)) {
-            continue;
+    if (all_have_come(warp, mask, me)) {
+        if (combine) {
+            combine(warp.in, warp.out, mask);
         }
-        const Thread& other = *block.team->threads[first + l];
-        if (other.wait == Wait::Done) {
-            fail("warp operation %d: lane %u of mask %08x has ended", static_cast<int>(op), l, mask);
-        }
-        if (other.wait != Wait::Warp || other.mask != mask) {
-            all_here = false;
-        } else if (other.op != op) {
-            fail("lanes %u and %u wait in different warp operations, %d and %d", me, l, static_cast<int>(op),
-                 static_cast<int>(other.op));
-        }
-    }
-    if (all_here) {
-        complete_warp(warp, block, warp_number, mask, combine);
+        warp.meeting &= ~mask;
+        wake(block, warp_number, mask & ~bit);
     } else {
         pause(Wait::Warp);
     }
     if (orders_memory) {
-        acquire(&block.team->warp_keys[warp_number]);
+        acquire(key);
     }
     return warp.out[me];
 }
@@ -161,6 +184,9 @@ void async_copy(void* to, const void* from, unsigned bytes, unsigned capacity) {
     if (self.copy_count == kMaxCopies) {
         fail("more than %u asynchronous copies in flight", kMaxCopies);
     }
+    if (!self.copies) {
+        self.copies.reset(new Copy[kMaxCopies]);
+    }
     self.copies[self.copy_count++] = {to, from, bytes, capacity, self.group};
 }
 
@@ -173,7 +199,7 @@ void async_wait(unsigned keep) {
         const Copy& c = self.copies[landed++];
         instrumented_copy(c.to, c.from, c.bytes, c.capacity);
     }
-    std::copy(self.copies + landed, self.copies + self.copy_count, self.copies);
+    std::copy(self.copies.get() + landed, self.copies.get() + self.copy_count, self.copies.get());
     self.copy_count -= landed;
 }
 
