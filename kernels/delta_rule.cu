@@ -142,7 +142,7 @@ PORT_FN void write_output(const DeltaArgs& a, const bf16* row, bf16* out, int he
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) delta_rule_bf16(DeltaArgs a) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) delta_rule_bf16(DeltaArgs a) {
     PORT_SHARED(float, mixed, 2 * kMaxKeys + kMaxValues);
     PORT_SHARED(float, scratch, 32);
     let_dependents_start();
@@ -167,6 +167,11 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) delta_rule_bf16(DeltaA
     }
     const bool convolves = t < 2 * a.k_dim + a.v_dim;
     const int channel = convolves ? channel_of(a, head, t) : 0;
+    // Queries and keys have zeros behind them, so that every thread has as many.
+    const int place = t < a.k_dim ? t : t < 2 * a.k_dim ? kMaxKeys + t - a.k_dim : 2 * (kMaxKeys - a.k_dim) + t;
+    for (int i = t; i < 2 * kMaxKeys; i += static_cast<int>(blockDim.x)) {
+        mixed[i] = 0.0f;
+    }
     Channel own{};
     if (convolves) {
         own.open(a, slot, channel);
@@ -177,39 +182,37 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) delta_rule_bf16(DeltaA
         const bf16* x = a.x + token * a.stride;
         block_sync();  // the token before is done with
         if (convolves) {
-            mixed[t] = own.step(to_float(x[channel]));
+            mixed[place] = own.step(to_float(x[channel]));
         }
         const Rates rates = rates_of(a, x, head);
         block_sync();
         const float* q = mixed;
-        const float* key = mixed + a.k_dim;
+        const float* key = mixed + kMaxKeys;
         const float q_factor = inverse_length(q, a.k_dim) * root, k_factor = inverse_length(key, a.k_dim);
         float read = 0.0f;
 #pragma unroll
         for (int i = 0; i < kMaxKeys / kParts; i++) {
-            if (part + i * kParts < a.k_dim) {
-                s[i] *= rates.decay;
-                read += s[i] * key[part + i * kParts];
-            }
+            s[i] *= rates.decay;
+            read += s[i] * key[part + i * kParts];
         }
-        const float value = live ? mixed[2 * a.k_dim + column] : 0.0f;
+        const float value = live ? mixed[2 * kMaxKeys + column] : 0.0f;
         const float change = rates.strength * (value - column_sum(read) * k_factor) * k_factor;
         float o = 0.0f;
 #pragma unroll
         for (int i = 0; i < kMaxKeys / kParts; i++) {
-            if (part + i * kParts < a.k_dim) {
-                s[i] += key[part + i * kParts] * change;
-                o += s[i] * q[part + i * kParts];
-            }
+            s[i] += key[part + i * kParts] * change;
+            o += s[i] * q[part + i * kParts];
         }
         o = column_sum(o) * q_factor;
         write_output(a, x, a.out + token * a.out_stride, head, column, o, live && part == 0, scratch);
     }
+    // Through a shuffle, so that the compiler does not keep the addresses from above all the way.
+    const int v_dim = shuffle(a.v_dim, 0);
 #pragma unroll
     for (int i = 0; i < kMaxKeys / kParts; i++) {
         const int key = part + i * kParts;
         if (live && key < a.k_dim) {
-            state[static_cast<size_t>(key) * a.v_dim] = s[i];
+            state[static_cast<size_t>(key) * v_dim] = s[i];
         }
     }
 }

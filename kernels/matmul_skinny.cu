@@ -53,10 +53,11 @@ struct Skinny {
                 for (int low = 0; low < 2; low++, piece++) {
                     const int row = weight_row(a, (warp * kMTiles + m) * 16 + low * 8 + g);
                     const int k = chunk * kChunk + (kE4m3 ? 16 * t : 32 * h + 8 * t);
-                    const int left = (a.in - k) * kElement;
-                    const unsigned bytes = row < 0 || left <= 0 ? 0u : static_cast<unsigned>(smaller(left, 16));
-                    const size_t at = bytes ? (static_cast<size_t>(row) * a.in + k) * kElement : 0;
-                    copy_async(ring + (piece * kThreads + static_cast<int>(threadIdx.x)) * 16, task.weight + at, bytes);
+                    // `in` is a multiple of 16 bytes: a piece is there as a whole or not at all.
+                    const bool inside = row >= 0 && k < a.in;
+                    const size_t at = inside ? (static_cast<size_t>(row) * a.in + k) * kElement : 0;
+                    copy_async(ring + (piece * kThreads + static_cast<int>(threadIdx.x)) * 16, task.weight + at,
+                               inside ? 16u : 0u);
                 }
             }
         }
