@@ -87,7 +87,7 @@ FAULTS = [
     ("delta_rule.cu", "delta_rule_test", "keys of the value head", "const int k_head = head / (a.v_heads / a.k_heads), keys", "const int k_head = head % a.k_heads, keys"),
     ("delta_rule.cu", "delta_rule_test", "token before overwritten too early", "        block_sync();  // the token before is done with\n", ""),
     ("delta_rule.cu", "delta_rule_test", "mixed channels read before they are there", "        const Rates rates = rates_of(a, x, head);\n        block_sync();\n", "        const Rates rates = rates_of(a, x, head);\n"),
-    ("delta_rule.cu", "delta_rule_test", "no decay before the read", "                s[i] *= rates.decay;\n", ""),
+    ("delta_rule.cu", "delta_rule_test", "no decay before the read", "            s[i] *= rates.decay;\n", ""),
     ("delta_rule.cu", "delta_rule_test", "change with a key that is not of length 1", "* k_factor) * k_factor;", "* k_factor);"),
     ("delta_rule.cu", "delta_rule_test", "query not divided by the root of its size", "inverse_length(q, a.k_dim) * root", "inverse_length(q, a.k_dim)"),
     ("delta_rule.cu", "delta_rule_test", "sum of two of a column's four threads", "    x += shuffle_xor(x, 1);\n", ""),
