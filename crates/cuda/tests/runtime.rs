@@ -258,6 +258,7 @@ fn a_launch_that_cannot_be_says_which_and_why() {
         assert!(driver.name.starts_with("CUDA_ERROR_"), "{error}");
         assert!(error.to_string().starts_with("launch of add_bf16, grid 3x2x1, 32 threads"), "{error}");
         launch(32, most).unwrap();
+        assert!(machine.kernels.overlaps(Kernel::AddBf16), "its code is for 9.0");
         let mirror = machine.kernels.launch(&machine.gpu, Kernel::ZeroPages, (1, 1, 1), 32, 0, &args);
         assert!(matches!(mirror, Err(CudaError::Arguments { kernel: "zero_pages", .. })), "{mirror:?}");
         let nothing = machine.kernels.launch(&machine.gpu, Kernel::AddBf16, (0, 1, 1), 32, 0, &args);

@@ -272,6 +272,13 @@ CUresult cuFuncSetCacheConfig(CUfunction function, int) {
         return d.functions.count(function) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
     });
 }
+CUresult cuFuncLoad(CUfunction function) {
+    return enter(__func__, Needs::Context, [&](Device& d) {
+        // Loading may allocate on the device.
+        const CUresult refused = refuse_in_capture();
+        return !d.functions.count(function) ? CUDA_ERROR_INVALID_HANDLE : refused;
+    });
+}
 CUresult cuFuncGetName(const char** name, CUfunction function) {
     return enter(__func__, Needs::Start, [&](Device& d) {
         if (!name || !d.functions.count(function)) {

@@ -120,8 +120,8 @@ fn fits(kernel: Kernel, parameters: &[Parameter]) -> Result<()> {
 }
 
 impl Kernels {
-    /// Launches a kernel behind all that was issued. It may start before the kernel ahead of it has ended, and itself
-    /// waits for that one's results (programmatic dependent launch), so every kernel calls `dependency_wait`.
+    /// Launches a kernel behind all that was issued. Where its code can wait for the kernel ahead of it (every kernel
+    /// calls `dependency_wait`), it may start before that one has ended: programmatic dependent launch.
     ///
     /// # Errors
     /// [`CudaError::Arguments`] for those of another kernel, [`CudaError::Launch`] if the driver refuses.
@@ -144,6 +144,7 @@ impl Kernels {
             // The driver only reads through these.
             *place = start.wrapping_add(parameter.offset).cast_mut().cast();
         }
+        let function = self.function(kernel);
         // SAFETY: all fields are numbers or may be zero.
         let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
         attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
@@ -158,14 +159,14 @@ impl Kernels {
             sharedMemBytes: shared,
             hStream: gpu.stream(),
             attrs: &raw mut attribute,
-            numAttrs: 1,
+            numAttrs: u32::from(function.waits),
         };
         // SAFETY: function and stream live; each parameter points to as many bytes as the kernel takes, which the
         // driver copies before it returns.
         let result = unsafe {
             sys::cuLaunchKernelEx(
                 &raw const config,
-                self.function(kernel),
+                function.handle,
                 parameters.as_mut_ptr(),
                 std::ptr::null_mut(),
             )

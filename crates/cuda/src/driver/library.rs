@@ -13,7 +13,7 @@ pub(super) const DRIVER: &str = "libcuda.so.1";
 const NEEDED: i32 = 13_000;
 
 /// Every function of the driver that this crate calls.
-const SYMBOLS: [&str; 46] = [
+const SYMBOLS: [&str; 47] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGetCount",
@@ -51,6 +51,7 @@ const SYMBOLS: [&str; 46] = [
     "cuFuncGetAttribute",
     "cuFuncSetAttribute",
     "cuFuncGetParamInfo",
+    "cuFuncLoad",
     "cuLaunchKernelEx",
     "cuGraphInstantiateWithFlags",
     "cuGraphUpload",

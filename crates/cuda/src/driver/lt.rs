@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::error::Result;
 use super::lt_file::{PlanFile, PlanKey};
 use super::lt_product::{Library, Product};
-use super::lt_tune::tune;
+use super::lt_tune::{tune, warm};
 use super::memory::DevicePtr;
 use super::stream::Gpu;
 
@@ -92,6 +92,13 @@ pub struct LtOptions {
     pub plan_folder: Option<PathBuf>,
 }
 
+impl LtShape {
+    /// Products of numbers.
+    fn work(&self) -> u64 {
+        u64::from(self.rows) * u64::from(self.outputs) * u64::from(self.inner)
+    }
+}
+
 impl fmt::Display for LtShape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { rows, outputs, inner, storage, output, bias } = self;
@@ -130,7 +137,7 @@ impl Lt {
         let kept = file.as_deref().and_then(|file| PlanFile::read(file, &key, &shapes));
         if let Some(kept) = kept.filter(|kept| self.take(kept)) {
             tracing::info!(plans = kept.plans.len(), "matmul plans taken from their file");
-            return Ok(());
+            return self.warm(scratch);
         }
         let started = std::time::Instant::now();
         let mut made = PlanFile::new(key);
@@ -151,7 +158,23 @@ impl Lt {
             let file = file.display();
             tracing::warn!(%file, %error, "matmul plans not kept: the next start may choose others");
         }
-        Ok(())
+        self.warm(scratch)
+    }
+
+    /// Runs each algorithm once, on the smallest shape that has it: the first run loads its code, which must not happen
+    /// while it is recorded.
+    fn warm(&self, scratch: (DevicePtr, u64)) -> Result<()> {
+        let mut smallest = BTreeMap::new();
+        for product in &self.products {
+            let best = smallest.entry(product.code()).or_insert(product);
+            if product.shape().work() < best.shape().work() {
+                *best = product;
+            }
+        }
+        for product in smallest.into_values() {
+            warm(&self.library, product, &self.options, scratch)?;
+        }
+        self.library.gpu().synchronize()
     }
 
     /// Takes the plans of a file; whether the library accepts all of them.

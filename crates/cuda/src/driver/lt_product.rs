@@ -291,6 +291,11 @@ impl Product {
         self.shape
     }
 
+    /// What its code depends on, as far as one can see.
+    pub(super) const fn code(&self) -> (Algorithm, LtStorage, LtOutput, bool) {
+        (self.algorithm.data, self.shape.storage, self.shape.output, self.shape.bias)
+    }
+
     pub(super) const fn choose(&mut self, algorithm: Algorithm, workspace: usize) {
         self.algorithm.data = algorithm;
         self.workspace = workspace;

@@ -58,6 +58,20 @@ pub(super) fn tune(
     Ok((product, KeptPlan { shape, algorithm, workspace, microseconds }))
 }
 
+/// Runs a product once, if its operands have room.
+pub(super) fn warm(
+    library: &Library,
+    product: &Product,
+    options: &LtOptions,
+    scratch: (DevicePtr, u64),
+) -> Result<()> {
+    let Some(place) = Place::new(&product.shape(), scratch) else {
+        tracing::debug!(shape = %product.shape(), "no room to run a matmul plan before it is needed");
+        return Ok(());
+    };
+    product.run(library, &place.operands(0), (options.workspace, options.workspace_bytes))
+}
+
 /// Milliseconds of one run.
 fn time(library: &Library, product: &Product, place: &Place, options: &LtOptions) -> Result<f32> {
     let gpu = library.gpu();

@@ -11,13 +11,26 @@ use super::error::{CudaError, DriverCode, Result, called};
 use super::stream::Gpu;
 use crate::kernels::{FATBIN, Kernel};
 
+/// The least virtual architecture of which `dependency_wait` is an instruction; below it is nothing at all.
+const WAITING: i32 = 90;
+
+/// A kernel as the driver knows it.
+#[derive(Clone, Copy)]
+pub(super) struct Function {
+    pub(super) handle: sys::CUfunction,
+    /// Most bytes of dynamic shared memory.
+    dynamic: u32,
+    /// Whether it waits by itself for the kernel ahead of it. Code for older devices does not, nor does code that the
+    /// driver has compiled from PTX because it has none for this device: those must not start early.
+    pub(super) waits: bool,
+}
+
 /// Every kernel, ready to be launched with as much dynamic shared memory as the device has.
 pub struct Kernels {
     /// The functions belong to the module, and the module to the context.
     gpu: Gpu,
     module: sys::CUmodule,
-    functions: Vec<sys::CUfunction>,
-    dynamic: Vec<u32>,
+    functions: Vec<Function>,
 }
 
 impl Kernels {
@@ -30,39 +43,38 @@ impl Kernels {
         // SAFETY: a place for one module, and a whole fatbin, whose header says where it ends.
         let result = unsafe { sys::cuModuleLoadData(&raw mut module, FATBIN.as_ptr().cast()) };
         called(result, "load the device code")?;
-        let count = Kernel::ALL.len();
-        let mut kernels = Self {
-            gpu: gpu.clone(),
-            module,
-            functions: Vec::with_capacity(count),
-            dynamic: Vec::with_capacity(count),
-        };
+        let mut kernels = Self { gpu: gpu.clone(), module, functions: Vec::with_capacity(Kernel::ALL.len()) };
         for &kernel in Kernel::ALL {
-            let (function, dynamic) = kernels.resolve(kernel)?;
+            let function = kernels.resolve(kernel)?;
             kernels.functions.push(function);
-            kernels.dynamic.push(dynamic);
+        }
+        if !kernels.functions.iter().all(|function| function.waits) {
+            tracing::info!(
+                "kernels do not overlap: the device is older than 9.0, or its code comes from PTX"
+            );
         }
         Ok(kernels)
     }
 
-    fn resolve(&self, kernel: Kernel) -> Result<(sys::CUfunction, u32)> {
-        let mut function = std::ptr::null_mut();
+    fn resolve(&self, kernel: Kernel) -> Result<Function> {
+        let mut handle = std::ptr::null_mut();
         // SAFETY: a place for one function, a module that lives, a name that ends in zero.
         let result =
-            unsafe { sys::cuModuleGetFunction(&raw mut function, self.module, kernel.c_name().as_ptr()) };
+            unsafe { sys::cuModuleGetFunction(&raw mut handle, self.module, kernel.c_name().as_ptr()) };
         if let Some(driver) = DriverCode::of(result) {
             return Err(CudaError::NoKernel { kernel: kernel.name(), driver });
         }
-        Self::compare(kernel, function)?;
-        let mut fixed = 0;
-        let what = Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
-        // SAFETY: a place for one number, a function that lives.
-        called(unsafe { sys::cuFuncGetAttribute(&raw mut fixed, what, function) }, "cuFuncGetAttribute")?;
+        // SAFETY: a function that lives. Otherwise its first launch would load it, perhaps while that is recorded.
+        called(unsafe { sys::cuFuncLoad(handle) }, "cuFuncLoad")?;
+        Self::compare(kernel, handle)?;
+        let fixed = attribute(handle, Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
+        let waits = attribute(handle, Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)? >= WAITING;
         let dynamic = self.gpu.facts().shared_memory.saturating_sub(fixed.unsigned_abs());
         let what = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: a function that lives.
-        called(unsafe { sys::cuFuncSetAttribute(function, what, dynamic as c_int) }, "cuFuncSetAttribute")?;
-        Ok((function, dynamic))
+        let result = unsafe { sys::cuFuncSetAttribute(handle, what, dynamic as c_int) };
+        called(result, "cuFuncSetAttribute")?;
+        Ok(Function { handle, dynamic, waits })
     }
 
     /// Holds the list's parameters to the device code's.
@@ -86,15 +98,26 @@ impl Kernels {
         }
     }
 
-    /// The driver's function.
-    pub(super) fn function(&self, kernel: Kernel) -> sys::CUfunction {
+    pub(super) fn function(&self, kernel: Kernel) -> Function {
         self.functions[kernel as usize]
+    }
+
+    /// Whether a kernel may start before the one ahead of it has ended.
+    pub fn overlaps(&self, kernel: Kernel) -> bool {
+        self.function(kernel).waits
     }
 
     /// Most bytes of dynamic shared memory that a launch of a kernel may ask for.
     pub fn dynamic_shared_memory(&self, kernel: Kernel) -> u32 {
-        self.dynamic[kernel as usize]
+        self.function(kernel).dynamic
     }
+}
+
+fn attribute(function: sys::CUfunction, which: Attribute) -> Result<c_int> {
+    let mut value = 0;
+    // SAFETY: a place for one number, a function that lives.
+    called(unsafe { sys::cuFuncGetAttribute(&raw mut value, which, function) }, "cuFuncGetAttribute")?;
+    Ok(value)
 }
 
 impl Drop for Kernels {
