@@ -110,6 +110,7 @@ pub(crate) fn cuda_options(config: &Config) -> CudaOptions {
             utilization: engine.gpu_memory_utilization.unwrap_or(DEFAULT_UTILIZATION),
             cache: engine.kv_cache_memory_bytes,
         },
+        batch_invariant: engine.batch_invariant,
         matmul_candidates: engine.matmul_candidates,
         plan_folder: engine.plan_folder.clone().or_else(|| cache_folder(|name| std::env::var_os(name))),
         ..CudaOptions::default()

@@ -62,7 +62,12 @@ impl Sizes {
     fn slots(&self) -> [u64; 4] {
         let tables = self.groups * (self.slots + 1) * self.table_len * 4;
         let counts = if self.vocab == 0 { (0, 0) } else { (self.slots * self.vocab, self.count_tokens()) };
-        [(tables.next_multiple_of(256) + self.upload) as u64, (self.slots + 1) as u64 * 4, counts.0 as u64 * 4, counts.1 as u64 * 4]
+        [
+            (tables.next_multiple_of(256) + self.upload) as u64,
+            (self.slots + 1) as u64 * 4,
+            counts.0 as u64 * 4,
+            counts.1 as u64 * 4,
+        ]
     }
 
     /// Regions of sampling in bytes: logits, copies, sums of pieces, results.
@@ -89,7 +94,11 @@ impl Sizes {
 enum Group {
     Paged(PageLayout),
     /// `[slots + 1][layers][state]`, then `[snapshots]` likewise.
-    Recurrent { layout: StateLayout, states: DevicePtr, snapshots: DevicePtr },
+    Recurrent {
+        layout: StateLayout,
+        states: DevicePtr,
+        snapshots: DevicePtr,
+    },
 }
 
 /// The device's memory from step to step.
@@ -160,7 +169,8 @@ impl Device {
         let pages = memory.take(Part::Cache, page_bytes * layout.blocks as u64)?;
         gpu.fill(tables_at, 0, table_bytes as u64).map_err(driver("allocate_cache"))?;
         // Padding rows write to page 0 and read it back: it holds numbers from the start.
-        gpu.fill(pages, 0, page_bytes.min(page_bytes * layout.blocks as u64)).map_err(driver("allocate_cache"))?;
+        gpu.fill(pages, 0, page_bytes.min(page_bytes * layout.blocks as u64))
+            .map_err(driver("allocate_cache"))?;
         gpu.fill(last_drawn, 0, (sizes.slots + 1) as u64 * 4).map_err(driver("allocate_cache"))?;
         Ok(Self {
             gpu: gpu.clone(),
@@ -198,7 +208,8 @@ impl Device {
             Some(Group::Paged(pages)) if fits(pages) => pages,
             found => {
                 let (layer, group) = (spec.layer_in_group, spec.group);
-                let message = format!("layer {layer} of group {group} with heads {wanted:?}: the cache has {found:?}");
+                let message =
+                    format!("layer {layer} of group {group} with heads {wanted:?}: the cache has {found:?}");
                 return Err(device("attention", message));
             }
         };
@@ -249,7 +260,9 @@ impl Device {
     pub(crate) fn save(&self, slot: SlotId, snapshot: SnapshotId) -> Result<()> {
         let (slot, snapshot) = (self.slot(slot)?, self.snapshot(snapshot)?);
         self.recurrent().try_for_each(|(bytes, states, snapshots)| {
-            self.gpu.copy(snapshots.add(snapshot * bytes), states.add(slot * bytes), bytes).map_err(driver("save"))
+            self.gpu
+                .copy(snapshots.add(snapshot * bytes), states.add(slot * bytes), bytes)
+                .map_err(driver("save"))
         })
     }
 

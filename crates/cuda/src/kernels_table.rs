@@ -64,7 +64,8 @@ mod tests {
             for dim in [64, 96, 128, 256, 512] {
                 let name = if e4m3 { "e4m3" } else { "bf16" };
                 let found = head_kernels(dim, dim, e4m3).map(|k| (k.decode.name(), k.prefill.name()));
-                let want = [format!("attention_decode_{name}_{dim}"), format!("attention_prefill_{name}_{dim}")];
+                let want =
+                    [format!("attention_decode_{name}_{dim}"), format!("attention_prefill_{name}_{dim}")];
                 assert_eq!(found, Some((&*want[0], &*want[1])));
             }
             let name = if e4m3 { "e4m3" } else { "bf16" };

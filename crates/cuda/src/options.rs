@@ -14,6 +14,9 @@ pub struct CudaOptions {
     pub graphs: bool,
     /// Whether matmuls of more than 64 rows go to cublasLt, where it is found; else to the crate's own kernel.
     pub cublaslt: bool,
+    /// Whether what a sequence yields may not depend on the others in its steps, nor on how its prompt was cut: one kernel
+    /// for all products and one for all attention, without splits. Slower.
+    pub batch_invariant: bool,
     /// Algorithms of cublasLt that are timed for each shape at start.
     pub matmul_candidates: usize,
     /// Folder in which the chosen ones are kept, so that a restart computes the same bits.
@@ -26,6 +29,7 @@ impl Default for CudaOptions {
             memory: MemoryOptions::default(),
             graphs: true,
             cublaslt: true,
+            batch_invariant: false,
             matmul_candidates: 8,
             plan_folder: None,
         }

@@ -146,11 +146,11 @@ pub(crate) struct Draws {
 }
 
 impl Draws {
-    /// Says what is wanted of each output.
+    /// Says what is wanted of each output, of `vocab` logits.
     ///
     /// # Errors
     /// The batch contradicts itself.
-    pub(crate) fn plan(&mut self, batch: &Batch, slots: &Slots) -> Result<()> {
+    pub(crate) fn plan(&mut self, batch: &Batch, slots: &Slots, vocab: usize) -> Result<()> {
         self.wants.clear();
         self.rows.clear();
         (self.follows_output, self.tops) = (false, false);
@@ -166,7 +166,7 @@ impl Draws {
             for (index, &token) in tokens.iter().enumerate() {
                 let position = position_of(row, token)?;
                 let drawn = row.sample && from + index + 1 == to;
-                let (want, sample_row) = one(row, history, position, drawn);
+                let (want, sample_row) = one(row, history, position, drawn, vocab);
                 self.follows_output |= drawn && history.follows_output();
                 self.tops |= sample_row.top > 0;
                 self.wants.push(want);
@@ -289,10 +289,11 @@ impl Draws {
 }
 
 /// What is wanted of one output row, but for its edits.
-fn one(row: &BatchRow, history: &History, position: u32, drawn: bool) -> (Want, SampleRow) {
+fn one(row: &BatchRow, history: &History, position: u32, drawn: bool, vocab: usize) -> (Want, SampleRow) {
     let p = &*history.params;
     if !drawn {
-        let next = history.prompt.get(position as usize + 1);
+        // A row with an id beyond the vocabulary fails by itself.
+        let next = history.prompt.get(position as usize + 1).filter(|token| (**token as usize) < vocab);
         return match (p.prompt_logprobs, next) {
             (Some(top), Some(&token)) => {
                 let top = top.min(MAX_TOP as u32);

@@ -151,8 +151,7 @@ impl Slots {
                 self.set(group, open.slot, index, block)?;
             }
         }
-        let history =
-            History::new(open.sampling.clone(), open.prompt.clone(), open.choice, &open.output);
+        let history = History::new(open.sampling.clone(), open.prompt.clone(), open.choice, &open.output);
         let slot = self.get_mut(open.slot)?;
         slot.history = Some(history);
         slot.epoch += 1;

@@ -9,7 +9,7 @@ use mirai_model::backend::{Batch, Result};
 
 use crate::driver::DevicePtr;
 use crate::error::device;
-use crate::records::{RowInfo, SampleRow, write_records};
+use crate::records::{PrefillItem, RowInfo, SampleRow, write_records};
 use crate::sampling::Draws;
 use crate::slots::{GRANULE, Slots};
 use crate::upload::{Counts, Layout, NO_ROW, Section};
@@ -133,12 +133,14 @@ pub(crate) struct StepBuilder {
     pub(crate) classes: Vec<(WorkClass, usize)>,
     /// Layouts of the buckets.
     pub(crate) buckets: Vec<(usize, Rc<Layout>)>,
+    /// Decode rows take the prefill kernel, which adds up a query's keys in one order whatever stands beside it.
+    pub(crate) batch_invariant: bool,
     /// Words of a mask, and groups with tables.
     pub(crate) mask_words: usize,
     pub(crate) groups: usize,
     rows: Vec<RowInfo>,
     decode: DecodeWork,
-    prefill: Vec<crate::records::PrefillItem>,
+    prefill: Vec<PrefillItem>,
 }
 
 impl StepBuilder {
@@ -165,9 +167,8 @@ impl StepBuilder {
     /// The shape of a step on the device.
     pub(crate) fn shape(&self, upload: DevicePtr, batch: &Batch) -> Step {
         let decodes = !batch.rows.is_empty() && batch.rows.iter().all(|row| row.len == 1);
-        let bucket = decodes
-            .then(|| self.buckets.iter().position(|(rows, _)| *rows >= batch.rows.len()))
-            .flatten();
+        let bucket =
+            decodes.then(|| self.buckets.iter().position(|(rows, _)| *rows >= batch.rows.len())).flatten();
         let (tokens, rows) = (batch.positions.len(), batch.rows.len());
         let mut step = Step {
             upload,
@@ -199,7 +200,13 @@ impl StepBuilder {
     }
 
     /// Writes the lists of the forward pass, and notes in the step where its work is.
-    pub(crate) fn write(&mut self, step: &mut Step, batch: &Batch, slots: &Slots, out: &mut [u8]) -> Result<()> {
+    pub(crate) fn write(
+        &mut self,
+        step: &mut Step,
+        batch: &Batch,
+        slots: &Slots,
+        out: &mut [u8],
+    ) -> Result<()> {
         let layout = Rc::clone(&step.layout);
         let live = batch.positions.len();
         let idle_tokens = live..step.tokens;
@@ -210,7 +217,8 @@ impl StepBuilder {
         write_records(layout.ids.of(out), ids.into_iter().chain(idle_tokens.clone().map(|_| 0)));
         let positions = batch.positions.iter().copied();
         write_records(layout.positions.of(out), positions.chain(idle_tokens.clone().map(|_| 0)));
-        let row_of = batch.rows.iter().enumerate().flat_map(|(i, row)| std::iter::repeat_n(i as u32, row.len));
+        let row_of =
+            batch.rows.iter().enumerate().flat_map(|(i, row)| std::iter::repeat_n(i as u32, row.len));
         write_records(layout.token_rows.of(out), row_of.chain(idle_tokens.map(|token| token as u32)));
 
         self.rows.clear();
@@ -221,8 +229,12 @@ impl StepBuilder {
             context: (row.start + row.len) as u32,
         }));
         let reserved = slots.reserved();
-        let padding = (self.rows.len()..step.rows)
-            .map(|row| RowInfo { slot: reserved, first: row as u32, tokens: 0, context: 1 });
+        let padding = (self.rows.len()..step.rows).map(|row| RowInfo {
+            slot: reserved,
+            first: row as u32,
+            tokens: 0,
+            context: 1,
+        });
         write_records(layout.rows.of(out), self.rows.iter().copied().chain(padding));
 
         let idle_outputs = batch.outputs.len()..step.outputs;
@@ -241,7 +253,7 @@ impl StepBuilder {
         step.work.clear();
         for ((class, grid), sections) in self.classes.iter().zip(&layout.work) {
             // Rows that see everything lie whole in the step and go to the prefill kernel, however short.
-            let (decodes, all) = if class.causal {
+            let (decodes, all) = if class.causal && !self.batch_invariant {
                 decode_work(&self.rows, *class, *grid, &mut self.decode);
                 (step.bucket.is_some() || !self.decode.items.is_empty(), false)
             } else {
@@ -252,6 +264,12 @@ impl StepBuilder {
                 write_records(sections.items.of(out), self.decode.items.iter().copied());
             }
             prefill_work(&self.rows, *class, all, &mut self.prefill);
+            if all && step.bucket.is_some() {
+                // A recorded step has as many blocks as its bucket: those of padding rows find no queries.
+                let most = class.one_token_items(step.rows);
+                let idle = PrefillItem { row: self.rows.len() as u32, ..PrefillItem::default() };
+                self.prefill.resize(most, idle);
+            }
             write_records(sections.prefill.of(out), self.prefill.iter().copied());
             let work = StepWork {
                 starts: step.upload.add(sections.starts.offset as u64),

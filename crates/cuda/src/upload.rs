@@ -147,8 +147,14 @@ mod tests {
     use super::*;
 
     fn sections(layout: &Layout) -> Vec<Section> {
-        let mut all =
-            vec![layout.ids, layout.positions, layout.token_rows, layout.rows, layout.outputs, layout.output_rows];
+        let mut all = vec![
+            layout.ids,
+            layout.positions,
+            layout.token_rows,
+            layout.rows,
+            layout.outputs,
+            layout.output_rows,
+        ];
         all.extend(layout.work.iter().flat_map(|w| [w.starts, w.items, w.prefill]));
         all.extend(layout.granules);
         all.extend([layout.samples, layout.edits, layout.masks]);
@@ -161,8 +167,7 @@ mod tests {
         let classes = [(class, 132), (WorkClass { window: Some(64), ..class }, 264)];
         let mut before = 0;
         for n in [1, 3, 64, 1000] {
-            let counts =
-                Counts { tokens: 2 * n, rows: n, outputs: n, masks: n, mask_words: 33, groups: 2 };
+            let counts = Counts { tokens: 2 * n, rows: n, outputs: n, masks: n, mask_words: 33, groups: 2 };
             let layout = Layout::new(&counts, &classes);
             let all = sections(&layout);
             assert!(all.iter().all(|s| s.offset.is_multiple_of(ALIGNMENT)));

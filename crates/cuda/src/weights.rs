@@ -182,12 +182,7 @@ fn common_blocks(parts: &[HostTensor<'_>], columns: usize) -> Option<bool> {
     parts.iter().all(|part| blocks(part) == Some(first)).then_some(first)
 }
 
-fn e4m3<'a>(
-    parts: &'a [HostTensor<'_>],
-    rows: usize,
-    columns: usize,
-    blocks: bool,
-) -> Result<Matrix<'a>> {
+fn e4m3<'a>(parts: &'a [HostTensor<'_>], rows: usize, columns: usize, blocks: bool) -> Result<Matrix<'a>> {
     // Scales stay shared where every part begins with a new one.
     let down = parts.first().and_then(|p| p.scales.as_ref()).map_or(1, |s| s.block.0);
     let shared = parts.iter().rev().skip(1).all(|p| p.shape[0].is_multiple_of(down))
@@ -294,7 +289,10 @@ mod tests {
         assert_eq!(matrix.widened, []);
         let odd = [tensor(Storage::Bf16, [2, 3], (0..12).collect())];
         let bytes = bytes(&stack(&odd, true).unwrap());
-        assert_eq!((&bytes[..6], &bytes[6..16], &bytes[16..22]), (&[0, 1, 2, 3, 4, 5][..], &[0; 10][..], &[6, 7, 8, 9, 10, 11][..]));
+        assert_eq!(
+            (&bytes[..6], &bytes[6..16], &bytes[16..22]),
+            (&[0, 1, 2, 3, 4, 5][..], &[0; 10][..], &[6, 7, 8, 9, 10, 11][..])
+        );
     }
 
     #[test]
@@ -320,7 +318,10 @@ mod tests {
         assert_eq!((matrix.shape.inner(), bytes(&matrix).len()), (32, 8 * 32));
         let one = [codes([8, 16], (8, 16), 5.0)];
         let matrix = stack(&one, true).unwrap();
-        assert_eq!((matrix.shape.kind, &matrix.scales[..]), (Kind::E4m3 { scale_rows: 8, blocks: false }, &[5.0][..]));
+        assert_eq!(
+            (matrix.shape.kind, &matrix.scales[..]),
+            (Kind::E4m3 { scale_rows: 8, blocks: false }, &[5.0][..])
+        );
     }
 
     #[test]

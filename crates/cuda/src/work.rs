@@ -64,9 +64,15 @@ impl WorkClass {
         grid
     }
 
+    /// Prefill items of `rows` rows of one token.
+    pub(crate) const fn one_token_items(self, rows: usize) -> usize {
+        rows * self.kv_heads * self.group().div_ceil(PREFILL_QUERIES)
+    }
+
     /// Most prefill items of a step of `tokens` tokens in `rows` rows.
     pub(crate) const fn most_prefill_items(self, tokens: usize, rows: usize) -> usize {
-        self.kv_heads * (tokens * self.group() / PREFILL_QUERIES + rows)
+        self.kv_heads
+            * (tokens * self.group() / PREFILL_QUERIES + rows * self.group().div_ceil(PREFILL_QUERIES))
     }
 }
 
@@ -162,7 +168,8 @@ pub(crate) fn prefill_work(rows: &[RowInfo], class: WorkClass, all: bool, items:
     items.clear();
     let group = class.group();
     let mut sized = Vec::new();
-    for (index, row) in rows.iter().enumerate().filter(|(_, row)| row.tokens > 1 || (all && row.tokens == 1)) {
+    for (index, row) in rows.iter().enumerate().filter(|(_, row)| row.tokens > 1 || (all && row.tokens == 1))
+    {
         let (queries, start) = (row.tokens as usize * group, (row.context - row.tokens) as usize);
         for first in (0..queries).step_by(PREFILL_QUERIES) {
             let last_token = ((first + PREFILL_QUERIES).min(queries) - 1) / group;
@@ -218,11 +225,8 @@ mod tests {
                 expected.extend((first..end).map(|page| (index as u32, tile, page)));
             }
         }
-        let covered: Vec<_> = work
-            .items
-            .iter()
-            .flat_map(|i| (i.first..i.end).map(|page| (i.row, i.head_tile, page)))
-            .collect();
+        let covered: Vec<_> =
+            work.items.iter().flat_map(|i| (i.first..i.end).map(|page| (i.row, i.head_tile, page))).collect();
         assert_eq!(covered, expected);
         let parts: Vec<_> = work.items.iter().filter(|i| i.partial >= 0).collect();
         assert!(parts.len() <= WorkClass::most_parts(grid), "{} parts", parts.len());
@@ -241,11 +245,8 @@ mod tests {
     fn one_long_row_among_short_ones_reaches_every_block() {
         let rows = decode_rows(std::iter::once(100_000).chain((0..31).map(|i| 40 + i * 7)));
         let work = check(&rows, CLASS, GRID);
-        let loads: Vec<u64> = work
-            .starts
-            .windows(2)
-            .map(|w| load(&work.items[w[0] as usize..w[1] as usize]))
-            .collect();
+        let loads: Vec<u64> =
+            work.starts.windows(2).map(|w| load(&work.items[w[0] as usize..w[1] as usize])).collect();
         let (most, total): (u64, u64) = (*loads.iter().max().unwrap_or(&0), loads.iter().sum());
         assert!(loads.iter().all(|l| *l > 0), "{loads:?}");
         assert!(most * GRID as u64 <= total * 21 / 20, "at most 5 % above the mean: {most} of {total}");

@@ -70,7 +70,8 @@ fn scripts() -> Vec<Script> {
     let random = SamplingParams { temperature: 0.8, top_p: 0.9, top_k: 50, seed: 7, ..Default::default() };
     let penalised = SamplingParams { repetition_penalty: 1.3, ..Default::default() };
     let lens = [3, 40, 17, 1, 33];
-    let params = [SamplingParams::default(), random, penalised, SamplingParams::default(), Default::default()];
+    let params =
+        [SamplingParams::default(), random, penalised, SamplingParams::default(), Default::default()];
     lens.into_iter().zip(params).map(|(len, params)| drawing(len, 12, params)).collect()
 }
 
@@ -87,6 +88,44 @@ fn replayed_steps_have_the_bits_of_issued_ones() {
         let mut driver = Driver::new(executor);
         assert_eq!(bits(&driver.play(&scripts())), issued);
         assert_eq!(bits(&driver.play(&scripts())), issued, "once more, in slots that others had");
+    });
+}
+
+/// Kernels of a layer in a recorded step: experts, and more rows than weights are streamed for.
+#[test]
+fn layers_have_no_more_kernels_than_promised() {
+    on_emulated_driver("layers_have_no_more_kernels_than_promised", &[MEMORY], || {
+        let config = |layers: usize, more: &str| {
+            let text = format!(
+                r#"{{"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": {layers}, "num_attention_heads": 1,
+                "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 64, "max_position_embeddings": 64,
+                "dtype": "bfloat16", {more}}}"#
+            );
+            &*Box::leak(text.into_boxed_str())
+        };
+        let kernels = |layers, more, slots| {
+            let source = ModelSource::memory("dummy", &[("config.json", config(layers, more).as_bytes())]);
+            let options = LoadOptions { max_slots: slots, ..options() };
+            let memory = MemoryOptions { utilization: 0.95, cache: None };
+            let options_of = CudaOptions { memory, matmul_candidates: 1, ..CudaOptions::default() };
+            let backend = CudaBackend::new(Gpu::open(0).unwrap(), options_of).unwrap();
+            let executor = load(&source, &options, backend, &mut |_, _| {}).unwrap().executor;
+            executor.backend().recorded()
+        };
+        let a_layer = |more, slots| -> Vec<(usize, usize)> {
+            let (one, two) = (kernels(1, more, slots), kernels(2, more, slots));
+            one.iter().zip(two).map(|(a, b)| (a.0, b.1 - a.1)).collect()
+        };
+        let dense = a_layer(r#""architectures": ["LlamaForCausalLM"]"#, 66);
+        assert!(
+            dense.iter().all(|(rows, kernels)| *kernels <= if *rows <= 64 { 8 } else { 10 }),
+            "{dense:?}"
+        );
+        assert_eq!(dense.last().map(|(rows, _)| *rows), Some(66));
+        let moe =
+            r#""architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2"#;
+        let experts = a_layer(moe, 2);
+        assert!(experts.iter().all(|(_, kernels)| *kernels <= 11), "{experts:?}");
     });
 }
 
@@ -198,7 +237,8 @@ fn a_step_ahead_gives_the_same_tokens() {
         let single = drawn.iter().copied().find(|token| !drawn[..2].contains(token)).unwrap_or(299);
         let bad_words = vec![vec![drawn[0], drawn[1]], vec![single]];
         let wary = SamplingParams { bad_words, ..SamplingParams::default() };
-        let masked = SamplingParams { allowed_token_ids: Some(vec![3, 77, 299]), ..SamplingParams::default() };
+        let masked =
+            SamplingParams { allowed_token_ids: Some(vec![3, 77, 299]), ..SamplingParams::default() };
         let params = [greedy, wary, masked];
         let (behind, ahead) = (draw_ahead(&params, 8, false), draw_ahead(&params, 8, true));
         for (a, b) in behind.iter().zip(&ahead) {
@@ -257,8 +297,7 @@ fn requests_are_followed_as_on_the_cpu() {
                 ..Default::default()
             },
         ];
-        let scripts: Vec<Script> =
-            table.into_iter().map(|params| drawing(20, 8, params)).collect();
+        let scripts: Vec<Script> = table.into_iter().map(|params| drawing(20, 8, params)).collect();
         let cpu = Driver::new(executor(CpuBackend::new(&CpuOptions::default()))).play(&scripts);
         let gpu = Driver::new(cuda(true)).play(&scripts);
         for (script, (cpu, gpu)) in scripts.iter().zip(cpu.iter().zip(&gpu)) {

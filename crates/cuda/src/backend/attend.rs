@@ -48,7 +48,8 @@ impl CudaBackend {
         let in_key = spec.key_dim == spec.value_dim || spec.stored == Stored::ValueInKey;
         let kernels = head_kernels(spec.key_dim, spec.value_dim, e4m3).filter(|_| in_key)?;
         let room = |kernel, shared| self.kernels.dynamic_shared_memory(kernel) >= shared;
-        let fits = room(kernels.decode, kernels.decode_shared) && room(kernels.prefill, kernels.prefill_shared);
+        let fits =
+            room(kernels.decode, kernels.decode_shared) && room(kernels.prefill, kernels.prefill_shared);
         fits.then_some(kernels)
     }
 
@@ -63,7 +64,8 @@ impl CudaBackend {
         let last = r.step * (r.rotary / 2 - 1) + r.distance;
         if last as usize >= head_dim {
             let (rotary, distance) = (r.rotary, r.distance);
-            let message = format!("{rotary} elements in pairs {distance} apart of heads of {head_dim} rotate");
+            let message =
+                format!("{rotary} elements in pairs {distance} apart of heads of {head_dim} rotate");
             return Err(device(operation, message));
         }
         if self.step.positions_end() > rope.positions {
@@ -73,7 +75,11 @@ impl CudaBackend {
         Ok(r)
     }
 
-    fn q_k_norms(&self, spec: &AttentionSpec, norms: Option<HeadNorms<'_, CudaVector>>) -> Result<[HeadNorm; 3]> {
+    fn q_k_norms(
+        &self,
+        spec: &AttentionSpec,
+        norms: Option<HeadNorms<'_, CudaVector>>,
+    ) -> Result<[HeadNorm; 3]> {
         const NAME: &str = "append";
         let Some(norms) = norms else { return Ok([HeadNorm::NONE; 3]) };
         let heads = |count: usize| if norms.across_heads { count } else { 1 };

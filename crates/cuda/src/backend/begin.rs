@@ -44,7 +44,7 @@ impl CudaBackend {
             tenants.push(self.slots.tenancy(row.slot)?);
         }
         let mut draws = self.spare.take().unwrap_or_default();
-        draws.plan(batch, &self.slots)?;
+        draws.plan(batch, &self.slots, self.device()?.sizes.vocab)?;
         let events = (plan.step % MAX_PENDING as u64) as usize;
         let rings = self.rings.as_mut().ok_or_else(|| device(NAME, "no cache was allocated"))?;
         rings.events[events].0.record().map_err(driver(NAME))?;
@@ -75,7 +75,11 @@ impl CudaBackend {
     fn check(&self, plan: &StepPlan, batch: &Batch) -> Result<()> {
         let tokens = batch.positions.len();
         let (most, slots) = (self.limits.tokens, self.limits.rows);
-        if batch.ids.len() != tokens || plan.rows.len() != batch.rows.len() || tokens > most || batch.rows.len() > slots {
+        if batch.ids.len() != tokens
+            || plan.rows.len() != batch.rows.len()
+            || tokens > most
+            || batch.rows.len() > slots
+        {
             let (ids, rows, planned) = (batch.ids.len(), batch.rows.len(), plan.rows.len());
             let message = format!(
                 "{ids} ids for {tokens} positions of at most {most}, {rows} rows of at most {slots} for {planned} of the plan"

@@ -32,30 +32,31 @@ impl CudaBackend {
     pub(super) fn mlp(
         &mut self,
         block: &MlpBlock<'_, Self>,
-        io: BlockIo<'_, CudaBuffer>,
+        BlockIo { x, scratch, out }: BlockIo<'_, CudaBuffer>,
     ) -> Result<()> {
-        let [wide, inner, ..] = io.scratch else {
+        let [wide, inner, ..] = scratch else {
             let message = "too few scratch buffers".to_owned();
             return Err(BackendError::Device { operation: "mlp_block", message });
         };
-        let rows = self.rows(io.x.rows);
+        let rows = self.rows(x.rows);
         let width = block.gate_up.shape.rows / 2;
-        let gate = fused_gate(block.gated, block.activation, width).filter(|_| rows <= SKINNY_ROWS);
+        let gate = fused_gate(block.gated, block.activation, width)
+            .filter(|_| rows <= SKINNY_ROWS || self.options.batch_invariant);
         if gate.is_some() {
-            expect_width("mlp_block", io.x.width(), block.gate_up.shape.columns)?;
+            expect_width("mlp_block", x.width(), block.gate_up.shape.columns)?;
             inner.write("mlp_block", width)?;
-            let (x, y) = ((io.x.at, io.x.stride()), (inner.at, inner.stride()));
+            let (x, y) = ((x.at, x.stride()), (inner.at, inner.stride()));
             let bias = block.gate_up_bias.copied();
             self.product(&Product { w: *block.gate_up, bias, x, y, rows, single: false, gate })?;
         } else {
-            self.multiply(block.gate_up, block.gate_up_bias, io.x, wide)?;
+            self.multiply(block.gate_up, block.gate_up_bias, x, wide)?;
             if block.gated {
                 self.glu_rows(block.activation, wide, inner)?;
             } else {
                 self.activate_rows(block.activation, wide, inner)?;
             }
         }
-        self.multiply(block.down, block.down_bias, inner, io.out)
+        self.multiply(block.down, block.down_bias, inner, out)
     }
 
     /// As the trait's own, with router logits in single precision.
@@ -135,7 +136,8 @@ impl CudaBackend {
                 && spec.experts.is_multiple_of(g.count)
                 && g.chosen * (spec.experts / g.count) >= spec.top_k
         });
-        let known = spec.scoring != Scoring::SoftmaxOfChosen || (correction.is_none() && spec.groups.is_none());
+        let known =
+            spec.scoring != Scoring::SoftmaxOfChosen || (correction.is_none() && spec.groups.is_none());
         let room = spec.experts <= routing.experts.min(MOST_EXPERTS) && spec.top_k == routing.top_k;
         if spec.top_k == 0 || spec.top_k > spec.experts || !room || !groups_fit || !known {
             let (top_k, experts) = (routing.top_k, routing.experts);
@@ -189,7 +191,8 @@ impl CudaBackend {
             || count > routing.experts
             || !room
         {
-            let message = format!("{count} of {:?}, then {} of {:?}", up.shape, experts.down.count, down.shape);
+            let message =
+                format!("{count} of {:?}, then {} of {:?}", up.shape, experts.down.count, down.shape);
             return Err(device(NAME, message));
         }
         for (bias, rows) in [(experts.gate_up_bias, up.shape.rows), (experts.down_bias, down.shape.rows)] {

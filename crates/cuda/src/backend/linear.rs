@@ -1,7 +1,8 @@
 //! Products of rows with weights: the choice of a kernel, and its launch.
 //!
 //! Owns which kernel multiplies how many rows: up to 64, the one that streams weights; above, cublasLt where it has a
-//! plan, else the tiled kernel. Never: what the product is for.
+//! plan, else the tiled kernel. Where a row must not depend on its neighbours, the tiled kernel has them all: it adds up
+//! each row in one order, however many there are. Never: what the product is for.
 
 use mirai_model::backend::{Activation, HeadView, Result};
 
@@ -38,10 +39,10 @@ fn skinny(kind: Kind, rows: usize) -> (Kernel, u32, u32) {
 /// Rows that cublasLt computes for so many: what is added is written into rows that nobody reads.
 pub(super) fn lt_rows(rows: usize) -> usize {
     let step = match rows {
-        ..=128 => 16,
-        ..=256 => 32,
-        ..=512 => 64,
-        ..=1024 => 128,
+        0..=128 => 16,
+        129..=256 => 32,
+        257..=512 => 64,
+        513..=1024 => 128,
         _ => 256,
     };
     rows.next_multiple_of(step)
@@ -209,7 +210,7 @@ impl CudaBackend {
             }
         }
         let outputs = (args.out as usize).div_ceil(TILE) as u32;
-        if p.rows <= SKINNY_ROWS {
+        if p.rows <= SKINNY_ROWS && !self.options.batch_invariant {
             let most = match many {
                 Many::Experts { count, .. } => count,
                 _ => depth,
@@ -242,7 +243,8 @@ impl CudaBackend {
         let fits = end(from) <= x.width() && end(to) <= width && (count == 1 || to.stride >= to.width);
         if !fits || (from.width, to.width) != (shape.columns, shape.rows) {
             let (out, inner, all) = (shape.rows, shape.columns, x.width());
-            let message = format!("{count} heads of {out} x {inner} from {from:?} of {all} to {to:?} of {width}");
+            let message =
+                format!("{count} heads of {out} x {inner} from {from:?} of {all} to {to:?} of {width}");
             return Err(device(NAME, message));
         }
         out.write(NAME, width)?;
@@ -302,7 +304,10 @@ mod tests {
 
     #[test]
     fn rows_fall_into_buckets() {
-        assert_eq!([65, 80, 81, 129, 300, 513, 1025, 1300].map(lt_rows), [80, 80, 96, 160, 320, 640, 1280, 1536]);
+        assert_eq!(
+            [65, 80, 81, 129, 300, 513, 1025, 1300].map(lt_rows),
+            [80, 80, 96, 160, 320, 640, 1280, 1536]
+        );
         assert_eq!(lt_buckets(64), [0; 0]);
         assert_eq!(lt_buckets(130), [80, 96, 112, 128, 160]);
         assert!(lt_buckets(8192).len() < 64);

@@ -39,7 +39,12 @@ type Half<'a> = &'a mut dyn FnMut(&mut CudaBackend) -> Result<()>;
 
 impl CudaBackend {
     /// Runs a step of padding once, so that whatever is made at first use is there, then records it.
-    pub(super) fn record_bucket(&mut self, shape: StepShape, forward: Half<'_>, finish: Half<'_>) -> Result<()> {
+    pub(super) fn record_bucket(
+        &mut self,
+        shape: StepShape,
+        forward: Half<'_>,
+        finish: Half<'_>,
+    ) -> Result<()> {
         self.mode = Mode::Rehearsal;
         let recorded = self.rehearse(shape.tokens, forward, finish);
         self.mode = Mode::Step;

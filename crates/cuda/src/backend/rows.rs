@@ -122,7 +122,10 @@ impl CudaBackend {
     ) -> Result<()> {
         if !(width == 1 || width == x.width()) || at + width > gates.width() {
             let (all, rows) = (gates.width(), x.width());
-            return Err(device("gate", format!("{width} gates at {at} of rows of {all}, for rows of {rows}")));
+            return Err(device(
+                "gate",
+                format!("{width} gates at {at} of rows of {all}, for rows of {rows}"),
+            ));
         }
         let args = GateArgs {
             gates: gates.at,
@@ -157,8 +160,8 @@ impl CudaBackend {
         out: DevicePtr,
         (rows, width): (usize, usize),
     ) -> Result<()> {
-        let gate = gate_spec(activation)
-            .ok_or_else(|| device("glu", format!("{activation:?} does not gate")))?;
+        let gate =
+            gate_spec(activation).ok_or_else(|| device("glu", format!("{activation:?} does not gate")))?;
         self.launch_rows(Kernel::GluBf16, rows, &GluArgs { x, out, width: width as i32, gate })
     }
 
@@ -197,7 +200,12 @@ impl CudaBackend {
 
     pub(super) fn gather_rows(&mut self, x: &CudaBuffer, out: &mut CudaBuffer) -> Result<()> {
         out.write("gather_outputs", x.width())?;
-        let args = GatherArgs { x: x.at, outputs: self.step.outputs_at(), out: out.at, width: padded(x.width()) as i32 };
+        let args = GatherArgs {
+            x: x.at,
+            outputs: self.step.outputs_at(),
+            out: out.at,
+            width: padded(x.width()) as i32,
+        };
         self.launch_rows(Kernel::GatherRowsBf16, self.rows(out.rows), &args)
     }
 

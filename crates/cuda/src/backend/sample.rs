@@ -206,7 +206,12 @@ impl CudaBackend {
 }
 
 /// Rows of what the pooling head gave.
-fn pooled(rows: &[BatchRow], bytes: &[u8], (outputs, width): (usize, usize), outcome: &mut StepOutcome) -> Result<()> {
+fn pooled(
+    rows: &[BatchRow],
+    bytes: &[u8],
+    (outputs, width): (usize, usize),
+    outcome: &mut StepOutcome,
+) -> Result<()> {
     outcome.rows.clear();
     for row in rows {
         let mut out = RowOutcome::default();

@@ -10,8 +10,8 @@ use super::attend::class_of;
 use super::begin::Rings;
 use super::linear::{SKINNY_ROWS, lt_buckets, lt_rows, lt_shape};
 use super::{CudaBackend, MAX_PENDING, Workspace};
-use crate::buffer::CudaLinear;
 use crate::budget::CacheNeed;
+use crate::buffer::CudaLinear;
 use crate::device::{Device, Sizes, page_bytes, state_bytes};
 use crate::driver::{
     CudaError, DevicePtr, Event, Gpu, Kernels, Lt, LtOptions, LtShape, Part, ReadBack, UploadRing,
@@ -84,6 +84,7 @@ impl CudaBackend {
     pub(super) fn take_outline(&mut self, outline: &Outline) {
         self.outline = outline.clone();
         self.builder = StepBuilder::default();
+        self.builder.batch_invariant = self.options.batch_invariant;
         for spec in &outline.attentions {
             let class = class_of(spec);
             if !self.builder.classes.iter().any(|(other, _)| *other == class) {
@@ -175,8 +176,7 @@ impl CudaBackend {
         self.rings = Some(self.open_rings(&sizes)?);
         let most = self.limits.rows.min(self.limits.tokens);
         let rows = if self.outline.vocab == 0 { Vec::new() } else { buckets(most) };
-        self.builder.buckets =
-            rows.into_iter().map(|n| (n, Rc::new(self.builder.layout(n, n, n)))).collect();
+        self.builder.buckets = rows.into_iter().map(|n| (n, Rc::new(self.builder.layout(n, n, n)))).collect();
         self.report(layout);
         Ok(())
     }
@@ -201,7 +201,7 @@ impl CudaBackend {
     /// cublasLt with a plan for each shape, or none where it is not wanted, not found, or not needed.
     fn open_lt(&mut self, sizes: &Sizes) -> Result<Option<Lt>> {
         let shapes = self.lt_shapes(sizes);
-        if !self.options.cublaslt || shapes.is_empty() {
+        if !self.options.cublaslt || self.options.batch_invariant || shapes.is_empty() {
             return Ok(None);
         }
         let workspace = self.memory.take(Part::Workspace, LT_WORKSPACE)?;
@@ -248,9 +248,10 @@ impl CudaBackend {
         if !self.widened.is_empty() {
             tracing::info!(storages = ?self.widened, "weights widened to bf16: there are no kernels for these");
         }
-        let e4m3 = layout.groups.iter().any(
-            |group| matches!(group, GroupLayout::Paged(pages) if pages.dtype == CacheDtype::F8E4M3),
-        );
+        let e4m3 = layout
+            .groups
+            .iter()
+            .any(|group| matches!(group, GroupLayout::Paged(pages) if pages.dtype == CacheDtype::F8E4M3));
         let mut general: Vec<(usize, usize)> = Vec::new();
         for spec in &self.outline.attentions {
             let e4m3 = e4m3 && spec.visibility == Visibility::Causal;

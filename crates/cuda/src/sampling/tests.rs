@@ -65,8 +65,7 @@ fn a_history_resumes_with_what_was_drawn() {
 }
 
 fn slots(params: Vec<SamplingParams>, prompt: &[u32]) -> Slots {
-    let layout =
-        CacheLayout { groups: vec![], blocks: 0, slots: params.len(), snapshots: 0, table_len: 0 };
+    let layout = CacheLayout { groups: vec![], blocks: 0, slots: params.len(), snapshots: 0, table_len: 0 };
     let mut slots = Slots::new(&layout);
     let open = |(slot, params)| SlotOpen {
         slot: SlotId(slot as u32),
@@ -101,7 +100,8 @@ fn rows_say_how_their_token_is_drawn() {
         repetition_penalty: 1.2,
         ..Default::default()
     };
-    let prompted = SamplingParams { prompt_logprobs: Some(2), temperature: 1.0, top_k: 1, ..Default::default() };
+    let prompted =
+        SamplingParams { prompt_logprobs: Some(2), temperature: 1.0, top_k: 1, ..Default::default() };
     let slots = slots(vec![random, prompted], &[10, 11, 12, 13]);
     let batch = Batch {
         ids: vec![0; 5],
@@ -110,7 +110,7 @@ fn rows_say_how_their_token_is_drawn() {
         outputs: vec![0, 1, 2, 3],
     };
     let mut draws = Draws::default();
-    draws.plan(&batch, &slots).unwrap();
+    draws.plan(&batch, &slots, LIMITS.vocab).unwrap();
     draws.edit(&batch, &slots, LIMITS).unwrap();
     assert!(draws.tops && !draws.follows_output);
     let first = draws.rows[0];
@@ -125,7 +125,10 @@ fn rows_say_how_their_token_is_drawn() {
 
     let mut results = vec![0u8; 4 * SampleResult::BYTES];
     let mut tops = vec![0u8; 4 * MAX_TOP * 8];
-    write_records(&mut results, [20, 0, (-0.5f32).to_bits(), 1, 12, 0, (-1.0f32).to_bits(), 2, 13, 0, 0, 3, 33, 0, 0, 0]);
+    write_records(
+        &mut results,
+        [20, 0, (-0.5f32).to_bits(), 1, 12, 0, (-1.0f32).to_bits(), 2, 13, 0, 0, 3, 33, 0, 0, 0],
+    );
     write_records(&mut tops[MAX_TOP * 8..], [40, (-0.25f32).to_bits(), 12, (-1.0f32).to_bits()]);
     let (mut tokens, mut rows) = (Vec::new(), Vec::new());
     draws.read(&batch.rows, &results, &tops, &mut tokens, &mut rows);
@@ -148,7 +151,7 @@ fn a_row_with_a_fault_fails_alone() {
         outputs: vec![0, 1, 2],
     };
     let mut draws = Draws::default();
-    draws.plan(&batch, &slots).unwrap();
+    draws.plan(&batch, &slots, LIMITS.vocab).unwrap();
     draws.edit(&batch, &slots, LIMITS).unwrap();
     let mut results = vec![0u8; 3 * SampleResult::BYTES];
     write_records(&mut results, [7, 1, 0, 0, 8, 0, 0, 0, 9, 2, 0, 0]);
@@ -161,7 +164,11 @@ fn a_row_with_a_fault_fails_alone() {
 
 #[test]
 fn masks_and_edits_beyond_the_room_fail_their_rows() {
-    let masked = SamplingParams { allowed_token_ids: Some(vec![0, 33, 69, 70]), logprobs: Some(0), ..Default::default() };
+    let masked = SamplingParams {
+        allowed_token_ids: Some(vec![0, 33, 69, 70]),
+        logprobs: Some(0),
+        ..Default::default()
+    };
     let many = SamplingParams { logit_bias: (0..9).map(|t| (t, 1.0)).collect(), ..Default::default() };
     let slots = slots(vec![masked.clone(), masked, many, SamplingParams::default()], &[1]);
     let batch = Batch {
@@ -171,7 +178,7 @@ fn masks_and_edits_beyond_the_room_fail_their_rows() {
         outputs: vec![0, 1, 2, 3],
     };
     let mut draws = Draws::default();
-    draws.plan(&batch, &slots).unwrap();
+    draws.plan(&batch, &slots, LIMITS.vocab).unwrap();
     draws.edit(&batch, &slots, LIMITS).unwrap();
     assert_eq!(draws.masks, [1, 2, 32]);
     assert_eq!((draws.rows[0].mask_row, draws.rows[1].mask_row, draws.rows[0].raw_row), (0, -1, 0));
@@ -197,7 +204,7 @@ fn batches_that_contradict_themselves_are_errors() {
         (batch(row(0, 0, 1, 1, (0, 1)), vec![4]), "output token 4 outside its row 0..1"),
     ];
     for (batch, words) in table {
-        let error = draws.plan(&batch, &slots).unwrap_err().to_string();
+        let error = draws.plan(&batch, &slots, LIMITS.vocab).unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
     }
 }

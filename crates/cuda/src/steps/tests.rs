@@ -10,8 +10,12 @@ const CLASS: WorkClass = WorkClass { q_heads: 4, kv_heads: 2, window: None, caus
 const WHOLE: WorkClass = WorkClass { causal: false, ..CLASS };
 
 fn builder() -> StepBuilder {
-    let mut builder =
-        StepBuilder { classes: vec![(CLASS, 6), (WHOLE, 6)], mask_words: 3, groups: 1, ..StepBuilder::default() };
+    let mut builder = StepBuilder {
+        classes: vec![(CLASS, 6), (WHOLE, 6)],
+        mask_words: 3,
+        groups: 1,
+        ..StepBuilder::default()
+    };
     builder.buckets = [1, 2, 4].map(|n| (n, Rc::new(builder.layout(n, n, n)))).into();
     builder
 }
@@ -134,4 +138,23 @@ fn draws_and_granules_lie_where_the_layout_says() {
     assert_eq!(words(&mut out, layout.granules[0])[..2], [data, data + 1]);
     assert_eq!(words(&mut out, layout.granules[1])[..2], [3, 9]);
     assert_eq!(words(&mut out, layout.granules[2])[..8], [1, 2, 3, 4, 5, 6, 7, 8]);
+}
+
+#[test]
+fn steps_that_do_not_depend_on_the_batch_have_no_decode_items() {
+    let mut builder = StepBuilder { batch_invariant: true, ..builder() };
+    let batch = Batch {
+        ids: vec![7, 8, 9],
+        positions: vec![40, 3, 0],
+        rows: vec![row(2, 0, 1, 40, false), row(1, 1, 1, 3, false), row(0, 2, 1, 0, false)],
+        outputs: vec![],
+    };
+    let mut step = builder.shape(DevicePtr::default(), &batch);
+    let mut out = vec![0; step.layout().bytes];
+    builder.write(&mut step, &batch, &slots(), &mut out).unwrap();
+    let work = step.work(CLASS).unwrap();
+    assert_eq!((work.decodes, work.prefill_items), (false, 8), "four rows of two kv heads");
+    let prefill = words(&mut out, step.layout().clone().work[0].prefill);
+    let rows: Vec<u32> = prefill.chunks(3).take(8).map(|item| item[0]).collect();
+    assert_eq!(rows, [0, 0, 1, 1, 2, 2, 3, 3], "the last are padding");
 }

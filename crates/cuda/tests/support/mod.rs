@@ -70,7 +70,7 @@ fn run(name: &str, variables: &[(&str, &str)], libraries: &std::path::Path) {
     let output = Command::new("timeout")
         .arg(LIMIT.to_string())
         .arg(std::env::current_exe().expect("this test has a file"))
-        .args(["--exact", name, "--nocapture", "--test-threads", "1"])
+        .args(["--exact", name, "--nocapture", "--include-ignored", "--test-threads", "1"])
         .env(INSIDE, "1")
         .env("LD_LIBRARY_PATH", libraries)
         .envs(variables.iter().copied())
