@@ -37,6 +37,49 @@ bool all_have_come(const Warp& warp, unsigned mask, unsigned me) {
     return true;
 }
 
+// Waits until all lanes of `mask` are here with what they bring.
+void meet(WarpOp op, unsigned mask, Combine combine, bool orders_memory) {
+    Thread& self = *machine.current;
+    Block& block = *self.block;
+    const unsigned warp_number = self.number >> 5, me = self.number & 31, bit = 1u << me;
+    Warp& warp = block.warps[warp_number];
+    mask &= warp.lanes;
+    if (!(mask & bit)) {
+        fail("warp operation %d: lane %u is not in its mask %08x", static_cast<int>(op), me, mask);
+    }
+    warp.ops[me] = op;
+    warp.masks[me] = mask;
+    warp.meeting |= bit;
+    char* const key = &block.team->warp_keys[warp_number][self.warp_turn % 2];
+    if (orders_memory) {
+        if (mask != warp.lanes) {
+            fail("a warp barrier for the lanes of mask %08x: it is for all", mask);
+        }
+        self.warp_turn++;
+        release(key);
+    }
+    if (all_have_come(warp, mask, me)) {
+        if (combine) {
+            combine(warp.in, warp.out, mask);
+        }
+        warp.meeting &= ~mask;
+        wake(block, warp_number, mask & ~bit);
+    } else {
+        pause(Wait::Warp);
+    }
+    if (orders_memory) {
+        acquire(key);
+    }
+}
+
+void combine_shuffle(const Slot in[32], Slot out[32], unsigned mask) {
+    for (unsigned rest = mask; rest; rest &= rest - 1) {
+        const auto l = static_cast<unsigned>(__builtin_ctz(rest));
+        const uint64_t from = in[l].words[1];
+        out[l].words[0] = mask >> from & 1 ? in[from].words[0] : ~uint64_t{0};
+    }
+}
+
 }  // namespace
 
 void fail(const char* format, ...) {
@@ -60,7 +103,8 @@ void block_barrier(const char* file, int line) {
     self.line = line;
     if (!block.at_barrier++) {
         block.first_at_barrier = &self;
-    } else if (const Thread& first = *block.first_at_barrier; line != first.line || strcmp(file, first.file)) {
+    } else if (const Thread& first = *block.first_at_barrier;
+               line != first.line || (file != first.file && strcmp(file, first.file))) {
         fail("threads of one block wait at different barriers: %s:%d and %s:%d", first.file, first.line, file, line);
     }
     char* const key = &team.barrier_keys[self.barrier_turn++ % 2];
@@ -115,39 +159,32 @@ void spin_pause() { pause(Wait::Spin); }
 unsigned lane() { return machine.current->number & 31; }
 
 Slot warp_meet(WarpOp op, unsigned mask, const Slot& mine, Combine combine, bool orders_memory) {
-    Thread& self = *machine.current;
-    Block& block = *self.block;
-    const unsigned warp_number = self.number >> 5, me = self.number & 31, bit = 1u << me;
-    Warp& warp = block.warps[warp_number];
-    mask &= warp.lanes;
-    if (!(mask & bit)) {
-        fail("warp operation %d: lane %u is not in its mask %08x", static_cast<int>(op), me, mask);
-    }
-    warp.in[me] = mine;
-    warp.ops[me] = op;
-    warp.masks[me] = mask;
-    warp.meeting |= bit;
-    char* const key = &block.team->warp_keys[warp_number][self.warp_turn % 2];
-    if (orders_memory) {
-        if (mask != warp.lanes) {
-            fail("a warp barrier for the lanes of mask %08x: it is for all", mask);
-        }
-        self.warp_turn++;
-        release(key);
-    }
-    if (all_have_come(warp, mask, me)) {
-        if (combine) {
-            combine(warp.in, warp.out, mask);
-        }
-        warp.meeting &= ~mask;
-        wake(block, warp_number, mask & ~bit);
-    } else {
-        pause(Wait::Warp);
-    }
-    if (orders_memory) {
-        acquire(key);
-    }
-    return warp.out[me];
+    const Thread& self = *machine.current;
+    Warp& warp = self.block->warps[self.number >> 5];
+    warp.in[self.number & 31] = mine;
+    meet(op, mask, combine, orders_memory);
+    return warp.out[self.number & 31];
+}
+
+Slot warp_meet(WarpOp op, unsigned mask, uint64_t first, uint64_t second, uint64_t third, Combine combine) {
+    const Thread& self = *machine.current;
+    Warp& warp = self.block->warps[self.number >> 5];
+    Slot& slot = warp.in[self.number & 31];
+    slot.words[0] = first;
+    slot.words[1] = second;
+    slot.words[2] = third;
+    meet(op, mask, combine, false);
+    return warp.out[self.number & 31];
+}
+
+uint64_t warp_shuffle(unsigned mask, uint64_t mine, unsigned from) {
+    const Thread& self = *machine.current;
+    Warp& warp = self.block->warps[self.number >> 5];
+    Slot& slot = warp.in[self.number & 31];
+    slot.words[0] = mine;
+    slot.words[1] = from;
+    meet(WarpOp::Shuffle, mask, combine_shuffle, false);
+    return warp.out[self.number & 31].words[0];
 }
 
 void* shared_variable(const void* key, size_t bytes) {
