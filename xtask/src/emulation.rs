@@ -46,3 +46,18 @@ pub(crate) fn check(faults: bool) -> Result<()> {
     make("tests/cuda-emu/driver", &[base, "check".to_owned(), "SANITIZE=address".to_owned()])?;
     if faults { shell::run("python3", &["tests/cuda-emu/faults.py"]) } else { Ok(()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_is_built_below_target() {
+        let text = output("BASE", "cuda-emu/driver").unwrap();
+        let path = text.strip_prefix("BASE=").unwrap();
+        assert!(std::path::Path::new(path).starts_with(root().join("target")), "{path}");
+        for folder in ["tests/cuda-emu", "tests/cuda-emu/driver"] {
+            assert!(root().join(folder).join("Makefile").exists(), "{folder}");
+        }
+    }
+}
