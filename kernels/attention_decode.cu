@@ -3,9 +3,11 @@
 //
 //   out[token][h] = softmax(cap(scale q_h K^T) , sink_h) V      over keys [max(0, context - window), context)
 //
-// q: rows of `q_stride` elements whose first q_heads * head_dim columns are the queries. out [tokens, q_heads *
-// head_dim]. All bf16; cache bf16 or e4m3 with a scale for each head. Query heads of a kv head are consecutive. A sink
-// is one more score of a head without a value. V may be the keys themselves (`values_are_keys`).
+// q: rows of `q_stride` elements whose first q_heads * key_dim columns are the queries. out [tokens, q_heads *
+// value_dim]. All bf16; cache bf16 or e4m3 with a scale for each head. Query heads of a kv head are consecutive. A sink
+// is one more score of a head without a value. V may be the keys themselves
+// (`values_are_keys`), or the first 512 elements of keys of 576 (latent attention) or 640 (one projection for both,
+// with 128 elements rotated).
 //
 // Work list (host code writes it into the step's upload): block b does items [starts[b], starts[b + 1]); an item is a
 // run of cache blocks of one row and one tile of up to 16 query heads of a kv head. A row too long for one block of
@@ -41,7 +43,7 @@ struct DecodeArgs {
     const RowInfo* rows;
     const uint32_t* starts;  // [grid + 1]
     const DecodeItem* items;
-    float* partial;  // [parts][16][head_dim + 2]
+    float* partial;  // [parts][16][value_dim + 2]
     unsigned* counters;
     KvLayer kv;
     float scale;
@@ -52,21 +54,24 @@ struct DecodeArgs {
     int values_are_keys;
 };
 
-template <int kDim, bool kE4m3>
+// kKey, kValue: elements of a stored key and of a value. Where they differ, the value is the start of the key.
+template <int kKey, int kValue, bool kE4m3>
 struct Decode {
-    static constexpr int kTeam = kDim > 256 ? 2 : 1;  // warps that share a page
-    static constexpr int kTeams = kDim > 256 ? 2 : 4;
+    static constexpr bool kInKey = kKey != kValue;
+    static constexpr int kTeam = kKey > 256 ? 2 : 1;  // warps that share a page
+    static constexpr int kTeams = kKey > 256 ? 2 : 4;
     static constexpr int kThreads = kTeam * kTeams * 32;
-    static constexpr int kStages = kDim >= 128 ? 2 : 3;
-    static constexpr int kOwn = kDim / kTeam;      // elements of the output that a warp forms
-    static constexpr int kStride = kDim * 2 + 16;  // bytes of a row in shared memory; the pad spreads the banks
+    static constexpr int kStages = kKey >= 128 ? 2 : 3;
+    static constexpr int kParts = kInKey ? 1 : 2;  // of a stage: keys, values
+    static constexpr int kOwn = kValue / kTeam;    // elements of the output that a warp forms
+    static constexpr int kStride = kKey * 2 + 16;  // bytes of a row in shared memory; the pad spreads the banks
     static constexpr int kTile = kPageTokens * kStride;
-    static constexpr int kRawRow = kDim * (kE4m3 ? 1 : 2);
-    static constexpr int kRawStride = kE4m3 ? kDim : kStride;
+    static constexpr int kRawRow = kKey * (kE4m3 ? 1 : 2);
+    static constexpr int kRawStride = kE4m3 ? kKey : kStride;
     static constexpr int kRawTile = kPageTokens * kRawStride;
     // Of a team: ring of raw keys and values, and for e4m3 one page of each as bf16.
-    static constexpr int kTeamBytes = kStages * 2 * kRawTile + (kE4m3 ? 2 * kTile : 0);
-    static constexpr int kMergeRow = kDim + 2;  // output, maximum, sum
+    static constexpr int kTeamBytes = kStages * kParts * kRawTile + (kE4m3 ? kParts * kTile : 0);
+    static constexpr int kMergeRow = kValue + 2;  // output, maximum, sum
     static constexpr int kMergeBytes = kTeams * kHeadTile * kMergeRow * 4;
     static constexpr int kSharedBytes = kTile + (kTeams * kTeamBytes > kMergeBytes ? kTeams * kTeamBytes : kMergeBytes);
 
@@ -77,6 +82,8 @@ struct Decode {
 
     PORT_FN static int team() { return static_cast<int>(threadIdx.x >> 5) / kTeam; }
     PORT_FN static int member() { return static_cast<int>(threadIdx.x >> 5) % kTeam; }
+
+    PORT_FN static bool in_key(const DecodeArgs& a) { return kInKey || a.values_are_keys; }
 
     PORT_FN static void team_sync() {
         if constexpr (kTeam == 1) {
@@ -94,7 +101,7 @@ struct Decode {
         constexpr int kPieces = kRawRow / 16;
         const uint32_t at = table[page];
         const int live = context - static_cast<int>(page) * kPageTokens;
-        for (int part = 0; part < (a.values_are_keys ? 1 : 2); part++) {
+        for (int part = 0; part < (in_key(a) ? 1 : 2); part++) {
             const unsigned char* from = page_rows(a.kv, at, part, head, kRawRow);
             for (int i = thread; i < kPageTokens * kPieces; i += kTeam * 32) {
                 copy_async(stage + part * kRawTile + i / kPieces * kRawStride + i % kPieces * 16, from + i * 16,
@@ -105,7 +112,7 @@ struct Decode {
 
     PORT_FN static void widen_page(const unsigned char* raw, unsigned char* wide) {
         const int thread = static_cast<int>(threadIdx.x) % (kTeam * 32);
-        constexpr int kPieces = kDim / 16;
+        constexpr int kPieces = kKey / 16;
         for (int i = thread; i < kPageTokens * kPieces; i += kTeam * 32) {
             const uint4 codes = load16(raw + i * 16);
             const uint2 x = widen_e4m3x4(codes.x), y = widen_e4m3x4(codes.y);
@@ -120,7 +127,7 @@ struct Decode {
     PORT_FN static void score(const unsigned char* q, const unsigned char* keys, float (&s)[2][4]) {
         const int l = static_cast<int>(lane_id());
 #pragma unroll
-        for (int d = 0; d < kDim; d += 16) {
+        for (int d = 0; d < kKey; d += 16) {
             uint32_t a[4], b[4];
             load_matrix_x4(a, q + l % 16 * kStride + (d + l / 16 * 8) * 2);
             // Matrices: keys 0 to 7 of k 0 and k 8, then keys 8 to 15.
@@ -198,12 +205,12 @@ struct Decode {
         const int from = a.window && row.context > a.window ? static_cast<int>(row.context - a.window) : 0;
         const int to = static_cast<int>(row.context);
         const float key_scale = kE4m3 && a.kv.scales ? a.kv.scales[head] : 1.0f;
-        unsigned char* wide = memory + kStages * 2 * kRawTile;
+        unsigned char* wide = memory + kStages * kParts * kRawTile;
         const uint32_t first = item.first + static_cast<uint32_t>(team());
         for (int s = 0; s < kStages - 1; s++) {
             const uint32_t page = first + static_cast<uint32_t>(s * kTeams);
             if (page < item.end) {
-                fetch_page(a, table, page, head, to, memory + s * 2 * kRawTile);
+                fetch_page(a, table, page, head, to, memory + s * kParts * kRawTile);
             }
             copy_commit();
         }
@@ -213,19 +220,19 @@ struct Decode {
             team_sync();  // this page is here, and the one before is done with
             const uint32_t next = page + (kStages - 1) * kTeams;
             if (next < item.end) {
-                fetch_page(a, table, next, head, to, memory + (stage + kStages - 1) % kStages * 2 * kRawTile);
+                fetch_page(a, table, next, head, to, memory + (stage + kStages - 1) % kStages * kParts * kRawTile);
             }
             copy_commit();
-            unsigned char* keys = memory + stage * 2 * kRawTile;
-            unsigned char* values = a.values_are_keys ? keys : keys + kRawTile;
+            unsigned char* keys = memory + stage * kParts * kRawTile;
+            unsigned char* values = in_key(a) ? keys : keys + kRawTile;
             if constexpr (kE4m3) {
                 widen_page(keys, wide);
-                if (!a.values_are_keys) {
+                if (!in_key(a)) {
                     widen_page(values, wide + kTile);
                 }
                 team_sync();
                 keys = wide;
-                values = a.values_are_keys ? wide : wide + kTile;
+                values = in_key(a) ? wide : wide + kTile;
             }
             const int first_key = static_cast<int>(page) * kPageTokens;
             absorb(a, state, q, keys, values, a.scale * key_scale, first_key, from, to);
@@ -248,8 +255,8 @@ struct Decode {
                 row[member() * kOwn + n * 8 + 2 * t + 1] = state.out[n][r * 2 + 1];
             }
             if (t == 0 && member() == 0) {
-                row[kDim] = state.peak[r];
-                row[kDim + 1] = state.sum[r];
+                row[kValue] = state.peak[r];
+                row[kValue + 1] = state.sum[r];
             }
         }
     }
@@ -258,15 +265,15 @@ struct Decode {
     PORT_FN static float merged(const float* parts, int count, size_t stride, int h, int d, float* peak, float* sum) {
         float top = -kInfinity;
         for (int p = 0; p < count; p++) {
-            top = fmaxf(top, parts[p * stride + h * kMergeRow + kDim]);
+            top = fmaxf(top, parts[p * stride + h * kMergeRow + kValue]);
         }
         const float base = top == -kInfinity ? 0.0f : top;
         float value = 0.0f, total = 0.0f;
         for (int p = 0; p < count; p++) {
             const float* row = parts + p * stride + h * kMergeRow;
-            const float w = fast_exp2(row[kDim] - base);
+            const float w = fast_exp2(row[kValue] - base);
             value += w * row[d];
-            total += w * row[kDim + 1];
+            total += w * row[kValue + 1];
         }
         *peak = top;
         *sum = total;
@@ -277,10 +284,10 @@ struct Decode {
                                   const float* parts, int count, size_t stride) {
         float value_scale = 1.0f;
         if (kE4m3 && a.kv.scales) {
-            value_scale = a.kv.scales[a.values_are_keys ? kv_head : a.kv.kv_heads + kv_head];
+            value_scale = a.kv.scales[in_key(a) ? kv_head : a.kv.kv_heads + kv_head];
         }
-        for (int i = static_cast<int>(threadIdx.x); i < heads * kDim / 2; i += kThreads) {
-            const int h = i / (kDim / 2), d = i % (kDim / 2) * 2;
+        for (int i = static_cast<int>(threadIdx.x); i < heads * kValue / 2; i += kThreads) {
+            const int h = i / (kValue / 2), d = i % (kValue / 2) * 2;
             float peak, sum, v[2];
             v[0] = merged(parts, count, stride, h, d, &peak, &sum);
             v[1] = merged(parts, count, stride, h, d + 1, &peak, &sum);
@@ -288,7 +295,7 @@ struct Decode {
                 sum += fast_exp2(a.sinks[first_head + h] * kLog2E - (peak == -kInfinity ? 0.0f : peak));
             }
             const float factor = sum > 0.0f ? value_scale / sum : 0.0f;
-            const size_t at = (static_cast<size_t>(row.first) * a.q_heads + first_head + h) * kDim + d;
+            const size_t at = (static_cast<size_t>(row.first) * a.q_heads + first_head + h) * kValue + d;
             *reinterpret_cast<uint32_t*>(a.out + at) = pack_bf16(v[0] * factor, v[1] * factor);
         }
     }
@@ -303,10 +310,10 @@ struct Decode {
 
         unsigned char* q = shared;
         unsigned char* rest = shared + kTile;
-        const bf16* from = a.q + static_cast<size_t>(row.first) * a.q_stride + static_cast<size_t>(first_head) * kDim;
-        for (int i = static_cast<int>(threadIdx.x); i < kHeadTile * (kDim / 8); i += kThreads) {
-            const int h = i / (kDim / 8), d = i % (kDim / 8) * 8;
-            store16(q + h * kStride + d * 2, h < heads ? load16(from + h * kDim + d) : uint4{0, 0, 0, 0});
+        const bf16* from = a.q + static_cast<size_t>(row.first) * a.q_stride + static_cast<size_t>(first_head) * kKey;
+        for (int i = static_cast<int>(threadIdx.x); i < kHeadTile * (kKey / 8); i += kThreads) {
+            const int h = i / (kKey / 8), d = i % (kKey / 8) * 8;
+            store16(q + h * kStride + d * 2, h < heads ? load16(from + h * kKey + d) : uint4{0, 0, 0, 0});
         }
         // The item before is done with the rest: all threads have read it when they come here.
         block_sync();
@@ -332,13 +339,13 @@ struct Decode {
             write_out(a, row, kv_head, first_head, heads, merge, kTeams, kPart);
         } else {
             float* mine = a.partial + static_cast<size_t>(item.partial) * kPart;
-            for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kThreads) {
-                const int h = i / kDim, d = i % kDim;
+            for (int i = static_cast<int>(threadIdx.x); i < heads * kValue; i += kThreads) {
+                const int h = i / kValue, d = i % kValue;
                 float peak, sum;
                 mine[h * kMergeRow + d] = merged(merge, kTeams, kPart, h, d, &peak, &sum);
                 if (d == 0) {
-                    mine[h * kMergeRow + kDim] = peak;
-                    mine[h * kMergeRow + kDim + 1] = sum;
+                    mine[h * kMergeRow + kValue] = peak;
+                    mine[h * kMergeRow + kValue + 1] = sum;
                 }
             }
             block_sync();
@@ -369,18 +376,22 @@ struct Decode {
 };
 
 // Dynamic shared memory: Decode<...>::kSharedBytes.
-#define DECODE(name, dim, e4m3)                                                                       \
-    extern "C" __global__ void __launch_bounds__(Decode<dim, e4m3>::kThreads) name(DecodeArgs args) { \
-        Decode<dim, e4m3>::run(args);                                                                 \
+#define DECODE(name, key, value, e4m3)                                                                       \
+    extern "C" __global__ void __launch_bounds__(Decode<key, value, e4m3>::kThreads) name(DecodeArgs args) { \
+        Decode<key, value, e4m3>::run(args);                                                                 \
     }
 
-DECODE(attention_decode_bf16_64, 64, false)
-DECODE(attention_decode_bf16_96, 96, false)
-DECODE(attention_decode_bf16_128, 128, false)
-DECODE(attention_decode_bf16_256, 256, false)
-DECODE(attention_decode_bf16_512, 512, false)
-DECODE(attention_decode_e4m3_64, 64, true)
-DECODE(attention_decode_e4m3_96, 96, true)
-DECODE(attention_decode_e4m3_128, 128, true)
-DECODE(attention_decode_e4m3_256, 256, true)
-DECODE(attention_decode_e4m3_512, 512, true)
+DECODE(attention_decode_bf16_64, 64, 64, false)
+DECODE(attention_decode_bf16_96, 96, 96, false)
+DECODE(attention_decode_bf16_128, 128, 128, false)
+DECODE(attention_decode_bf16_256, 256, 256, false)
+DECODE(attention_decode_bf16_512, 512, 512, false)
+DECODE(attention_decode_bf16_576_512, 576, 512, false)
+DECODE(attention_decode_bf16_640_512, 640, 512, false)
+DECODE(attention_decode_e4m3_64, 64, 64, true)
+DECODE(attention_decode_e4m3_96, 96, 96, true)
+DECODE(attention_decode_e4m3_128, 128, 128, true)
+DECODE(attention_decode_e4m3_256, 256, 256, true)
+DECODE(attention_decode_e4m3_512, 512, 512, true)
+DECODE(attention_decode_e4m3_576_512, 576, 512, true)
+DECODE(attention_decode_e4m3_640_512, 640, 512, true)

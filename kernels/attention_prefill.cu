@@ -2,6 +2,8 @@
 //
 //   out[token][h] = softmax(cap(scale q_h K^T), sink_h) V
 //   keys of a token at position p: [max(0, p + 1 - window), p + 1), or all of the sequence where not causal
+//   with `beside` keys and values are not in pages but behind the queries, in rows `[q | k | v]` of the step, which
+//   then has each sequence whole (bf16 only)
 //
 // Tensors and options are those of `attention_decode.cu`. A row's tokens are the last ones of its context, so a prompt
 // may come in chunks. Rows of one step may differ in everything.
@@ -40,51 +42,63 @@ struct PrefillArgs {
     int q_heads;
     int values_are_keys;
     int causal;
+    int beside;
 };
 
-template <int kDim, bool kE4m3>
+// kKey, kValue: elements of a stored key and of a value. Where they differ, the value is the start of the key.
+template <int kKey, int kValue, bool kE4m3>
 struct Prefill {
-    static constexpr int kSplit = kDim > 256 ? 2 : 1;  // warps that share 16 queries
+    static constexpr bool kInKey = kKey != kValue;
+    static constexpr int kParts = kInKey ? 1 : 2;      // of a stage: keys, values
+    static constexpr int kSplit = kKey > 256 ? 2 : 1;  // warps that share 16 queries
     static constexpr int kThreads = 4 * kSplit * 32;
-    static constexpr int kOwn = kDim / kSplit;
-    static constexpr int kKeys = kDim <= 128 ? 64 : kDim <= 256 ? 32 : 16;
-    static constexpr int kStride = kDim * 2 + 16;
+    static constexpr int kOwn = kValue / kSplit;
+    static constexpr int kKeys = kKey <= 128 ? 64 : kKey <= 256 ? 32 : 16;
+    static constexpr int kStride = kKey * 2 + 16;
     static constexpr int kTile = kKeys * kStride;
-    static constexpr int kRawRow = kDim * (kE4m3 ? 1 : 2);
-    static constexpr int kRawStride = kE4m3 ? kDim : kStride;
+    static constexpr int kRawRow = kKey * (kE4m3 ? 1 : 2);
+    static constexpr int kRawStride = kE4m3 ? kKey : kStride;
     static constexpr int kRawTile = kKeys * kRawStride;
-    static constexpr bool kHoldQueries = kDim <= 128;  // their fragments stay in registers
-    static constexpr int kSharedBytes = kQueries * kStride + 4 * kRawTile + (kE4m3 ? 2 * kTile : 0);
+    static constexpr bool kHoldQueries = kKey <= 128;  // their fragments stay in registers
+    static constexpr int kSharedBytes = kQueries * kStride + 2 * kParts * kRawTile + (kE4m3 ? kParts * kTile : 0);
 
     struct State {
         float out[kOwn / 8][4];
         float peak[2], sum[2];
         int from[2], to[2];  // keys that rows g and g + 8 see
-        uint32_t q[kHoldQueries ? kDim / 16 : 1][4];
+        uint32_t q[kHoldQueries ? kKey / 16 : 1][4];
     };
 
     PORT_FN static int group_warp() { return static_cast<int>(threadIdx.x >> 5) / kSplit; }
+    PORT_FN static bool in_key(const PrefillArgs& a) { return kInKey || a.values_are_keys; }
     PORT_FN static int member() { return static_cast<int>(threadIdx.x >> 5) % kSplit; }
 
     // Asks for the keys and values [first, first + kKeys). Those outside [from, to) are not read and become zero:
     // their pages may be gone, and what lies behind the last token may be NaN.
-    PORT_FN static void fetch_tile(const PrefillArgs& a, const uint32_t* table, uint32_t head, int first, int from,
-                                   int to, unsigned char* stage) {
+    PORT_FN static void fetch_tile(const PrefillArgs& a, const RowInfo& row, uint32_t head, int first, int from, int to,
+                                   unsigned char* stage) {
+        const uint32_t* table = a.kv.tables + static_cast<size_t>(row.slot) * a.kv.table_len;
         constexpr int kPieces = kRawRow / 16;
-        for (int part = 0; part < (a.values_are_keys ? 1 : 2); part++) {
+        for (int part = 0; part < (in_key(a) ? 1 : 2); part++) {
             for (int i = static_cast<int>(threadIdx.x); i < kKeys * kPieces; i += kThreads) {
                 const int key = first + i / kPieces, piece = i % kPieces * 16;
                 const bool seen = key >= from && key < to;
-                const uint32_t page = seen ? table[key / kPageTokens] : 0;
-                const unsigned char* rows = page_rows(a.kv, page, part, head, kRawRow);
-                copy_async(stage + part * kRawTile + i / kPieces * kRawStride + piece,
-                           rows + key % kPageTokens * kRawRow + piece, seen ? 16u : 0u);
+                const unsigned char* at;
+                if (!kE4m3 && !kInKey && a.beside) {
+                    const size_t token = row.first + static_cast<size_t>(seen ? key : 0);
+                    at = reinterpret_cast<const unsigned char*>(a.q + token * a.q_stride +
+                                                                (a.q_heads + part * a.kv.kv_heads + head) * kKey);
+                } else {
+                    const uint32_t page = seen ? table[key / kPageTokens] : 0;
+                    at = page_rows(a.kv, page, part, head, kRawRow) + key % kPageTokens * kRawRow;
+                }
+                copy_async(stage + part * kRawTile + i / kPieces * kRawStride + piece, at + piece, seen ? 16u : 0u);
             }
         }
     }
 
     PORT_FN static void widen_tile(const unsigned char* raw, unsigned char* wide) {
-        constexpr int kPieces = kDim / 16;
+        constexpr int kPieces = kKey / 16;
         for (int i = static_cast<int>(threadIdx.x); i < kKeys * kPieces; i += kThreads) {
             const uint4 codes = load16(raw + i * 16);
             const uint2 x = widen_e4m3x4(codes.x), y = widen_e4m3x4(codes.y);
@@ -104,7 +118,7 @@ struct Prefill {
                               float (&s)[kKeys / 8][4]) {
         const int l = static_cast<int>(lane_id());
 #pragma unroll
-        for (int d = 0; d < kDim; d += 16) {
+        for (int d = 0; d < kKey; d += 16) {
             uint32_t a[4];
             if constexpr (kHoldQueries) {
                 for (int i = 0; i < 4; i++) {
@@ -196,7 +210,7 @@ struct Prefill {
         const int l = static_cast<int>(lane_id()), g = l >> 2, t = l & 3;
         float value_scale = 1.0f;
         if (kE4m3 && a.kv.scales) {
-            value_scale = a.kv.scales[a.values_are_keys ? item.kv_head : a.kv.kv_heads + item.kv_head];
+            value_scale = a.kv.scales[in_key(a) ? item.kv_head : a.kv.kv_heads + item.kv_head];
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -213,7 +227,7 @@ struct Prefill {
             }
             const float factor = sum > 0.0f ? value_scale / sum : 0.0f;
             const size_t token = row.first + static_cast<uint32_t>(query / group);
-            bf16* to = a.out + (token * a.q_heads + head) * kDim + member() * kOwn;
+            bf16* to = a.out + (token * a.q_heads + head) * kValue + member() * kOwn;
 #pragma unroll
             for (int n = 0; n < kOwn / 8; n++) {
                 *reinterpret_cast<uint32_t*>(to + n * 8 + 2 * t) =
@@ -235,15 +249,15 @@ struct Prefill {
 
         unsigned char* q = shared;
         unsigned char* ring = shared + kQueries * kStride;
-        unsigned char* wide = ring + 4 * kRawTile;
-        for (int i = static_cast<int>(threadIdx.x); i < kQueries * (kDim / 8); i += kThreads) {
-            const int query = first + i / (kDim / 8), d = i % (kDim / 8) * 8;
+        unsigned char* wide = ring + 2 * kParts * kRawTile;
+        for (int i = static_cast<int>(threadIdx.x); i < kQueries * (kKey / 8); i += kThreads) {
+            const int query = first + i / (kKey / 8), d = i % (kKey / 8) * 8;
             uint4 v{0, 0, 0, 0};
             if (query < queries) {
                 const size_t token = row.first + static_cast<uint32_t>(query / group);
-                v = load16(a.q + token * a.q_stride + (item.kv_head * group + query % group) * kDim + d);
+                v = load16(a.q + token * a.q_stride + (item.kv_head * group + query % group) * kKey + d);
             }
-            store16(q + i / (kDim / 8) * kStride + d * 2, v);
+            store16(q + i / (kKey / 8) * kStride + d * 2, v);
         }
 
         // Keys that any query of the block sees.
@@ -251,9 +265,8 @@ struct Prefill {
         const int first_position = start + first / group;
         const int to = a.causal ? last_position + 1 : context;
         const int from = window && first_position + 1 > window ? first_position + 1 - window : 0;
-        const uint32_t* table = a.kv.tables + static_cast<size_t>(row.slot) * a.kv.table_len;
         const int first_tile = from / kKeys, end_tile = ceil_div(to, kKeys);
-        fetch_tile(a, table, item.kv_head, first_tile * kKeys, from, to, ring);
+        fetch_tile(a, row, item.kv_head, first_tile * kKeys, from, to, ring);
         copy_commit();
         block_sync();  // queries are in shared memory
 
@@ -276,31 +289,31 @@ struct Prefill {
         }
         if constexpr (kHoldQueries) {
 #pragma unroll
-            for (int d = 0; d < kDim; d += 16) {
+            for (int d = 0; d < kKey; d += 16) {
                 load_queries(q, d, state.q[d / 16]);
             }
         }
         const float scale = a.scale * (kE4m3 && a.kv.scales ? a.kv.scales[item.kv_head] : 1.0f);
 
         for (int tile = first_tile; tile < end_tile; tile++) {
-            unsigned char* stage = ring + (tile - first_tile) % 2 * 2 * kRawTile;
+            unsigned char* stage = ring + (tile - first_tile) % 2 * kParts * kRawTile;
             copy_wait<0>();
             block_sync();  // this tile is here, and the one before is done with
             if (tile + 1 < end_tile) {
-                fetch_tile(a, table, item.kv_head, (tile + 1) * kKeys, from, to,
-                           ring + (tile + 1 - first_tile) % 2 * 2 * kRawTile);
+                fetch_tile(a, row, item.kv_head, (tile + 1) * kKeys, from, to,
+                           ring + (tile + 1 - first_tile) % 2 * kParts * kRawTile);
             }
             copy_commit();
             const unsigned char* keys = stage;
-            const unsigned char* values = a.values_are_keys ? stage : stage + kRawTile;
+            const unsigned char* values = in_key(a) ? stage : stage + kRawTile;
             if constexpr (kE4m3) {
                 widen_tile(keys, wide);
-                if (!a.values_are_keys) {
+                if (!in_key(a)) {
                     widen_tile(values, wide + kTile);
                 }
                 block_sync();
                 keys = wide;
-                values = a.values_are_keys ? wide : wide + kTile;
+                values = in_key(a) ? wide : wide + kTile;
             }
             absorb(a, state, q, keys, values, scale, tile * kKeys);
         }
@@ -309,18 +322,22 @@ struct Prefill {
 };
 
 // Dynamic shared memory: Prefill<...>::kSharedBytes.
-#define PREFILL(name, dim, e4m3)                                                                        \
-    extern "C" __global__ void __launch_bounds__(Prefill<dim, e4m3>::kThreads) name(PrefillArgs args) { \
-        Prefill<dim, e4m3>::run(args);                                                                  \
+#define PREFILL(name, key, value, e4m3)                                                                        \
+    extern "C" __global__ void __launch_bounds__(Prefill<key, value, e4m3>::kThreads) name(PrefillArgs args) { \
+        Prefill<key, value, e4m3>::run(args);                                                                  \
     }
 
-PREFILL(attention_prefill_bf16_64, 64, false)
-PREFILL(attention_prefill_bf16_96, 96, false)
-PREFILL(attention_prefill_bf16_128, 128, false)
-PREFILL(attention_prefill_bf16_256, 256, false)
-PREFILL(attention_prefill_bf16_512, 512, false)
-PREFILL(attention_prefill_e4m3_64, 64, true)
-PREFILL(attention_prefill_e4m3_96, 96, true)
-PREFILL(attention_prefill_e4m3_128, 128, true)
-PREFILL(attention_prefill_e4m3_256, 256, true)
-PREFILL(attention_prefill_e4m3_512, 512, true)
+PREFILL(attention_prefill_bf16_64, 64, 64, false)
+PREFILL(attention_prefill_bf16_96, 96, 96, false)
+PREFILL(attention_prefill_bf16_128, 128, 128, false)
+PREFILL(attention_prefill_bf16_256, 256, 256, false)
+PREFILL(attention_prefill_bf16_512, 512, 512, false)
+PREFILL(attention_prefill_bf16_576_512, 576, 512, false)
+PREFILL(attention_prefill_bf16_640_512, 640, 512, false)
+PREFILL(attention_prefill_e4m3_64, 64, 64, true)
+PREFILL(attention_prefill_e4m3_96, 96, 96, true)
+PREFILL(attention_prefill_e4m3_128, 128, 128, true)
+PREFILL(attention_prefill_e4m3_256, 256, 256, true)
+PREFILL(attention_prefill_e4m3_512, 512, 512, true)
+PREFILL(attention_prefill_e4m3_576_512, 576, 512, true)
+PREFILL(attention_prefill_e4m3_640_512, 640, 512, true)

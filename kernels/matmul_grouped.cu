@@ -5,7 +5,7 @@
 // Experts: `tiles` lists (expert, first row within the expert) of every 64 rows that an expert has (`moe_route.cu`
 // writes it); grid y is an index into it, for the most tiles that can be, ceil(pairs / 64) + experts, and blocks beyond
 // the list end. Dense: grid y is the tile of 64 rows itself, and `tiles` is null.
-// Grid: (ceil(outputs / 128), row tiles), 256 threads. No split-K: there are rows enough.
+// Grid: (ceil(outputs / 128), row tiles, 1 or heads), 256 threads. No split-K: there are rows enough.
 //
 // Algorithm: 64 rows by 128 outputs a block, eight warps of 32 by 32, k in stages of 64 through a ring of three
 // cp.async stages; m16n8k16 on fragments from ldmatrix. e4m3 weights are widened in shared memory, and their scales are
@@ -32,8 +32,8 @@ struct Grouped {
     PORT_FN static void fetch_x(const MatmulArgs& a, const MatmulTask& task, int chunk, unsigned char* stage) {
         for (int i = static_cast<int>(threadIdx.x); i < kRows * 8; i += kThreads) {
             const int row = i / 8, k = chunk * kChunk + i % 8 * 8;
-            const bool inside = row < task.rows && k < a.in;
-            const bf16* from = a.x + (inside ? source_row(a, task, row) * a.in + k : 0);
+            const bool inside = row < task.rows && k < columns_of_x(a);
+            const bf16* from = task.x + (inside ? source_row(a, task, row) * a.x_stride + k : 0);
             copy_async(stage + row * kStride + i % 8 * 16, from, inside ? 16u : 0u);
         }
     }
@@ -112,7 +112,7 @@ struct Grouped {
     PORT_FN static void run(const MatmulArgs& a, const uint32_t* tiles) {
         PORT_DYNAMIC_SHARED(shared);
         const int chunks = ceil_div(a.in, kChunk), row_tile = static_cast<int>(blockIdx.y) * kRows;
-        MatmulTask task = dense_task(a, static_cast<uint32_t>(row_tile), smaller(kRows, a.rows - row_tile));
+        MatmulTask task = head_task(a, blockIdx.z, static_cast<uint32_t>(row_tile), smaller(kRows, a.rows - row_tile));
         if (!tiles) {
             for (int s = 0; s < smaller(kStages - 1, chunks); s++) {
                 fetch_weights(a, task, s, shared + s * kStage);

@@ -4,14 +4,18 @@
 //   epilogue: y * scale, then cap * tanh(y / cap) if cap > 0; or, gated, w is [gate | up] and y = gate(g, u), [rows,
 //   out / 2]
 //
-// in is a multiple of 8 (bf16) or 16 (e4m3), out of 2 (4 where gated); weights and x start on 16 bytes.
-// e4m3: scales [ceil(out / scale_rows), ceil(in / 128)] if `scale_blocks`, else [ceil(out / scale_rows), 1]; value =
-// code * scale.
+// in is a multiple of 8 (bf16) or 16 (e4m3), out of 2 (16 where gated); weights and x start on 16 bytes. Rows of x and
+// y are x_stride (a multiple of 8) and y_stride (even) apart; columns of x from x_stride on are taken as zero, since
+// e4m3 weights are padded to 16 and rows of x only to 8. Outputs from bias_stride on have no bias. e4m3: scales
+// [ceil(out / scale_rows), ceil(in / 128)] if `scale_blocks`, else [ceil(out / scale_rows), 1]; value = code * scale.
 //
 // Experts: with `experts` set, grid z is an index into the list of experts that have rows (see `moe_route.cu`), each
 // with its own weight at w + expert * weight_stride, bias and scales likewise. Rows are those of the expert: input row
 // is the pair's token (`gather`) or the pair's place; output rows lie at the pair's place. No padding to wide tiles: an
 // expert with one row costs its weights.
+//
+// Heads: without `experts`, grid z is a head with its own weight (weight_stride, scale_stride) and its own columns of x
+// and y: x + head * x_head (a multiple of 8), y + head * y_head (even); no bias then.
 //
 // Algorithm: weights are the wide side of the tensor-core tile: m16n8k16 with 16 outputs by 8 rows. A block has 128
 // outputs and, with split-K, a range of `in`. Every thread copies to shared memory exactly the 16-byte pieces of
@@ -20,7 +24,7 @@
 // are shared by the block, hence one barrier a stage of 64 k. Weights are asked for before the dependency wait. With
 // split-K every block writes its sums, and the last to arrive adds them in the order of splits: the same bits whoever
 // is last. `counters` [tiles * experts] is zero before and after; `partial` has tiles * splits * experts * rows * 128
-// singles. Grid: (ceil(outputs / 128), splits, 1 or active experts), where outputs is `out`.
+// singles (heads as experts). Grid: (ceil(outputs / 128), splits, 1, active experts or heads), where outputs is `out`.
 //
 // Bytes: out * in * (2 or 1) + rows * in * 2 * tiles, the second from L2. Floor: out * in * (2 or 1) / bandwidth.
 
@@ -49,10 +53,11 @@ struct Skinny {
                 for (int low = 0; low < 2; low++, piece++) {
                     const int row = weight_row(a, (warp * kMTiles + m) * 16 + low * 8 + g);
                     const int k = chunk * kChunk + (kE4m3 ? 16 * t : 32 * h + 8 * t);
-                    const int left = (a.in - k) * kElement;
-                    const unsigned bytes = row < 0 || left <= 0 ? 0u : static_cast<unsigned>(smaller(left, 16));
-                    const size_t at = bytes ? (static_cast<size_t>(row) * a.in + k) * kElement : 0;
-                    copy_async(ring + (piece * kThreads + static_cast<int>(threadIdx.x)) * 16, task.weight + at, bytes);
+                    // `in` is a multiple of 16 bytes: a piece is there as a whole or not at all.
+                    const bool inside = row >= 0 && k < a.in;
+                    const size_t at = inside ? (static_cast<size_t>(row) * a.in + k) * kElement : 0;
+                    copy_async(ring + (piece * kThreads + static_cast<int>(threadIdx.x)) * 16, task.weight + at,
+                               inside ? 16u : 0u);
                 }
             }
         }
@@ -65,9 +70,9 @@ struct Skinny {
         const int rows = (task.rows + 7) / 8 * 8;
         for (int i = static_cast<int>(threadIdx.x); i < rows * 8; i += kThreads) {
             const int row = i / 8, c = i % 8, k = chunk * kChunk + c * 8;
-            const bool inside = row < task.rows && k < a.in;
+            const bool inside = row < task.rows && k < columns_of_x(a);
             const size_t source = inside ? source_row(a, task, row) : 0;
-            copy_async(stage + (row * 8 + swizzled(row, c)) * 16, a.x + source * a.in + (inside ? k : 0),
+            copy_async(stage + (row * 8 + swizzled(row, c)) * 16, task.x + source * a.x_stride + (inside ? k : 0),
                        inside ? 16u : 0u);
         }
     }
@@ -177,7 +182,7 @@ struct Skinny {
         const int split = static_cast<int>(blockIdx.y);
         const int chunk_first = split * blocks / splits * 2;
         const int chunk_end = smaller((split + 1) * blocks / splits * 2, ceil_div(a.in, kChunk));
-        MatmulTask task = dense_task(a, 0, a.rows);
+        MatmulTask task = a.experts ? dense_task(a, 0, a.rows) : head_task(a, blockIdx.z, 0, a.rows);
         unsigned char* x_ring = shared + kStages * kWeightStage;
 
         if (!a.experts) {

@@ -4,12 +4,12 @@
 //   moe_route:    for each token the top_k experts and their weights; then all (token, slot) pairs sorted by expert
 //   moe_combine:  out[token] = sum over slots of weight * y[place of the pair], in the order of slots
 //
-// Routing: score = softmax over all experts, or sigmoid, of logits [tokens, experts] (single precision). Chosen by
-// score + correction (if given), highest first, the lower expert among equals; with groups only among the experts of
-// the `groups_kept` groups whose two highest add up to most (DeepSeek-V3). Weight = score (without correction), divided
-// by the chosen ones' sum if `normalize`, times expert_scale[expert] if given, times `scale`. `shared` further experts
-// (experts, experts + 1, ..., with weight 1) follow for every token. A row of logits with NaN routes somewhere, with
-// NaN as weights, so that only its own token is spoilt.
+// Routing: score = softmax over all experts, or sigmoid, of logits [tokens, experts] (single precision, rows `stride`
+// apart). Chosen by score + correction (if given), highest first, the lower expert among equals; with groups only among
+// the experts of the `groups_kept` groups whose two highest add up to most (DeepSeek-V3). Weight = score (without
+// correction), divided by the chosen ones' sum if `normalize`, times expert_scale[expert] if given, times `scale`.
+// `shared` further experts (experts, experts + 1, ..., with weight 1) follow for every token. A row of logits with NaN
+// routes somewhere, with NaN as weights, so that only its own token is spoilt.
 //
 // The last block to arrive sorts: pair = token * slots + slot, slots = top_k + shared.
 //   chosen [pairs]: expert; weights [pairs]; places [pairs]: place of a pair; pairs [places]: pair of a place
@@ -43,6 +43,7 @@ struct RouteArgs {
     unsigned* counter;
     int tokens;
     int experts;
+    int stride;  // singles from a row of logits to the next
     int shared;
     int top_k;
     int groups;  // 0 or 1: no groups
@@ -93,7 +94,7 @@ PORT_FN uint32_t allowed_groups(const RouteArgs& a, const float* scores) {
 
 PORT_FN void route_token(const RouteArgs& a, int token, float* scores) {
     const int l = static_cast<int>(lane_id()), slots = a.top_k + a.shared;
-    const float* logits = a.logits + static_cast<size_t>(token) * a.experts;
+    const float* logits = a.logits + static_cast<size_t>(token) * a.stride;
     float peak = -kInfinity;
     for (int e = l; e < a.experts; e += 32) {
         peak = fmaxf(peak, logits[e]);

@@ -1,142 +1,156 @@
-// Between the projection and attention: norm of each query and key head, rotary embedding, append to the KV cache.
+// Between the projection and attention: norms of heads, rotary embedding, append to the KV cache.
 //
-// Input rows qkv [tokens, (q_heads + 2 kv_heads) head_dim] bf16, `[q | k | v]`; q is written back in place, k and v go
-// to the pages of the token's sequence. Per head of q and k: x / rms(x) * (w + offset) if a norm is given, then the
-// first `rotary` elements are rotated as two halves: (a, b) -> (a cos - b sin, b cos + a sin), with the tables' entry
-// at the token's position. v is normed without a weight if `norm_values`. With `k_is_v` rows are `[q | k]` and values
-// are the keys as projected, before norm and rotation (normed without a weight if asked).
-// With `no_values` nothing is stored as values: attention reads the keys for both.
+// Input rows qkv [tokens, stride] bf16, `[q | k | v | anything]`: q_heads and kv_heads heads of key_dim, kv_heads of
+// value_dim; kv_heads 0: queries alone, of a layer that reads another's keys. Queries are normed, rotated, scaled and
+// written back in place; keys are normed and rotated, values normed, and both go to the pages of the token's sequence
+// (`append`), or back in place (`keep`, where attention reads them beside the queries). Norms are of each head, or with
+// `across_heads` those of queries and keys are of all heads as one vector, with weights [heads * key_dim].
+// What is behind v stays as it is.
 //
-// Shapes: q_norm, k_norm [head_dim] bf16; cos, sin [positions, rotary / 2] single precision; token_rows [tokens]: the
-// token's entry in `rows`. head_dim a multiple of 16 up to 512, rotary a multiple of 2 up to head_dim.
-// Keys and values are rounded to bf16 once, or divided by their head's scale and rounded to e4m3.
+// Shapes: norms' weights and biases bf16; see `heads.cuh` for the rotation; token_rows [tokens]: the token's entry in
+// `rows`. What is stored is rounded to bf16 once, or divided by its head's scale and rounded to e4m3.
 //
-// Grid: (tokens, ceil(heads / 4)), 128 threads: one warp a head, so nothing crosses warps. A lane holds elements
-// 2 lane, 2 lane + 1 of every 64, and of the other half where it rotates, by a shared row of its own warp.
+//   rope_append_*      key_dim and value_dim even and at most 512, stride even, not across heads. Grid: (tokens,
+//                      ceil((q_heads + 2 kv_heads) / 4)), 128 threads: one warp a head, so nothing crosses warps.
+//   rope_append_any_*  any key_dim and value_dim up to 1,024. Grid: tokens, 256 threads: one block has all heads of a
+//                      token.
+//
 // Bytes: 4 tokens width, plus the tables' 4 tokens rotary: at decode it is launch and latency.
 
-#include "tile.cuh"
+#include "heads.cuh"
 
 constexpr int kWarps = 4;
 constexpr int kMaxHead = 512;
+constexpr int kAnyWarps = 8;
+constexpr int kMaxAnyHead = 1024;
 
-struct RopeArgs {
+struct AppendArgs {
     bf16* qkv;
-    const bf16* q_norm;  // null: no norm
-    const bf16* k_norm;
-    const float* cos;  // null: no rotation
-    const float* sin;
     const uint32_t* positions;   // [tokens]
     const uint32_t* token_rows;  // [tokens]
     const RowInfo* rows;
     KvLayer kv;
-    float norm_offset;
-    float eps;
+    Rotation rotation;
+    HeadNorm q_norm;
+    HeadNorm k_norm;
+    HeadNorm v_norm;
+    int stride;  // elements from a row to the next
     int q_heads;
-    int head_dim;
-    int rotary;
-    int norm_values;
-    int k_is_v;
-    int no_values;
+    int kv_heads;  // in the rows; 0: none
+    int key_dim;
+    int value_dim;
+    int across_heads;
+    int append;
+    int keep;
 };
 
 enum class Role { Query, Key, Value };
 
-// Norms the warp's head in `head` (single precision, shared memory of the warp).
-PORT_FN void norm_head(float* head, const bf16* weight, float offset, float eps, int dim) {
-    float squares = 0.0f;
-    for (int i = static_cast<int>(lane_id()); i < dim; i += 32) {
-        squares += head[i] * head[i];
-    }
-    const float inverse = fast_rsqrt(warp_sum(squares) / dim + eps);
-    for (int i = static_cast<int>(lane_id()); i < dim; i += 32) {
-        head[i] = head[i] * inverse * (weight ? to_float(weight[i]) + offset : 1.0f);
-    }
-    warp_sync();
-}
-
-PORT_FN void rotate_head(float* head, const float* cos, const float* sin, int rotary) {
-    const int half = rotary / 2;
-    for (int i = static_cast<int>(lane_id()); i < half; i += 32) {
-        const float a = head[i], b = head[i + half];
-        head[i] = a * cos[i] - b * sin[i];
-        head[i + half] = b * cos[i] + a * sin[i];
-    }
-    warp_sync();
-}
-
-// Writes the warp's head to token `position` of its sequence.
+// Head `index` of a token, in shared memory of the warp. `q_all`, `k_all`: moments of all heads, with `across_heads`.
 template <bool kE4m3>
-PORT_FN void append_head(const float* head, const RopeArgs& a, const RowInfo& row, uint32_t position, int part,
-                         uint32_t kv_head) {
-    const uint32_t page = a.kv.tables[static_cast<size_t>(row.slot) * a.kv.table_len + position / kPageTokens];
-    const uint32_t row_bytes = static_cast<uint32_t>(a.head_dim) * (kE4m3 ? 1 : 2);
-    unsigned char* to = page_rows(a.kv, page, part, kv_head, row_bytes) + position % kPageTokens * row_bytes;
-    float inverse = 1.0f;
-    if (kE4m3 && a.kv.scales) {
-        inverse = 1.0f / a.kv.scales[part * a.kv.kv_heads + kv_head];
+PORT_FN void append_head(const AppendArgs& a, uint32_t token, int index, float* head, Moments q_all, Moments k_all) {
+    const Role role = index < a.q_heads ? Role::Query : index < a.q_heads + a.kv_heads ? Role::Key : Role::Value;
+    const int first_value = a.q_heads + a.kv_heads;
+    const int dim = role == Role::Value ? a.value_dim : a.key_dim;
+    const int column =
+        role == Role::Value ? first_value * a.key_dim + (index - first_value) * a.value_dim : index * a.key_dim;
+    bf16* from = a.qkv + static_cast<size_t>(token) * a.stride + column;
+    const uint32_t position = a.positions[token];
+    load_head(head, from, dim);
+    const bool all = a.across_heads;
+    if (role == Role::Query) {
+        norm_head(head, dim, a.q_norm, all ? q_all : head_moments(head, dim, a.q_norm), all ? index * dim : 0);
+    } else if (role == Role::Key) {
+        const int first = (index - a.q_heads) * dim;
+        norm_head(head, dim, a.k_norm, all ? k_all : head_moments(head, dim, a.k_norm), all ? first : 0);
+    } else {
+        norm_head(head, dim, a.v_norm, head_moments(head, dim, a.v_norm), 0);
     }
-    for (int i = static_cast<int>(lane_id()) * 2; i < a.head_dim; i += 64) {
-        if (kE4m3) {
-            const uint16_t pair =
-                static_cast<uint16_t>(to_e4m3(head[i] * inverse).bits | to_e4m3(head[i + 1] * inverse).bits << 8);
-            *reinterpret_cast<uint16_t*>(to + i) = pair;
-        } else {
-            *reinterpret_cast<uint32_t*>(to + i * 2) = pack_bf16(head[i], head[i + 1]);
+    if (role != Role::Value) {
+        rotate_head(head, a.rotation, position);
+    }
+    if (role == Role::Query) {
+        const float scale = query_scale(a.rotation, position);
+        for (int i = static_cast<int>(lane_id()); i < dim; i += 32) {
+            head[i] *= scale;
         }
+        warp_sync();
     }
+    if (role == Role::Query || a.keep) {
+        write_head(from, head, dim);
+    }
+    if (role != Role::Query && a.append) {
+        const int part = role == Role::Value;
+        const uint32_t kv_head = static_cast<uint32_t>(index - (part ? first_value : a.q_heads));
+        constexpr uint32_t kElement = kE4m3 ? 1 : 2;
+        const uint32_t page = page_of(a.kv, a.rows[a.token_rows[token]].slot, position);
+        unsigned char* to =
+            token_in_page(a.kv, page, part, kv_head, position, a.key_dim * kElement, a.value_dim * kElement);
+        store_elements<kE4m3>(to, head, 0, dim, cache_scale(a.kv, part, kv_head));
+    }
+    warp_sync();  // the head's memory may be taken again
 }
 
 template <bool kE4m3>
-PORT_FN void rope_append(const RopeArgs& a) {
+PORT_FN void rope_append(const AppendArgs& a) {
     PORT_SHARED(float, heads, kWarps* kMaxHead);
     let_dependents_start();
     dependency_wait();
-    const uint32_t token = blockIdx.x;
-    const int kv_heads = static_cast<int>(a.kv.kv_heads), warp = static_cast<int>(threadIdx.x >> 5);
-    const int index = static_cast<int>(blockIdx.y) * kWarps + warp;
-    const int stored = a.q_heads + kv_heads * (a.k_is_v ? 1 : 2);
-    const int all = a.q_heads + kv_heads * (a.no_values ? 1 : 2);
-    if (index >= all) {
-        return;
-    }
-    const Role role = index < a.q_heads ? Role::Query : index < a.q_heads + kv_heads ? Role::Key : Role::Value;
-    // Where values are the projected keys, they are read from the keys' columns, which nobody writes.
-    const int column = role == Role::Value && a.k_is_v ? index - kv_heads : index;
-    bf16* from = a.qkv + (static_cast<size_t>(token) * stored + column) * a.head_dim;
-    const RowInfo row = a.rows[a.token_rows[token]];
-    const uint32_t position = a.positions[token];
-
-    float* head = heads + warp * kMaxHead;
-    for (int i = static_cast<int>(lane_id()) * 2; i < a.head_dim; i += 64) {
-        const uint32_t pair = *reinterpret_cast<const uint32_t*>(from + i);
-        head[i] = low_bf16(pair);
-        head[i + 1] = high_bf16(pair);
-    }
-    warp_sync();
-    if (role == Role::Value) {
-        if (a.norm_values) {
-            norm_head(head, nullptr, 0.0f, a.eps, a.head_dim);
-        }
-        append_head<kE4m3>(head, a, row, position, 1, static_cast<uint32_t>(index - a.q_heads - kv_heads));
-        return;
-    }
-    const bf16* weight = role == Role::Query ? a.q_norm : a.k_norm;
-    if (weight) {
-        norm_head(head, weight, a.norm_offset, a.eps, a.head_dim);
-    }
-    if (a.cos) {
-        const size_t at = static_cast<size_t>(position) * (a.rotary / 2);
-        rotate_head(head, a.cos + at, a.sin + at, a.rotary);
-    }
-    if (role == Role::Key) {
-        append_head<kE4m3>(head, a, row, position, 0, static_cast<uint32_t>(index - a.q_heads));
-        return;
-    }
-    for (int i = static_cast<int>(lane_id()) * 2; i < a.head_dim; i += 64) {
-        *reinterpret_cast<uint32_t*>(from + i) = pack_bf16(head[i], head[i + 1]);
+    const int warp = static_cast<int>(threadIdx.x >> 5), index = static_cast<int>(blockIdx.y) * kWarps + warp;
+    if (index < a.q_heads + 2 * a.kv_heads) {
+        append_head<kE4m3>(a, blockIdx.x, index, heads + warp * kMaxHead, Moments{}, Moments{});
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kWarps * 32) rope_append_bf16(RopeArgs args) { rope_append<false>(args); }
-extern "C" __global__ void __launch_bounds__(kWarps * 32) rope_append_e4m3(RopeArgs args) { rope_append<true>(args); }
+// Moments of `count` elements in global memory, by the whole block.
+PORT_FN Moments block_moments(const bf16* x, int count, const HeadNorm& norm, float* scratch) {
+    Moments m{0.0f, 1.0f};
+    if (norm.kind == NormKind::None || count == 0) {
+        return m;
+    }
+    const int t = static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x);
+    if (norm.kind == NormKind::Layer) {
+        float sum = 0.0f;
+        for (int i = t; i < count; i += step) {
+            sum += to_float(x[i]);
+        }
+        m.mean = fast_divide(block_sum(sum, scratch), static_cast<float>(count));
+    }
+    float squares = 0.0f;
+    for (int i = t; i < count; i += step) {
+        const float v = to_float(x[i]) - m.mean;
+        squares += v * v;
+    }
+    m.inverse = fast_rsqrt(fast_divide(block_sum(squares, scratch), static_cast<float>(count)) + norm.eps);
+    return m;
+}
+
+template <bool kE4m3>
+PORT_FN void rope_append_any(const AppendArgs& a) {
+    PORT_SHARED(float, heads, kAnyWarps* kMaxAnyHead);
+    PORT_SHARED(float, scratch, 32);
+    let_dependents_start();
+    dependency_wait();
+    Moments q_all{}, k_all{};
+    if (a.across_heads) {
+        const bf16* row = a.qkv + static_cast<size_t>(blockIdx.x) * a.stride;
+        q_all = block_moments(row, a.q_heads * a.key_dim, a.q_norm, scratch);
+        k_all = block_moments(row + a.q_heads * a.key_dim, a.kv_heads * a.key_dim, a.k_norm, scratch);
+        block_sync();  // all have read what is now overwritten
+    }
+    const int warp = static_cast<int>(threadIdx.x >> 5);
+    for (int index = warp; index < a.q_heads + 2 * a.kv_heads; index += kAnyWarps) {
+        append_head<kE4m3>(a, blockIdx.x, index, heads + warp * kMaxAnyHead, q_all, k_all);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(kWarps * 32) rope_append_bf16(AppendArgs args) {
+    rope_append<false>(args);
+}
+extern "C" __global__ void __launch_bounds__(kWarps * 32) rope_append_e4m3(AppendArgs args) { rope_append<true>(args); }
+extern "C" __global__ void __launch_bounds__(kAnyWarps * 32) rope_append_any_bf16(AppendArgs args) {
+    rope_append_any<false>(args);
+}
+extern "C" __global__ void __launch_bounds__(kAnyWarps * 32) rope_append_any_e4m3(AppendArgs args) {
+    rope_append_any<true>(args);
+}

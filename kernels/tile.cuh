@@ -18,6 +18,8 @@ PORT_FN T larger(T a, T b) {
     return a > b ? a : b;
 }
 PORT_FN int ceil_div(int a, int b) { return (a + b - 1) / b; }
+// Elements from a row to the next: rows start on 16 bytes, and what lies between is zero.
+PORT_FN int padded(int width) { return (width + 7) / 8 * 8; }
 
 template <class T>
 PORT_FN T warp_sum(T value) {
@@ -91,6 +93,14 @@ PORT_FN Eight widen8(uint4 packed) {
 PORT_FN uint4 narrow8(const Eight& v) {
     return uint4{pack_bf16(v.x[0], v.x[1]), pack_bf16(v.x[2], v.x[3]), pack_bf16(v.x[4], v.x[5]),
                  pack_bf16(v.x[6], v.x[7])};
+}
+
+// Makes elements from the `live`th on zero.
+PORT_FN void clear_from(Eight& v, int live) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        v.x[j] = j < live ? v.x[j] : 0.0f;
+    }
 }
 
 PORT_FN float largest_magnitude(const Eight& v) {
@@ -167,6 +177,11 @@ struct KvLayer {
     uint32_t table_len;
     uint32_t kv_heads;
 };
+
+// Page of a position of the sequence in a slot.
+PORT_FN uint32_t page_of(const KvLayer& kv, uint32_t slot, uint32_t position) {
+    return kv.tables[static_cast<size_t>(slot) * kv.table_len + position / kPageTokens];
+}
 
 // Address of token 0 of a head in a page. `part`: 0 keys, 1 values.
 PORT_FN unsigned char* page_rows(const KvLayer& kv, uint32_t page, int part, uint32_t head, uint32_t row_bytes) {

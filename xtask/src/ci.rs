@@ -4,8 +4,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::coverage;
 use crate::shell::{self, root};
+use crate::{coverage, emulation, kernels};
 
 /// The README's test command, word for word.
 const TEST: [&str; 2] = ["test", "--workspace"];
@@ -18,7 +18,11 @@ pub(crate) fn run() -> Result<()> {
     shell::run("cargo", &["fmt", "--all", "--check"])?;
     shell::run("cargo", &["deny", "--log-level", "error", "check", "bans", "licenses", "sources"])?;
     shell::run_command(cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
-    test_under_coverage()
+    // The tests of the CUDA backend run on it; without it they are skipped.
+    emulation::build_driver(None)?;
+    test_under_coverage()?;
+    emulation::check(false)?;
+    kernels::run(kernels::Mode::Check)
 }
 
 /// Cargo as it runs here: apart, and without the bookkeeping that pays only when one builds again and again.

@@ -322,17 +322,6 @@ fn compare(committed: &str, made: &str) -> Result<()> {
     );
 }
 
-/// Builds and runs the kernels' tests on the host; with `faults` also proves that they notice faults.
-pub(crate) fn emulate(faults: bool) -> Result<()> {
-    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    let out = root().join("target/cuda-emu");
-    let out = out.to_str().context("the workspace's path is not UTF-8")?;
-    let arguments =
-        ["-s", "-k", &format!("-j{jobs}"), "-C", "tests/cuda-emu", &format!("OUT={out}"), "check"];
-    shell::run("make", &arguments)?;
-    if faults { shell::run("python3", &["tests/cuda-emu/faults.py"]) } else { Ok(()) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,6 +7,7 @@
 
 mod ci;
 mod coverage;
+mod emulation;
 mod full;
 mod kernels;
 mod shell;
@@ -58,6 +59,12 @@ enum Task {
         /// Then prove that they notice faults (long).
         #[arg(long)]
         faults: bool,
+        /// Only build the emulated driver, cublasLt and NVML, in `target/cuda-emu/driver` (`-address`).
+        #[arg(long, conflicts_with = "faults")]
+        driver: bool,
+        /// Build it with a sanitizer.
+        #[arg(long, requires = "driver")]
+        sanitize: Option<emulation::Sanitizer>,
     },
     /// Make the golden checkpoints and log-probabilities anew with HF transformers.
     Golden {
@@ -77,7 +84,8 @@ fn main() -> ExitCode {
             (_, true) => kernels::Mode::Check,
             _ => kernels::Mode::Build,
         }),
-        Task::CudaEmu { faults } => kernels::emulate(faults),
+        Task::CudaEmu { driver: true, sanitize, .. } => emulation::build_driver(sanitize),
+        Task::CudaEmu { faults, .. } => emulation::check(faults),
         Task::Golden { python } => shell::run(&python.to_string_lossy(), &["crates/model/golden/make.py"]),
     };
     match result {

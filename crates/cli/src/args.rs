@@ -8,7 +8,9 @@ use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
 use toml::Value;
 
-use crate::config::{Config, ConfigError, Device, Flag, LoadFormat, LogFormat, Quantization, Task, load};
+use crate::config::{
+    Config, ConfigError, Device, Flag, KvCacheDtype, LoadFormat, LogFormat, Quantization, Task, load,
+};
 
 /// Serves open-weight language models behind an OpenAI-compatible HTTP API.
 #[derive(Parser)]
@@ -56,8 +58,8 @@ pub(crate) struct ServeArgs {
     /// Names that clients may use; the first appears in answers.
     #[arg(long, value_name = "NAME", num_args = 1.., help_heading = "Model")]
     served_model_name: Option<Vec<String>>,
-    /// What computes [default: auto].
-    #[arg(long, value_enum, help_heading = "Model")]
+    /// What computes: auto (a GPU where there is one), cpu, cuda (the first GPU) or cuda:N [default: auto].
+    #[arg(long, value_name = "DEVICE", help_heading = "Model")]
     device: Option<Device>,
     /// Where weights come from; `dummy` makes random ones of the true shape [default: auto].
     #[arg(long, value_enum, help_heading = "Model")]
@@ -81,9 +83,19 @@ pub(crate) struct ServeArgs {
     /// Tokens of one step [default: 512].
     #[arg(long, value_name = "TOKENS", help_heading = "Engine")]
     max_num_batched_tokens: Option<u32>,
-    /// Memory for keys and values, in bytes.
-    #[arg(long, value_name = "BYTES", help_heading = "Engine")]
+    /// Share of the GPU's memory that may be in use, weights, keys and values and all else [default: 0.9].
+    #[arg(long, value_name = "SHARE", help_heading = "Engine")]
+    gpu_memory_utilization: Option<f64>,
+    /// Memory for keys and values, in bytes [default: on a GPU what is left, else a quarter of the machine's].
+    #[arg(long, visible_alias = "kv-cache-memory", value_name = "BYTES", help_heading = "Engine")]
     kv_cache_memory_bytes: Option<u64>,
+    /// Element of keys and values [default: auto].
+    #[arg(long, value_enum, help_heading = "Engine")]
+    kv_cache_dtype: Option<KvCacheDtype>,
+    /// Folder for choices made by the clock at start, so that a restart computes the same bits [default: the user's
+    /// cache folder].
+    #[arg(long, value_name = "FOLDER", help_heading = "Engine")]
+    plan_folder: Option<PathBuf>,
     /// Compute every prompt in full.
     #[arg(long, help_heading = "Engine")]
     no_enable_prefix_caching: bool,
@@ -177,6 +189,10 @@ impl ServeArgs {
         add("max-num-batched-tokens", "engine.max_num_batched_tokens", tokens);
         let bytes = value(self.kv_cache_memory_bytes.as_ref());
         add("kv-cache-memory-bytes", "engine.kv_cache_memory_bytes", bytes);
+        let share = value(self.gpu_memory_utilization.as_ref());
+        add("gpu-memory-utilization", "engine.gpu_memory_utilization", share);
+        add("kv-cache-dtype", "engine.kv_cache_dtype", value(self.kv_cache_dtype.as_ref()));
+        add("plan-folder", "engine.plan_folder", value(self.plan_folder.as_ref()));
         let prefix = on(self.no_enable_prefix_caching, false);
         add("no-enable-prefix-caching", "engine.enable_prefix_caching", prefix);
         add("max-num-queued-reqs", "engine.max_queued_requests", value(self.max_num_queued_reqs.as_ref()));
@@ -248,7 +264,7 @@ mod tests {
             "a",
             "b",
             "--device",
-            "cpu",
+            "cuda:1",
             "--load-format",
             "dummy",
             "--quantization",
@@ -261,8 +277,14 @@ mod tests {
             "3",
             "--max-num-batched-tokens",
             "64",
-            "--kv-cache-memory-bytes",
+            "--kv-cache-memory",
             "1000",
+            "--gpu-memory-utilization",
+            "0.5",
+            "--kv-cache-dtype",
+            "fp8",
+            "--plan-folder",
+            "p",
             "--no-enable-prefix-caching",
             "--max-num-queued-reqs",
             "5",
@@ -297,6 +319,11 @@ mod tests {
         assert_eq!(config.model.served_names, ["a", "b"]);
         assert_eq!(config.model.reasoning_parser, "qwen3");
         assert_eq!(config.model.quantization, Some(Quantization::Q4K));
+        assert_eq!(config.model.device, Device::Cuda(1));
+        assert_eq!(config.engine.kv_cache_memory_bytes, Some(1000));
+        assert_eq!(config.engine.gpu_memory_utilization, Some(0.5));
+        assert_eq!(config.engine.kv_cache_dtype, KvCacheDtype::Fp8);
+        assert_eq!(config.engine.plan_folder.as_deref(), Some(std::path::Path::new("p")));
         assert!(config.engine.batch_invariant && !config.engine.enable_prefix_caching);
         assert_eq!(config.server.port, 0);
         assert_eq!(config.server.api_key_file.unwrap().to_str(), Some("f"));

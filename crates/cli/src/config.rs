@@ -3,12 +3,16 @@
 //! Owns where a value comes from and what it is called there. What a value means belongs to the crate that
 //! uses it. Secrets are never read from the file and never printed.
 
+mod device;
 mod layers;
+
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use mirai_server::ServerConfig;
 
+pub(crate) use device::Device;
 pub(crate) use layers::{ConfigError, Flag, load};
 
 /// Everything the server can be told. `mirai check-config` prints it; each field is also a key of the TOML file
@@ -34,7 +38,7 @@ pub(crate) struct ModelConfig {
     pub(crate) path: Option<String>,
     /// Names that clients may use, the first in answers. Default: the model's own name.
     pub(crate) served_names: Vec<String>,
-    /// What computes.
+    /// What computes: `auto`, `cpu`, `cuda` (the first GPU) or `cuda:N`.
     pub(crate) device: Device,
     /// Where weights come from.
     pub(crate) load_format: LoadFormat,
@@ -62,19 +66,6 @@ impl Default for ModelConfig {
             reasoning_parser: "auto".to_owned(),
         }
     }
-}
-
-/// What computes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Device {
-    /// The best that is there.
-    #[default]
-    Auto,
-    /// The processor.
-    Cpu,
-    /// An NVIDIA GPU.
-    Cuda,
 }
 
 /// Where weights come from.
@@ -115,6 +106,21 @@ pub(crate) enum Quantization {
     #[value(name = "q4_k")]
     #[serde(rename = "q4_k")]
     Q4K,
+    /// 8-bit floats (e4m3), on a GPU.
+    Fp8,
+}
+
+/// Element of the cache of keys and values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum KvCacheDtype {
+    /// bf16.
+    #[default]
+    Auto,
+    /// 16 bits.
+    Bf16,
+    /// 8-bit floats (e4m3), on a GPU: half the memory.
+    Fp8,
 }
 
 /// How much runs at once.
@@ -127,8 +133,17 @@ pub(crate) struct EngineConfig {
     /// running streams wait longer.
     pub(crate) max_num_batched_tokens: u32,
     /// Memory for keys and values in bytes; never more than `max_num_seqs` full contexts need. Default: a quarter of
-    /// the machine's memory, at most 4 GiB.
+    /// the machine's memory, at most 4 GiB; on a GPU, what its share leaves.
     pub(crate) kv_cache_memory_bytes: Option<u64>,
+    /// Element of keys and values.
+    pub(crate) kv_cache_dtype: KvCacheDtype,
+    /// Share of the GPU's memory that may be in use, from above 0 to 1. Default: 0.9.
+    pub(crate) gpu_memory_utilization: Option<f64>,
+    /// Folder in which choices made by the clock at start are kept, so that a restart computes the same bits.
+    /// Default: `mirai` in the user's cache folder.
+    pub(crate) plan_folder: Option<PathBuf>,
+    /// Algorithms of cublasLt that are timed for each shape of matmul at start; 1 takes its own first choice.
+    pub(crate) matmul_candidates: usize,
     /// Whether prompts reuse the computed blocks of earlier ones.
     pub(crate) enable_prefix_caching: bool,
     /// Requests that may wait; further ones get 503.
@@ -147,6 +162,10 @@ impl Default for EngineConfig {
             max_num_seqs: 256,
             max_num_batched_tokens: 512,
             kv_cache_memory_bytes: None,
+            kv_cache_dtype: KvCacheDtype::default(),
+            gpu_memory_utilization: None,
+            plan_folder: None,
+            matmul_candidates: 8,
             enable_prefix_caching: true,
             max_queued_requests: 1024,
             max_queued_tokens: 4 << 20,

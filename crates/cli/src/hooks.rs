@@ -11,7 +11,7 @@ use mirai_text::Tokenizer;
 
 use crate::config::Config;
 use crate::exit::Failure;
-use crate::{demo, load};
+use crate::{demo, device, load};
 
 /// Flags that only this build has.
 #[derive(clap::Args, Default, Clone)]
@@ -33,8 +33,7 @@ pub(crate) fn loader(
         if args.simulate {
             return simulated(config, Duration::from_micros(args.simulate_step_us));
         }
-        load::check_device(config.model.device)?;
-        load::load(config, server)
+        load::load(config, device::choose(config)?, server)
     }
 }
 

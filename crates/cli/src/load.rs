@@ -3,22 +3,26 @@
 //! Owns the choice of source, backend and memory, and turns what the model's files say into what the server
 //! needs. Formats are read by `model` and `text`.
 
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use mirai_cpu::{CpuBackend, CpuOptions};
+use mirai_cuda::{CudaBackend, Gpu, OpenError};
 use mirai_engine::{EngineHandle, Event, Executor, StartError};
 use mirai_hub::{ModelRef, StoreOptions};
+use mirai_model::backend::{Backend, BackendError, CacheDtype};
 use mirai_model::loader::{Phase, TokenizerData};
 use mirai_model::pooling::PublishedPooling;
 use mirai_model::{CacheBudget, LoadOptions, LoadedModel, ModelError, ModelSource, ModelSpec};
 use mirai_server::{FimTokens, GenerationDefaults, ServedModel, ServerHandle};
 use mirai_text::{ChatTemplate, ReasoningFormat, Tokenizer};
 
-use crate::config::{Config, Device, LoadFormat, Quantization};
+use crate::config::{Config, KvCacheDtype, LoadFormat, Quantization};
 use crate::demo;
+use crate::device::{self, Chosen};
 use crate::exit::Failure;
 use crate::task;
+use crate::telemetry;
 use crate::tokenizer::tokenizer;
 
 /// Seed of `--load-format dummy`: two runs measure the same numbers.
@@ -36,23 +40,15 @@ struct Described {
     eos_ids: Vec<u32>,
 }
 
-/// Says whether the device can be had, before anything is bound or loaded.
-pub(crate) fn check_device(device: Device) -> Result<(), Failure> {
-    match device {
-        Device::Cpu => Ok(()),
-        Device::Auto => {
-            tracing::info!("device: cpu (this build has no CUDA backend)");
-            Ok(())
-        }
-        Device::Cuda => Err(Failure::environment("--device cuda: this build has no CUDA backend")),
-    }
-}
-
 /// Loads the model and starts its engine. Blocks; `server` is told how far it is.
-pub(crate) fn load(config: &Config, server: &ServerHandle) -> Result<ServedModel, Failure> {
+pub(crate) fn load(config: &Config, device: Chosen, server: &ServerHandle) -> Result<ServedModel, Failure> {
     let (source, own_name) = source(config)?;
-    let options = task::options(config.model.task, &source, options(config))?;
+    let options = task::options(config.model.task, &source, options(config, device))?;
     let cpu = CpuOptions { threads: config.engine.threads, ..CpuOptions::default() };
+    let cuda = device::cuda_options(config);
+    if let Chosen::Cuda(ordinal) = device {
+        telemetry::start(ordinal, server);
+    }
     let engine = mirai_engine::EngineConfig {
         max_step_tokens: options.max_step_tokens as u32,
         ..engine_config(config)
@@ -60,19 +56,34 @@ pub(crate) fn load(config: &Config, server: &ServerHandle) -> Result<ServedModel
     let (send, described) = sync_channel(1);
     let told = server.clone();
     // The executor never leaves the thread that makes it: devices are bound to theirs.
-    let make = move || -> Result<Box<dyn Executor>, mirai_engine::BoxError> {
-        let mut report = |phase, share| told.loading(phase_name(phase), percent(phase, share));
-        let model = mirai_model::load(&source, &options, CpuBackend::new(&cpu), &mut report)?;
-        let LoadedModel { executor, tokenizer, .. } = model;
-        let (chat_template, generation_config) = (model.chat_template, model.generation_config);
-        let (spec, pooling, eos_ids) = (model.spec, model.pooling, model.eos_ids);
-        send.send(Described { spec, pooling, tokenizer, chat_template, generation_config, eos_ids })?;
-        Ok(Box::new(executor))
+    let make = move || match device {
+        Chosen::Cpu => executor(&source, &options, CpuBackend::new(&cpu), &told, &send),
+        Chosen::Cuda(ordinal) => {
+            let backend = CudaBackend::new(Gpu::open(ordinal)?, cuda)?;
+            executor(&source, &options, backend, &told, &send)
+        }
     };
     let (handle, events) = mirai_engine::start(engine, make).map_err(start_failure)?;
     let described = described.recv().map_err(|_| Failure::model("the model was loaded but not described"))?;
     server.loading("tokenizer", 99);
     served(config, own_name, described, handle, events)
+}
+
+/// The model on a device. What else its files say goes to `described`.
+fn executor<B: Backend + 'static>(
+    source: &ModelSource,
+    options: &LoadOptions,
+    backend: B,
+    server: &ServerHandle,
+    described: &SyncSender<Described>,
+) -> Result<Box<dyn Executor>, mirai_engine::BoxError> {
+    let mut report = |phase, share| server.loading(phase_name(phase), percent(phase, share));
+    let model = mirai_model::load(source, options, backend, &mut report)?;
+    let LoadedModel { executor, tokenizer, .. } = model;
+    let (chat_template, generation_config) = (model.chat_template, model.generation_config);
+    let (spec, pooling, eos_ids) = (model.spec, model.pooling, model.eos_ids);
+    described.send(Described { spec, pooling, tokenizer, chat_template, generation_config, eos_ids })?;
+    Ok(Box::new(executor))
 }
 
 /// The engine's part of the configuration.
@@ -90,6 +101,9 @@ pub(crate) fn engine_config(config: &Config) -> mirai_engine::EngineConfig {
 fn start_failure(error: StartError) -> Failure {
     match error {
         // What a device lacks is the machine's, what a file lacks the model's; options are the user's.
+        StartError::Executor(inner) if inner.is::<OpenError>() || inner.is::<BackendError>() => {
+            Failure::environment(inner)
+        }
         StartError::Executor(inner) => match inner.downcast_ref::<ModelError>().map(ModelError::exit_code) {
             Some(2) => Failure::usage(inner),
             Some(3) => Failure::environment(inner),
@@ -105,6 +119,7 @@ const fn phase_name(phase: Phase) -> &'static str {
         Phase::Opening => "opening",
         Phase::Weights => "weights",
         Phase::Cache => "kv cache",
+        Phase::WarmUp => "warm-up",
     }
 }
 
@@ -112,8 +127,9 @@ const fn phase_name(phase: Phase) -> &'static str {
 fn percent(phase: Phase, share: f32) -> u8 {
     let (from, to) = match phase {
         Phase::Opening => (0.0, 2.0),
-        Phase::Weights => (2.0, 95.0),
-        Phase::Cache => (95.0, 99.0),
+        Phase::Weights => (2.0, 90.0),
+        Phase::Cache => (90.0, 92.0),
+        Phase::WarmUp => (92.0, 99.0),
     };
     (from + (to - from) * share.clamp(0.0, 1.0)) as u8
 }
@@ -150,17 +166,27 @@ pub(crate) fn named_source(given: &str, store: &StoreOptions) -> Result<(ModelSo
     Ok((source, reference.default_name()))
 }
 
-fn options(config: &Config) -> LoadOptions {
-    let cache = config.engine.kv_cache_memory_bytes.unwrap_or_else(|| {
-        memory_limit().map_or(DEFAULT_CACHE_BYTES / 4, |bytes| (bytes / 4).min(DEFAULT_CACHE_BYTES))
-    });
+fn options(config: &Config, device: Chosen) -> LoadOptions {
+    let cache = match (device, config.engine.kv_cache_memory_bytes) {
+        // The device's own budget knows what was configured, and says what fits where it does not.
+        (Chosen::Cuda(_), _) => CacheBudget::Device,
+        (Chosen::Cpu, Some(bytes)) => CacheBudget::Bytes(bytes),
+        (Chosen::Cpu, None) => CacheBudget::Bytes(
+            memory_limit().map_or(DEFAULT_CACHE_BYTES / 4, |bytes| (bytes / 4).min(DEFAULT_CACHE_BYTES)),
+        ),
+    };
     LoadOptions {
         dummy: (config.model.load_format == LoadFormat::Dummy).then_some(DUMMY_SEED),
         quantization: config.model.quantization.map(|q| match q {
             Quantization::Q8_0 => mirai_model::Quantization::Q8_0,
             Quantization::Q4K => mirai_model::Quantization::Q4K,
+            Quantization::Fp8 => mirai_model::Quantization::F8E4M3,
         }),
-        cache: CacheBudget::Bytes(cache),
+        cache_dtype: match config.engine.kv_cache_dtype {
+            KvCacheDtype::Auto | KvCacheDtype::Bf16 => CacheDtype::Bf16,
+            KvCacheDtype::Fp8 => CacheDtype::F8E4M3,
+        },
+        cache,
         max_model_len: config.model.max_len.map(|n| n as usize),
         max_slots: config.engine.max_num_seqs as usize,
         max_step_tokens: config.engine.max_num_batched_tokens as usize,

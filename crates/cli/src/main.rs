@@ -8,6 +8,7 @@ mod args;
 mod bench;
 mod config;
 mod demo;
+mod device;
 mod exit;
 #[cfg(feature = "test-hooks")]
 mod hooks;
@@ -16,6 +17,7 @@ mod logging;
 mod pull;
 mod serve;
 mod task;
+mod telemetry;
 mod tokenizer;
 mod verify;
 

@@ -12,12 +12,15 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::args::ServeArgs;
 use crate::config::Config;
 use crate::exit::Failure;
-use crate::{load, logging};
+#[cfg(not(feature = "test-hooks"))]
+use crate::load;
+use crate::{device, logging};
 
 /// Resolves all layers and checks what can be checked without touching the machine.
 fn configuration(args: &ServeArgs) -> Result<Config, Failure> {
     let config = args.resolve()?;
     check_engine(&config)?;
+    device::check(&config)?;
     config.server.validate().map_err(Failure::usage)?;
     Ok(config)
 }
@@ -25,11 +28,12 @@ fn configuration(args: &ServeArgs) -> Result<Config, Failure> {
 /// Bounds that belong to no other crate's configuration.
 fn check_engine(config: &Config) -> Result<(), Failure> {
     let engine = &config.engine;
-    let bounds: [(&str, u64, u64, u64); 5] = [
+    let bounds: [(&str, u64, u64, u64); 6] = [
         ("engine.max_num_seqs", engine.max_num_seqs.into(), 1, 65_536),
         ("engine.max_num_batched_tokens", engine.max_num_batched_tokens.into(), 1, 1 << 20),
         ("engine.max_queued_requests", engine.max_queued_requests as u64, 1, 1 << 20),
         ("engine.max_queued_tokens", engine.max_queued_tokens as u64, 1, 1 << 40),
+        ("engine.matmul_candidates", engine.matmul_candidates as u64, 1, 64),
         ("engine.threads", engine.threads.unwrap_or(1) as u64, 1, 1024),
     ];
     for (name, value, least, most) in bounds {
@@ -61,8 +65,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let loader = crate::hooks::loader(&args.hooks);
     #[cfg(not(feature = "test-hooks"))]
     let loader = {
-        load::check_device(config.model.device)?;
-        load::load
+        let device = device::choose(&config)?;
+        move |config: &Config, server: &ServerHandle| load::load(config, device, server)
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

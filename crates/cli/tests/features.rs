@@ -29,7 +29,7 @@ fn the_binary_has_no_test_hooks() {
 #[test]
 fn the_binary_has_one_tls_stack_and_no_foreign_one() {
     let plain = tree(&[]);
-    for foreign in ["openssl-sys ", "aws-lc-sys ", "native-tls ", "onig ", "hf-hub ", "cudarc "] {
+    for foreign in ["openssl-sys ", "aws-lc-sys ", "native-tls ", "onig ", "hf-hub ", "candle-kernels "] {
         assert!(!plain.lines().any(|l| l.starts_with(foreign)), "{foreign} is in the default tree");
     }
     assert!(plain.lines().any(|l| l.starts_with("rustls ")));

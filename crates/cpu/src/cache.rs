@@ -48,12 +48,15 @@ impl Cache {
                 format!("group {index} is {:?}, an earlier one is {dtype:?}; all must be equal", pages.dtype);
             return Err(device("allocate_cache", message));
         }
+        if dtype == CacheDtype::F8E4M3 {
+            return Err(device("allocate_cache", "keys and values in 8 bits are for GPUs".to_owned()));
+        }
         let elements = |pages: PageLayout| pages.layers * pages.layer_elements();
         let page_elements = paged(layout).map(|(_, pages)| elements(pages)).max().unwrap_or(0);
         let len = page_elements.saturating_mul(layout.blocks);
         let size = match dtype {
             CacheDtype::F32 => size_of::<f32>(),
-            CacheDtype::Bf16 => size_of::<bf16>(),
+            CacheDtype::Bf16 | CacheDtype::F8E4M3 => size_of::<bf16>(),
         };
         check_room(layout, len, size)?;
         let states = layout.groups.iter().map(|group| match group {
@@ -69,7 +72,7 @@ impl Cache {
                 Pages::F32(vec![if poison { f32::NAN } else { 0.0 }; len])
             }
             // As whole numbers, because only those are known to the library as zero.
-            CacheDtype::Bf16 => {
+            CacheDtype::Bf16 | CacheDtype::F8E4M3 => {
                 memory::reserve::<u16>(WHAT, &mut Vec::new(), len)?;
                 Pages::Bf16(vec![if poison { bf16::NAN.to_bits() } else { 0 }; len].reinterpret_into())
             }

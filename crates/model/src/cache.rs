@@ -29,6 +29,8 @@ pub enum CacheBudget {
     Bytes(u64),
     /// Tokens, summed over sequences, that all groups can hold at once. States and snapshots come on top.
     Tokens(u64),
+    /// What the device has left beside the weights ([`Backend::cache_room`](crate::backend::Backend::cache_room)).
+    Device,
 }
 
 /// What the cache has room for, for the log and for `/metrics`.
@@ -307,6 +309,19 @@ pub struct CacheRequest {
 }
 
 impl CacheRequest {
+    /// Longest sequence that is wanted, whether or not it fits.
+    ///
+    /// # Errors
+    /// Longer than the model's context.
+    pub fn context(&self, spec: &ModelSpec) -> Result<usize> {
+        let wanted = self.max_model_len.unwrap_or(spec.context);
+        if wanted == 0 || wanted > spec.context {
+            let why = format!("is {wanted}, the model's context is {}", spec.context);
+            return Err(ModelError::Option { option: "max-model-len", why });
+        }
+        Ok(wanted)
+    }
+
     /// Snapshots, of states of so many bytes.
     fn snapshots(&self, state: u64) -> u64 {
         if state == 0 {
@@ -315,6 +330,7 @@ impl CacheRequest {
         let count = match (self.snapshot_bytes, self.budget) {
             (Some(bytes), _) => bytes / state,
             (None, CacheBudget::Bytes(bytes)) => bytes / SNAPSHOT_SHARE / state,
+            (None, CacheBudget::Device) => 0,
             (None, CacheBudget::Tokens(_)) => self.slots as u64,
         };
         count.min(MAX_SNAPSHOTS)
@@ -341,11 +357,7 @@ impl CacheRequest {
 /// # Errors
 /// The context that was asked for is beyond the model's, or does not fit in the budget; or nothing fits.
 pub fn plan_cache(spec: &ModelSpec, request: &CacheRequest) -> Result<(Grouping, CacheLayout, CacheReport)> {
-    let wanted = request.max_model_len.unwrap_or(spec.context);
-    if wanted == 0 || wanted > spec.context {
-        let why = format!("is {wanted}, the model's context is {}", spec.context);
-        return Err(ModelError::Option { option: "max-model-len", why });
-    }
+    let wanted = request.context(spec)?;
     let grouping = Grouping::new(spec, request.dtype, wanted);
     let (page, groups) = (grouping.page_bytes() as u64, grouping.paged());
     let state = grouping.state_bytes() as u64;
@@ -353,7 +365,7 @@ pub fn plan_cache(spec: &ModelSpec, request: &CacheRequest) -> Result<(Grouping,
     let pages = match (request.page_budget(state, snapshots)?, request.budget) {
         (Some(bytes), _) => (bytes / page.max(1)).saturating_sub(1),
         (None, CacheBudget::Tokens(tokens)) => tokens.div_ceil(BLOCK_TOKENS as u64).saturating_mul(groups),
-        (None, CacheBudget::Bytes(_)) => 0,
+        (None, CacheBudget::Bytes(_) | CacheBudget::Device) => 0,
     };
     // More pages than all running sequences can fill would only make memory grow without an end.
     let useful =

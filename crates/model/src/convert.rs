@@ -6,7 +6,8 @@
 //! The rule of quantization at load: linear layers and the head become blocks; norms, biases, and an embedding
 //! table that is not also the head keep their storage. A row that is not whole super-blocks of 256 falls from
 //! `q4_k` to `q8_0`; a row that is not whole blocks of 32 keeps its storage. The head is `q8_0` either way: it
-//! decides every token, and its error is the only one that nothing after it can average out.
+//! decides every token, and its error is the only one that nothing after it can average out. For the same reason it
+//! keeps its storage where linear weights become 8-bit floats, which have a scale for each row.
 
 use std::borrow::Cow;
 
@@ -14,7 +15,7 @@ use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 
-use crate::backend::{HostTensor, Storage};
+use crate::backend::{HostTensor, ScaleValues, Scales, Storage};
 use crate::error::{ModelError, Result};
 use crate::quant::scaled;
 use crate::weights::TensorId;
@@ -26,6 +27,8 @@ pub enum Quantization {
     Q8_0,
     /// Super-blocks of 256, 4 bits: 4.5 bits a weight.
     Q4K,
+    /// 8-bit floats (e4m3) with a scale for each row; for devices that multiply them.
+    F8E4M3,
 }
 
 /// Conversions that the options ask for.
@@ -48,9 +51,9 @@ impl Conversion {
         }
         if let Some(quantization) = self.quantization
             && (id.is_linear() || is_head)
-            && let Some(blocks) = blocks_for(quantization, is_head, tensor.shape.last().copied())
+            && let Some(to) = blocks_for(quantization, is_head, &tensor.shape)
         {
-            return quantize(&tensor, blocks);
+            return if to == Storage::F8E4M3 { scaled_rows(&tensor) } else { quantize(&tensor, to) };
         }
         match self.dtype {
             Some(to) if to != tensor.storage => cast(&tensor, to),
@@ -59,8 +62,11 @@ impl Conversion {
     }
 }
 
-fn blocks_for(quantization: Quantization, is_head: bool, row: Option<usize>) -> Option<Storage> {
-    let row = row?;
+fn blocks_for(quantization: Quantization, is_head: bool, shape: &[usize]) -> Option<Storage> {
+    let row = *shape.last()?;
+    if quantization == Quantization::F8E4M3 {
+        return (!is_head && shape.len() == 2).then_some(Storage::F8E4M3);
+    }
     if quantization == Quantization::Q4K && !is_head && row.is_multiple_of(256) {
         return Some(Storage::Q4K);
     }
@@ -169,6 +175,37 @@ fn quantize(tensor: &HostTensor<'_>, to: Storage) -> Result<HostTensor<'static>>
     })
 }
 
+/// A matrix in e4m3, each row divided by a scale that takes its largest magnitude to the largest number there is.
+fn scaled_rows(tensor: &HostTensor<'_>) -> Result<HostTensor<'static>> {
+    let values = to_f32(tensor)?;
+    let row = tensor.shape.last().copied().unwrap_or_default().max(1);
+    let scale = |row: &[f32]| {
+        let largest = row.iter().fold(0f32, |m, v| m.max(v.abs()));
+        if largest > 0.0 { largest / scaled::E4M3_MAX } else { 1.0 }
+    };
+    let codes = |rows: &[f32]| {
+        let row_codes = |values: &[f32]| {
+            let scale = scale(values);
+            values.iter().map(|value| scaled::to_e4m3(value / scale)).collect::<Vec<_>>()
+        };
+        Ok(rows.chunks(row).flat_map(row_codes).collect())
+    };
+    let bytes = in_parallel(&values, row, codes).map_err(|why| ModelError::Convert {
+        tensor: tensor.name.clone(),
+        from: tensor.storage,
+        to: Storage::F8E4M3,
+        why,
+    })?;
+    let scales = ScaleValues::F32(values.chunks(row).map(scale).collect());
+    Ok(HostTensor {
+        name: tensor.name.clone(),
+        shape: tensor.shape.clone(),
+        storage: Storage::F8E4M3,
+        bytes: Cow::Owned(bytes),
+        scales: Some(Scales { block: (1, row), values: scales, zeros: None }),
+    })
+}
+
 /// Applies `f` to runs of whole rows on all cores and joins what it gives, in order.
 fn in_parallel(
     values: &[f32],
@@ -264,6 +301,25 @@ mod tests {
         assert_eq!(storage(TensorId::Embedding, false, &[2, 256]), Storage::Bf16);
         assert_eq!(storage(TensorId::Embedding, true, &[2, 256]), Storage::Q8_0, "tied");
         assert_eq!(storage(TensorId::Layer(0, Part::AttentionNorm), false, &[256]), Storage::Bf16);
+    }
+
+    #[test]
+    fn rows_of_8_bit_floats_have_scales_of_their_own() {
+        let mut t = tensor(&[5, 48], Storage::F32);
+        t.bytes.to_mut()[..48 * 4].fill(0);
+        let c = Conversion { dtype: None, quantization: Some(Quantization::F8E4M3) };
+        let out = c.apply(LINEAR, false, t.clone()).unwrap();
+        assert_eq!((out.storage, out.bytes.len()), (Storage::F8E4M3, 240));
+        assert_eq!(out.scales.as_ref().unwrap().values.len(), 5);
+        for (got, want) in to_f32(&out).unwrap().iter().zip(to_f32(&t).unwrap()) {
+            // Three bits behind the first, and the step of numbers near 0.
+            assert!((got - want).abs() <= want.abs() / 16.0 + 1e-5, "{got}, {want}");
+        }
+        let storage = |id, head, shape: &[usize]| {
+            c.apply(id, head, tensor(shape, Storage::Bf16)).unwrap().storage
+        };
+        assert_eq!(storage(TensorId::Head, true, &[2, 48]), Storage::Bf16);
+        assert_eq!(storage(TensorId::Embedding, false, &[2, 48]), Storage::Bf16);
     }
 
     #[test]

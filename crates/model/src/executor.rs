@@ -3,11 +3,12 @@
 //! Owns the translation from a [`StepPlan`] to a [`Batch`], and the check that a plan keeps within the geometry.
 //! It decides nothing: what runs, when, and in which pages, is the scheduler's.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 
 use mirai_engine::{DeviceFault, Executor, Geometry, RowFault, RowInput, RowOutput, StepOutcome, StepPlan};
 
-use crate::backend::{Backend, Batch, BatchRow, Pooling, StepShape};
+use crate::backend::{Backend, BackendError, Batch, BatchRow, Pooling, StepShape};
 use crate::forward::Model;
 
 /// A model on a backend, behind the engine's trait.
@@ -39,6 +40,31 @@ impl<B: Backend> ModelExecutor<B> {
     /// The device, for its own settings and figures.
     pub fn backend_mut(&mut self) -> &mut B {
         &mut self.backend
+    }
+
+    /// Has the device record the steps that it wants to record before the first one. `progress` is told the share that
+    /// is done.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn warm_up(&mut self, progress: &mut dyn FnMut(f32)) -> Result<(), BackendError> {
+        let Self { backend, model, geometry, .. } = self;
+        if !geometry.generates {
+            return Ok(());
+        }
+        let buckets = backend.buckets();
+        for (done, &shape) in buckets.iter().enumerate() {
+            progress(done as f32 / buckets.len() as f32);
+            // Both closures need the model, one after the other.
+            let model = RefCell::new(&mut *model);
+            backend.record(
+                shape,
+                &mut |backend| model.borrow_mut().forward(backend),
+                &mut |backend| model.borrow_mut().finish(backend),
+            )?;
+        }
+        progress(1.0);
+        Ok(())
     }
 
     /// Flattens a plan. Rows with an id beyond the vocabulary run with id 0 and are reported as failed: one bad

@@ -6,12 +6,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use mirai_engine::Geometry;
+use mirai_engine::{BLOCK_TOKENS, Geometry};
 use serde_json::{Map, Value};
 
 use crate::arch::{Description, describe};
-use crate::backend::{Backend, CacheDtype, StepLimits, Storage};
-use crate::cache::{CacheBudget, CacheReport, CacheRequest, plan_cache};
+use crate::backend::{Backend, CacheDtype, CacheLayout, Outline, StepLimits, Storage};
+use crate::cache::{CacheBudget, CacheReport, CacheRequest, Grouping, plan_cache};
 use crate::config::{Config, MAX_CONFIG_BYTES, parse_object};
 use crate::convert::{Conversion, Quantization};
 use crate::dummy::DummySource;
@@ -22,7 +22,7 @@ use crate::gguf::{GgufSource, GgufTokenizer};
 use crate::mmap::FileSource;
 use crate::pooling::{PublishedPooling, Task};
 use crate::safetensors::SafetensorsSource;
-use crate::spec::{Head, ModelSpec};
+use crate::spec::{Head, Mixer, ModelSpec};
 use crate::weights::WeightSource;
 
 /// Most entries of a model's directory.
@@ -150,6 +150,8 @@ pub enum Phase {
     Weights,
     /// KV memory.
     Cache,
+    /// Steps recorded in advance, on devices that do so.
+    WarmUp,
 }
 
 /// Told while loading: the phase and the share of it that is done, from 0 to 1.
@@ -225,9 +227,20 @@ pub fn load<B: Backend>(
         small(options.max_slots, "max-num-seqs", 1 << 16)?,
         small(options.max_step_tokens, "max-num-batched-tokens", 1 << 20)?,
     );
-    let (grouping, layout, cache) = plan_cache(&spec, &request)?;
+    let wanted = request.context(&spec)?;
+    // What the device has left is known only when the weights are there.
+    let planned = match options.cache {
+        CacheBudget::Device => None,
+        _ => Some(plan_cache(&spec, &request)?),
+    };
+    let context = planned.as_ref().map_or(wanted, |(_, _, cache)| cache.max_context);
+    let grouping = planned
+        .as_ref()
+        .map_or_else(|| Grouping::new(&spec, options.cache_dtype, wanted), |(grouping, ..)| grouping.clone());
+    let failed = |what: &'static str| move |source| ModelError::Backend { what: what.into(), source };
     let limits = StepLimits { tokens: options.max_step_tokens, rows: options.max_slots };
-    backend.limits(limits).map_err(|source| ModelError::Backend { what: "step limits".into(), source })?;
+    backend.limits(limits).map_err(failed("step limits"))?;
+    backend.outline(&outline(&spec, &grouping)).map_err(failed("model"))?;
     progress(Phase::Weights, 0.0);
     let conversion = Conversion { dtype: options.dtype, quantization: options.quantization };
     let model = Model::load(
@@ -235,16 +248,18 @@ pub fn load<B: Backend>(
         &grouping,
         opened.weights.as_ref(),
         conversion,
-        cache.max_context,
+        context,
         &mut backend,
         &mut |share| progress(Phase::Weights, share),
     )?;
     // Unmapped before the cache takes its memory, and before anything is served.
     drop(opened.weights);
     progress(Phase::Cache, 0.0);
-    backend
-        .allocate_cache(&layout)
-        .map_err(|source| ModelError::Backend { what: "KV cache".into(), source })?;
+    let (grouping, layout, cache) = match planned {
+        Some(planned) => planned,
+        None => plan_on_device(&spec, &request, &grouping, &mut backend)?,
+    };
+    backend.allocate_cache(&layout).map_err(failed("KV cache"))?;
     progress(Phase::Cache, 1.0);
     let geometry = Geometry {
         groups: grouping.kinds,
@@ -281,9 +296,11 @@ pub fn load<B: Backend>(
     if !opened.unused_tensors.is_empty() {
         tracing::warn!(tensors = ?opened.unused_tensors, "tensors that the model has no place for");
     }
+    let mut executor = ModelExecutor::new(backend, model, geometry);
+    executor.warm_up(&mut |share| progress(Phase::WarmUp, share)).map_err(failed("warm-up"))?;
     Ok(LoadedModel {
         weight_bytes,
-        executor: ModelExecutor::new(backend, model, geometry),
+        executor,
         spec,
         cache,
         tokenizer: opened.tokenizer,
@@ -293,6 +310,40 @@ pub fn load<B: Backend>(
         unused_tensors: opened.unused_tensors,
         pooling: opened.pooling,
     })
+}
+
+/// What the device is told of the model.
+fn outline(spec: &ModelSpec, grouping: &Grouping) -> Outline {
+    let layers = spec.layers.iter().enumerate();
+    let attends = layers.filter(|(_, layer)| !matches!(layer.mixer, Mixer::Delta(_)));
+    Outline {
+        attentions: attends.map(|(index, _)| grouping.attention(spec, index)).collect(),
+        vocab: if matches!(spec.head, Head::Logits { .. }) { spec.vocab } else { 0 },
+    }
+}
+
+/// Plans the cache in what the device has left.
+fn plan_on_device<B: Backend>(
+    spec: &ModelSpec,
+    request: &CacheRequest,
+    grouping: &Grouping,
+    backend: &mut B,
+) -> Result<(Grouping, CacheLayout, CacheReport)> {
+    let draft = CacheLayout {
+        groups: grouping.layouts.clone(),
+        blocks: 0,
+        slots: request.slots,
+        snapshots: 0,
+        table_len: request.context(spec)?.div_ceil(BLOCK_TOKENS),
+    };
+    let room = backend
+        .cache_room(&draft, request.max_model_len)
+        .map_err(|source| ModelError::Backend { what: "KV cache".into(), source })?;
+    let bytes = room.ok_or_else(|| ModelError::Option {
+        option: "kv cache",
+        why: "is what the device has left, and this device does not say how much that is".into(),
+    })?;
+    plan_cache(spec, &CacheRequest { budget: CacheBudget::Bytes(bytes), ..*request })
 }
 
 /// Reads the specification alone: for checks and plans that need no weights.

@@ -35,6 +35,7 @@ mod worker;
 pub use auth::{KeyFileError, MAX_KEYS, read_keys};
 pub use config::{ConfigError, Limits, ServerConfig, Timeouts, TlsConfig};
 pub use http::tls::TlsError;
+pub use metrics::DeviceFigure;
 pub use model::{FimTokens, GenerationDefaults, ServedModel};
 pub use server::{BindError, ExitReason, ReadyError, Server, ServerHandle};
 pub use task::{EmbedSpec, PairFormat, ScoreRule, ScoreSpec, Task};

@@ -19,6 +19,7 @@ use crate::handlers::{self, Door};
 use crate::http::accept::{self, Acceptor};
 use crate::http::io::Deadlines;
 use crate::http::tls::{Tls, TlsError};
+use crate::metrics::DeviceFigure;
 use crate::model::{ModelInfo, ServedModel};
 use crate::state::{Drain, Live, Loading, State};
 use mirai_engine::EngineHealth;
@@ -135,6 +136,11 @@ impl ServerHandle {
         let demux = Demux::start(context, events, ping)?;
         self.loading("ready", 100);
         if self.state.set_live(Live { model, engine, demux }) { Ok(()) } else { Err(ReadyError::Twice) }
+    }
+
+    /// Takes a figure of the device that computes, for `/metrics`; none is "not known".
+    pub fn device_figure(&self, figure: DeviceFigure, value: Option<f64>) {
+        self.state.metrics.device.set(figure, value);
     }
 
     /// Says that no model will come; probes and requests get 503 from now on.

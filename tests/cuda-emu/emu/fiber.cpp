@@ -51,15 +51,21 @@ emu_switch_stack:
 namespace emu {
 
 namespace {
-// Bounds of the process's own stack, learnt at the first switch away from it.
-const void* process_stack;
-size_t process_stack_bytes;
+// The stack that the running thread brought along, learnt when it is left.
+const void* host_stack;
+size_t host_stack_bytes;
 constexpr unsigned kNoSync = 1;
+constexpr size_t kTopBytes = 64;
+// Tops of stacks lie differently within their pages, or all of them would want the same few lines of the cache.
+constexpr size_t kColors = 61, kColorBytes = 320;
+
+// Whether the switch that is being made leaves the host's stack.
+bool leaves_host;
 
 void learn(const void* bottom, size_t bytes) {
-    if (!process_stack) {
-        process_stack = bottom;
-        process_stack_bytes = bytes;
+    if (leaves_host) {
+        host_stack = bottom;
+        host_stack_bytes = bytes;
     }
 }
 }  // namespace
@@ -81,12 +87,14 @@ void prepare(Fiber& fiber, void (*entry)()) {
             abort();
         }
         fiber.stack = static_cast<char*>(memory);
+        static size_t made;
+        fiber.color = made++ % kColors * kColorBytes;
         if (under_tsan()) {
             fiber.tsan = __tsan_create_fiber(0);
         }
     }
     constexpr int kSavedRegisters = 6;
-    void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64);
+    void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - kTopBytes - fiber.color);
     *--top = nullptr;  // entry's return address, which keeps the stack aligned as after a call
     *--top = reinterpret_cast<void*>(entry);
     for (int i = 0; i < kSavedRegisters; i++) {
@@ -98,9 +106,10 @@ void prepare(Fiber& fiber, void (*entry)()) {
 
 void switch_fiber(Fiber& from, Fiber& to, bool ends) {
     if (__sanitizer_start_switch_fiber) {
-        const void* bottom = to.stack ? to.stack : process_stack;
+        leaves_host = !from.stack;
+        const void* bottom = to.stack ? to.stack : host_stack;
         __sanitizer_start_switch_fiber(ends ? nullptr : &from.asan_frames, bottom,
-                                       to.stack ? kStackBytes : process_stack_bytes);
+                                       to.stack ? kStackBytes : host_stack_bytes);
     }
     if (under_tsan()) {
         __tsan_switch_to_fiber(to.tsan, kNoSync);
@@ -110,6 +119,7 @@ void switch_fiber(Fiber& from, Fiber& to, bool ends) {
         const void* bottom;
         size_t bytes;
         __sanitizer_finish_switch_fiber(from.asan_frames, &bottom, &bytes);
+        learn(bottom, bytes);
     }
 }
 

@@ -11,7 +11,8 @@ constexpr size_t kStackBytes = 256 << 10;
 
 struct Fiber {
     void* stack_pointer = nullptr;
-    char* stack = nullptr;        // lowest address; null for the fiber of the process itself
+    char* stack = nullptr;        // lowest address; null for the stack of a thread of the process
+    size_t color = 0;             // bytes left free at the top
     void* tsan = nullptr;         // ThreadSanitizer's handle
     void* asan_frames = nullptr;  // AddressSanitizer's fake stack while switched out
 };

@@ -9,14 +9,16 @@ namespace emu {
 namespace {
 
 [[noreturn]] void report_deadlock(const Grid& grid) {
-    for (const auto& block : grid.running) {
+    for (const Block* block : grid.running) {
         for (unsigned i = 0; i < block->threads; i++) {
-            const Thread& t = *block->team->threads[i];
+            const Thread& t = block->team->threads[i];
+            const Warp& warp = block->warps[i / 32];
             thread_index = t.index;
             block_index = block->index;
             switch (t.wait) {
                 case Wait::Warp:
-                    fail("deadlock: waits in warp operation %d, mask %08x", static_cast<int>(t.op), t.mask);
+                    fail("deadlock: waits in warp operation %d, mask %08x", static_cast<int>(warp.ops[i % 32]),
+                         warp.masks[i % 32]);
                 case Wait::Barrier:
                     fail("deadlock: waits at %s:%d", t.file, t.line);
                 case Wait::Named:
@@ -40,7 +42,7 @@ void run_early(Grid& grid) {
     bool moved = true;
     while (moved) {
         moved = false;
-        for (auto& block : grid.running) {
+        for (Block* block : grid.running) {
             moved |= run_turn(*block);
         }
     }
@@ -48,14 +50,16 @@ void run_early(Grid& grid) {
 
 void meet_dependency(Grid& grid) {
     grid.dependency_met = true;
-    for (auto& block : grid.running) {
-        for (unsigned i = 0; i < block->threads; i++) {
-            Thread& t = *block->team->threads[i];
-            if (t.wait == Wait::Dependency) {
-                t.wait = Wait::None;
-            }
+    for (Block* block : grid.running) {
+        for (unsigned w = 0; w < block->warp_count; w++) {
+            wake(*block, w, block->warps[w].dependent);
+            block->warps[w].dependent = 0;
         }
     }
+}
+
+bool spins(const Block* block) {
+    return std::any_of(block->warps, block->warps + block->warp_count, [](const Warp& w) { return w.spinning != 0; });
 }
 
 // Blocks that run side by side: one, in random order three; more when the running ones only spin.
@@ -90,10 +94,7 @@ void run_to_end(Grid& grid) {
             room++;
         } else if (idle > kSpinRounds) {
             report_deadlock(grid);
-        } else if (idle && !std::any_of(grid.running.begin(), grid.running.end(), [](const auto& block) {
-                       return std::any_of(block->team->threads.begin(), block->team->threads.begin() + block->threads,
-                                          [](const auto& t) { return t->wait == Wait::Spin; });
-                   })) {
+        } else if (idle && !std::any_of(grid.running.begin(), grid.running.end(), spins)) {
             report_deadlock(grid);
         }
     }

@@ -12,6 +12,8 @@
 namespace emu {
 
 constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kMaxWarps = kMaxThreads / 32;
+constexpr unsigned kNamedBarriers = 16;
 constexpr unsigned kMaxCopies = 512;        // in flight, of one thread
 constexpr size_t kMaxShared = 227 * 1024;   // of a block, sm_90
 constexpr size_t kArenaBytes = 512 * 1024;  // of a team, under ThreadSanitizer
@@ -20,7 +22,6 @@ constexpr size_t kPendingGrids = 2;         // queued behind the one that runs
 constexpr unsigned kEarlyBlocks = 2;        // of a grid, that start before their dependencies have ended
 constexpr unsigned kSpinRounds = 20000;     // without any progress, before it is a deadlock
 
-enum class Order { Forward, Reverse, Random };
 enum class Wait { None, Barrier, Named, Warp, Dependency, Spin, Done };
 
 struct Copy {
@@ -31,6 +32,7 @@ struct Copy {
 
 struct Block;
 
+// What a thread's switches touch is kept small and together: a block's threads take turns thousands of times.
 struct Thread {
     Fiber fiber;
     Block* block = nullptr;
@@ -40,23 +42,17 @@ struct Thread {
     const char* file = nullptr;  // of the barrier it waits at
     int line = 0;
     unsigned barrier = 0, barrier_threads = 0;
-    WarpOp op{};
-    unsigned mask = 0;
     bool saw_dependency = false;
-    Copy copies[kMaxCopies];
+    unsigned barrier_turn = 0, warp_turn = 0;
     unsigned copy_count = 0, group = 0;
+    std::unique_ptr<Copy[]> copies;  // kMaxCopies, from the first one on
 };
 
-// Threads that blocks take turns to use. Under ThreadSanitizer two blocks in a row use different teams, and so are
-// not ordered with each other.
-struct Team {
-    std::vector<std::unique_ptr<Thread>> threads;
-    char* arena = nullptr;
-    char barrier_key = 0, ended_key = 0, named_keys[16] = {}, warp_keys[32] = {};
-    bool taken = false;
-};
-
+// Lanes are bits. Every lane of a block is in one of the first five, or runs, or waits at a barrier.
 struct Warp {
+    unsigned lanes, runnable, spinning, dependent, meeting, done;
+    unsigned masks[32];  // of the lanes in `meeting`
+    WarpOp ops[32];
     Slot in[32], out[32];
 };
 
@@ -65,19 +61,40 @@ struct SharedVariable {
     void* memory;
 };
 
+struct NamedBarrier {
+    unsigned waiting, wanted;
+    unsigned lanes[kMaxWarps];
+};
+
 struct Grid;
+struct Team;
 
 struct Block {
-    Grid* grid = nullptr;
-    Team* team = nullptr;
+    Grid* grid;
+    Team* team;
     Index3 index;
-    unsigned threads = 0, done = 0;
-    std::vector<Warp> warps;
+    unsigned threads, warp_count, done, at_barrier;
+    const Thread* first_at_barrier;
+    unsigned ready_warps;  // bits: those with a runnable lane
+    unsigned budget;       // turns until other blocks have theirs
+    NamedBarrier named[kNamedBarriers];
     // No container that grows: threads would allocate, and the sanitizers see that.
     SharedVariable variables[kMaxVariables];
-    unsigned variable_count = 0;
-    void* dynamic = nullptr;
-    size_t shared_bytes = 0, arena_used = 0;
+    unsigned variable_count;
+    void* dynamic;
+    size_t shared_bytes, arena_used;
+    Warp warps[kMaxWarps];
+};
+
+// Threads and a block that blocks take turns to use. Under ThreadSanitizer two blocks in a row use different teams, and
+// so are not ordered with each other.
+struct Team {
+    Block block;
+    std::vector<Thread> threads;
+    char* arena = nullptr;
+    // Two keys in turn: who leaves a barrier late must not see what others released at the next.
+    char barrier_keys[2] = {}, ended_key = 0, named_keys[kNamedBarriers] = {}, warp_keys[kMaxWarps][2] = {};
+    bool taken = false;
 };
 
 struct Grid {
@@ -85,7 +102,7 @@ struct Grid {
     std::function<void()> body;
     bool dependency_met = false;
     size_t blocks = 0, admitted = 0;
-    std::vector<std::unique_ptr<Block>> running;
+    std::vector<Block*> running;
     char started_key = 0, ended_key = 0;
 };
 
@@ -95,26 +112,29 @@ struct Machine {
     std::deque<std::unique_ptr<Grid>> pending;
     std::vector<std::unique_ptr<Team>> teams;
     size_t next_team = 0;
-    std::vector<unsigned> thread_order;
     Order order = Order::Forward;
     uint64_t random = 0;
-    bool started = false;
+    bool configured = false;
 };
 
 extern Machine machine;
 
 // ---- blocks.cpp ----
 
-// Starts the machine at its first use.
+// Takes over the calling thread; at the first use reads the environment.
 void start_machine();
 uint32_t next_random();
-// Gives the processor back to the scheduler until `wait` is over.
+// Lets other threads run until `wait` is over.
 void pause(Wait wait);
+// Makes lanes of a warp runnable.
+void wake(Block& block, unsigned warp, unsigned lanes);
 void* allocate_shared(Block& block, size_t bytes);
 // Starts the grid's next block.
 void admit_block(Grid& grid);
 void retire_block(Block& block);
-// One turn of every thread of a block that can run. True if anything moved.
+// Lets a block run until no thread of it can, or until it is another block's turn. True if anything moved.
 bool run_turn(Block& block);
+// Fails if a barrier waits for threads that have ended; lets it go if all are there, and says so.
+bool finish_barrier(Block& block);
 
 }  // namespace emu

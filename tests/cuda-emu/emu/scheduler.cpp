@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdarg.h>
 #include <stdio.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "machine.h"
@@ -14,18 +15,68 @@ Extent3 block_extent, grid_extent;
 
 namespace {
 
-void complete_warp(Warp& warp, Block& block, unsigned warp_number, unsigned mask, Combine combine) {
-    if (combine) {
-        combine(warp.in, warp.out, mask);
+// Whether all lanes of `mask` have come to the operation that lane `me` has come to.
+bool all_have_come(const Warp& warp, unsigned mask, unsigned me) {
+    if (const unsigned ended = mask & warp.done) {
+        fail("warp operation %d: lane %d of mask %08x has ended", static_cast<int>(warp.ops[me]), __builtin_ctz(ended),
+             mask);
     }
-    for (unsigned l = 0; l < 32; l++) {
-        if (!(mask >> l & 1)) {
-            continue;
+    if (mask & ~warp.meeting) {
+        return false;
+    }
+    for (unsigned rest = mask; rest; rest &= rest - 1) {
+        const auto l = static_cast<unsigned>(__builtin_ctz(rest));
+        if (warp.masks[l] != mask) {
+            return false;
         }
-        Thread& t = *block.team->threads[warp_number * 32 + l];
-        if (&t != machine.current) {
-            t.wait = Wait::None;
+        if (warp.ops[l] != warp.ops[me]) {
+            fail("lanes %u and %u wait in different warp operations, %d and %d", me, l,
+                 static_cast<int>(warp.ops[me]), static_cast<int>(warp.ops[l]));
         }
+    }
+    return true;
+}
+
+// Waits until all lanes of `mask` are here with what they bring.
+void meet(WarpOp op, unsigned mask, Combine combine, bool orders_memory) {
+    Thread& self = *machine.current;
+    Block& block = *self.block;
+    const unsigned warp_number = self.number >> 5, me = self.number & 31, bit = 1u << me;
+    Warp& warp = block.warps[warp_number];
+    mask &= warp.lanes;
+    if (!(mask & bit)) {
+        fail("warp operation %d: lane %u is not in its mask %08x", static_cast<int>(op), me, mask);
+    }
+    warp.ops[me] = op;
+    warp.masks[me] = mask;
+    warp.meeting |= bit;
+    char* const key = &block.team->warp_keys[warp_number][self.warp_turn % 2];
+    if (orders_memory) {
+        if (mask != warp.lanes) {
+            fail("a warp barrier for the lanes of mask %08x: it is for all", mask);
+        }
+        self.warp_turn++;
+        release(key);
+    }
+    if (all_have_come(warp, mask, me)) {
+        if (combine) {
+            combine(warp.in, warp.out, mask);
+        }
+        warp.meeting &= ~mask;
+        wake(block, warp_number, mask & ~bit);
+    } else {
+        pause(Wait::Warp);
+    }
+    if (orders_memory) {
+        acquire(key);
+    }
+}
+
+void combine_shuffle(const Slot in[32], Slot out[32], unsigned mask) {
+    for (unsigned rest = mask; rest; rest &= rest - 1) {
+        const auto l = static_cast<unsigned>(__builtin_ctz(rest));
+        const uint64_t from = in[l].words[1];
+        out[l].words[0] = mask >> from & 1 ? in[from].words[0] : ~uint64_t{0};
     }
 }
 
@@ -34,8 +85,9 @@ void complete_warp(Warp& warp, Block& block, unsigned warp_number, unsigned mask
 void fail(const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    fprintf(stderr, "EMU ERROR: block (%u,%u,%u) thread (%u,%u,%u): ", block_index.x, block_index.y, block_index.z,
-            thread_index.x, thread_index.y, thread_index.z);
+    const char* kernel = machine.current ? machine.current->block->grid->launch.name : "kernel";
+    fprintf(stderr, "EMU ERROR: %s, block (%u,%u,%u) thread (%u,%u,%u): ", kernel, block_index.x, block_index.y,
+            block_index.z, thread_index.x, thread_index.y, thread_index.z);
     vfprintf(stderr, format, arguments);
     fprintf(stderr, "\n");
     va_end(arguments);
@@ -46,11 +98,21 @@ void fail(const char* format, ...) {
 void block_barrier(const char* file, int line) {
     Thread& self = *machine.current;
     Team& team = *self.block->team;
+    Block& block = *self.block;
     self.file = file;
     self.line = line;
-    release(&team.barrier_key);
+    if (!block.at_barrier++) {
+        block.first_at_barrier = &self;
+    } else if (const Thread& first = *block.first_at_barrier;
+               line != first.line || (file != first.file && strcmp(file, first.file))) {
+        fail("threads of one block wait at different barriers: %s:%d and %s:%d", first.file, first.line, file, line);
+    }
+    char* const key = &team.barrier_keys[self.barrier_turn++ % 2];
+    release(key);
+    // The last goes on at once, but not always first.
+    finish_barrier(block);
     pause(Wait::Barrier);
-    acquire(&team.barrier_key);
+    acquire(key);
 }
 
 void named_barrier(unsigned id, unsigned threads) {
@@ -65,6 +127,19 @@ void named_barrier(unsigned id, unsigned threads) {
     self.barrier = id;
     self.barrier_threads = threads;
     release(&team.named_keys[id]);
+    NamedBarrier& barrier = self.block->named[id];
+    if (barrier.waiting && barrier.wanted != threads) {
+        fail("threads expect different numbers at barrier %u, %u and %u", id, barrier.wanted, threads);
+    }
+    barrier.wanted = threads;
+    barrier.lanes[self.number / 32] |= 1u << self.number % 32;
+    if (++barrier.waiting == threads) {
+        for (unsigned w = 0; w < self.block->warp_count; w++) {
+            wake(*self.block, w, barrier.lanes[w]);
+            barrier.lanes[w] = 0;
+        }
+        barrier.waiting = 0;
+    }
     pause(Wait::Named);
     acquire(&team.named_keys[id]);
 }
@@ -84,46 +159,32 @@ void spin_pause() { pause(Wait::Spin); }
 unsigned lane() { return machine.current->number & 31; }
 
 Slot warp_meet(WarpOp op, unsigned mask, const Slot& mine, Combine combine, bool orders_memory) {
-    Thread& self = *machine.current;
-    Block& block = *self.block;
-    const unsigned warp_number = self.number >> 5, me = self.number & 31;
-    const unsigned first = warp_number * 32, lanes = std::min(32u, block.threads - first);
-    mask &= lanes == 32 ? ~0u : (1u << lanes) - 1;
-    if (!(mask >> me & 1)) {
-        fail("warp operation %d: lane %u is not in its mask %08x", static_cast<int>(op), me, mask);
-    }
-    Warp& warp = block.warps[warp_number];
-    warp.in[me] = mine;
-    self.op = op;
-    self.mask = mask;
-    if (orders_memory) {
-        release(&block.team->warp_keys[warp_number]);
-    }
-    bool all_here = true;
-    for (unsigned l = 0; l < lanes; l++) {
-        if (l == me || !(mask >> l & 1)) {
-            continue;
-        }
-        const Thread& other = *block.team->threads[first + l];
-        if (other.wait == Wait::Done) {
-            fail("warp operation %d: lane %u of mask %08x has ended", static_cast<int>(op), l, mask);
-        }
-        if (other.wait != Wait::Warp || other.mask != mask) {
-            all_here = false;
-        } else if (other.op != op) {
-            fail("lanes %u and %u wait in different warp operations, %d and %d", me, l, static_cast<int>(op),
-                 static_cast<int>(other.op));
-        }
-    }
-    if (all_here) {
-        complete_warp(warp, block, warp_number, mask, combine);
-    } else {
-        pause(Wait::Warp);
-    }
-    if (orders_memory) {
-        acquire(&block.team->warp_keys[warp_number]);
-    }
-    return warp.out[me];
+    const Thread& self = *machine.current;
+    Warp& warp = self.block->warps[self.number >> 5];
+    warp.in[self.number & 31] = mine;
+    meet(op, mask, combine, orders_memory);
+    return warp.out[self.number & 31];
+}
+
+Slot warp_meet(WarpOp op, unsigned mask, uint64_t first, uint64_t second, uint64_t third, Combine combine) {
+    const Thread& self = *machine.current;
+    Warp& warp = self.block->warps[self.number >> 5];
+    Slot& slot = warp.in[self.number & 31];
+    slot.words[0] = first;
+    slot.words[1] = second;
+    slot.words[2] = third;
+    meet(op, mask, combine, false);
+    return warp.out[self.number & 31];
+}
+
+uint64_t warp_shuffle(unsigned mask, uint64_t mine, unsigned from) {
+    const Thread& self = *machine.current;
+    Warp& warp = self.block->warps[self.number >> 5];
+    Slot& slot = warp.in[self.number & 31];
+    slot.words[0] = mine;
+    slot.words[1] = from;
+    meet(WarpOp::Shuffle, mask, combine_shuffle, false);
+    return warp.out[self.number & 31].words[0];
 }
 
 void* shared_variable(const void* key, size_t bytes) {
@@ -160,6 +221,9 @@ void async_copy(void* to, const void* from, unsigned bytes, unsigned capacity) {
     if (self.copy_count == kMaxCopies) {
         fail("more than %u asynchronous copies in flight", kMaxCopies);
     }
+    if (!self.copies) {
+        self.copies.reset(new Copy[kMaxCopies]);
+    }
     self.copies[self.copy_count++] = {to, from, bytes, capacity, self.group};
 }
 
@@ -172,7 +236,7 @@ void async_wait(unsigned keep) {
         const Copy& c = self.copies[landed++];
         instrumented_copy(c.to, c.from, c.bytes, c.capacity);
     }
-    std::copy(self.copies + landed, self.copies + self.copy_count, self.copies);
+    std::copy(self.copies.get() + landed, self.copies.get() + self.copy_count, self.copies.get());
     self.copy_count -= landed;
 }
 

@@ -27,7 +27,12 @@ extern Extent3 block_extent, grid_extent;
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
 
-// ---- launching, called by the host ----
+// ---- launching, called by the host, from one thread at a time ----
+
+// Of threads and of blocks. In random order blocks run three at a time.
+enum class Order { Forward, Reverse, Random };
+// Instead of what the environment says.
+void set_order(Order order, uint64_t seed);
 
 struct Launch {
     Extent3 grid, block;
@@ -62,6 +67,11 @@ enum class WarpOp { Shuffle, Sync, Mma, LoadMatrix };
 using Combine = void (*)(const Slot in[32], Slot out[32], unsigned mask);
 // Waits until all lanes of `mask` are here with the same operation. `orders_memory`: it is also a fence among them.
 Slot warp_meet(WarpOp op, unsigned mask, const Slot& mine, Combine combine, bool orders_memory);
+// As above, with what the lane brings in registers: a slot on its stack would be read before its writes have settled.
+Slot warp_meet(WarpOp op, unsigned mask, uint64_t first, uint64_t second, uint64_t third, Combine combine);
+// Gives and takes 8 bytes, in registers: the most frequent meeting. A lane outside the mask is undefined in CUDA and
+// gives NaN here.
+uint64_t warp_shuffle(unsigned mask, uint64_t mine, unsigned from);
 
 // ---- memory ----
 

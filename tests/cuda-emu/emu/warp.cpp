@@ -15,20 +15,6 @@ float widen_bf16(uint32_t pair, bool high) {
 
 }  // namespace
 
-void combine_shuffle(const Slot in[32], Slot out[32], unsigned mask) {
-    for (unsigned l = 0; l < 32; l++) {
-        if (!(mask >> l & 1)) {
-            continue;
-        }
-        const unsigned from = static_cast<unsigned>(in[l].words[3]);
-        if (from < 32 && (mask >> from & 1)) {
-            out[l] = in[from];
-        } else {
-            memset(&out[l], 0xff, sizeof out[l]);
-        }
-    }
-}
-
 void combine_mma_bf16(const Slot in[32], Slot out[32], unsigned) {
     float a[16][16], b[16][8];
     for (unsigned l = 0; l < 32; l++) {
@@ -43,13 +29,15 @@ void combine_mma_bf16(const Slot in[32], Slot out[32], unsigned) {
             }
         }
     }
-    float d[16][8] = {};
+    float d[16][8];
     for (unsigned i = 0; i < 16; i++) {
+        float sums[8] = {};
         for (unsigned k = 0; k < 16; k++) {
             for (unsigned j = 0; j < 8; j++) {
-                d[i][j] += a[i][k] * b[k][j];
+                sums[j] += a[i][k] * b[k][j];
             }
         }
+        memcpy(d[i], sums, sizeof sums);
     }
     for (unsigned l = 0; l < 32; l++) {
         const unsigned g = l >> 2, t = l & 3;

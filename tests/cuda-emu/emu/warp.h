@@ -9,11 +9,17 @@
 
 #include "scheduler.h"
 
+// Left visible where only the names of kernels are asked for; see driver/table.py.
+#ifdef EMU_LISTING
+#define __global__ EMU_KERNEL
+#define __launch_bounds__(...) EMU_BOUNDS(__VA_ARGS__)
+#else
 #define __global__
+#define __launch_bounds__(...)
+#endif
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 // A raw shared variable would be one for all blocks: kernels use PORT_SHARED.
 #define __shared__ use_PORT_SHARED_instead
@@ -48,8 +54,6 @@ __attribute__((always_inline)) inline T from_slot(const Slot& slot) {
 }
 
 // In warp.cpp.
-// Lane `from` of each lane is in words[3]; a lane outside the mask is undefined in CUDA and gives NaN here.
-void combine_shuffle(const Slot in[32], Slot out[32], unsigned mask);
 void combine_mma_bf16(const Slot in[32], Slot out[32], unsigned mask);
 // Lane l gets the rows of which it holds a part: row l / 4 of each of four 8x8 matrices.
 void combine_rows(const Slot in[32], Slot out[32], unsigned mask);
@@ -60,9 +64,11 @@ void combine_next_rows(const Slot in[32], Slot out[32], unsigned mask);
 template <class T>
 T shuffle(unsigned mask, T value, unsigned from) {
     static_assert(sizeof(T) <= 8);
-    Slot slot = to_slot(value);
-    slot.words[3] = from & 31;
-    return from_slot<T>(warp_meet(WarpOp::Shuffle, mask, slot, combine_shuffle, false));
+    uint64_t word = 0;
+    memcpy(&word, &value, sizeof(T));
+    word = warp_shuffle(mask, word, from & 31);
+    memcpy(&value, &word, sizeof(T));
+    return value;
 }
 
 // Fragments of mma.m16n8k16, PTX ISA "Matrix Fragments for mma.m16n8k16 with floating point type". With g = lane / 4
@@ -73,10 +79,9 @@ struct MmaOperands {
 };
 
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    MmaOperands operands;
-    memcpy(operands.a, a, sizeof a);
-    memcpy(operands.b, b, sizeof b);
-    const Slot result = warp_meet(WarpOp::Mma, ~0u, to_slot(operands), combine_mma_bf16, false);
+    const auto pair = [](uint32_t low, uint32_t high) { return low | uint64_t{high} << 32; };
+    const Slot result =
+        warp_meet(WarpOp::Mma, ~0u, pair(a[0], a[1]), pair(a[2], a[3]), pair(b[0], b[1]), combine_mma_bf16);
     float product[4];
     memcpy(product, &result, sizeof product);
     for (int i = 0; i < 4; i++) {

@@ -1,6 +1,6 @@
 // A paged cache with sequences in it, and attention over it in double precision.
 //
-// Owns the layout `[page][layer][K|V][kv_head][16][head_dim]` as a test sees it: pages in random order, other layers'
+// Owns the layout `[page][layer][K|V][kv_head][16][...]` as a test sees it: pages in random order, other layers'
 // parts and unused token slots full of NaN, block tables that point nowhere beyond their sequence.
 #pragma once
 #include "harness.h"
@@ -9,9 +9,10 @@ namespace harness {
 
 struct CacheShape {
     int kv_heads, head_dim;
-    bool codes;   // e4m3
-    bool scales;  // of e4m3, one for each head
-    bool values_are_keys = false;
+    bool codes;                    // e4m3
+    bool scales;                   // of e4m3, one for each head
+    bool values_are_keys = false;  // the first elements of a key are its value
+    int value_dim = 0;             // 0: as keys
 };
 
 class PagedCache {
@@ -54,7 +55,7 @@ class PagedCache {
             for (int part = 0; part < (shape_.values_are_keys ? 1 : 2); part++) {
                 for (int h = 0; h < shape_.kv_heads; h++) {
                     for (int i = 0; i < contexts_[s]; i++) {
-                        for (int d = 0; d < shape_.head_dim; d++) {
+                        for (int d = 0; d < dim(part); d++) {
                             set(s, part, h, i, d, random.normal() * (part ? 1.0f : key_spread));
                         }
                     }
@@ -88,7 +89,19 @@ class PagedCache {
     const std::vector<int>& contexts() const { return contexts_; }
     const CacheShape& shape() const { return shape_; }
     const std::vector<unsigned char>& bytes() const { return bytes_; }
-    size_t layer_bytes() const { return static_cast<size_t>(2) * shape_.kv_heads * 16 * shape_.head_dim * element(); }
+    int value_dim() const { return shape_.value_dim ? shape_.value_dim : shape_.head_dim; }
+    // Bytes that changed although nothing here was `set`.
+    long strays(const std::vector<unsigned char>& before, const std::vector<unsigned char>& after) const {
+        long count = 0;
+        for (size_t i = 0; i < before.size(); i++) {
+            count += bytes_[i] == before[i] && after[i] != before[i];
+        }
+        return count;
+    }
+    size_t layer_bytes() const {
+        const int elements = shape_.head_dim + (shape_.values_are_keys ? 0 : value_dim());
+        return static_cast<size_t>(shape_.kv_heads) * 16 * elements * element();
+    }
     size_t page_bytes() const { return kLayers * layer_bytes(); }
     const std::vector<uint32_t>& tables() const { return tables_; }
     const std::vector<float>& scales() const { return scales_; }
@@ -96,10 +109,12 @@ class PagedCache {
 
   private:
     int element() const { return shape_.codes ? 1 : 2; }
+    int dim(int part) const { return part ? value_dim() : shape_.head_dim; }
     size_t address(size_t sequence, int part, int head, int token, int d) const {
         const size_t page = tables_[sequence * table_len_ + token / 16];
-        const size_t row = (static_cast<size_t>(part) * shape_.kv_heads + head) * 16 + token % 16;
-        return page * page_bytes() + kLayer * layer_bytes() + (row * shape_.head_dim + d) * element();
+        const size_t keys = part ? static_cast<size_t>(shape_.kv_heads) * 16 * shape_.head_dim : 0;
+        const size_t row = static_cast<size_t>(head) * 16 + token % 16;
+        return page * page_bytes() + kLayer * layer_bytes() + (keys + row * dim(part) + d) * element();
     }
 
     CacheShape shape_;
@@ -143,7 +158,7 @@ namespace reference {
 // Attention of one query head at `position` (keys 0 to position, or all where not causal).
 inline std::vector<double> attend(const harness::PagedCache& cache, size_t sequence, int head, int kv_head,
                                   int position, const std::vector<double>& q, const harness::AttentionRule& rule) {
-    const int context = cache.contexts()[sequence], dim = cache.shape().head_dim;
+    const int context = cache.contexts()[sequence], dim = cache.shape().head_dim, value_dim = cache.value_dim();
     const int end = rule.causal ? position + 1 : context;
     const int begin = rule.window ? std::max(0, position + 1 - rule.window) : 0;
     std::vector<double> scores;
@@ -161,12 +176,12 @@ inline std::vector<double> attend(const harness::PagedCache& cache, size_t seque
         peak = std::max(peak, s);
     }
     double sum = rule.sinks ? exp((*rule.sinks)[head] - peak) : 0;
-    std::vector<double> out(dim, 0.0);
+    std::vector<double> out(value_dim, 0.0);
     for (int i = begin; i < end; i++) {
         const double w = exp(scores[i - begin] - peak);
         sum += w;
         const int part = cache.shape().values_are_keys ? 0 : 1;
-        for (int d = 0; d < dim; d++) {
+        for (int d = 0; d < value_dim; d++) {
             out[d] += w * cache.get(sequence, part, kv_head, i, d);
         }
     }

@@ -71,18 +71,24 @@ Plan deal(const Case& c) {
     return plan;
 }
 
-template <int kDim, bool kE4m3>
+template <int kKey, int kValue, bool kE4m3>
 void launch_decode(const char* name, void (*kernel)(DecodeArgs), int blocks, const DecodeArgs& args) {
-    using D = Decode<kDim, kE4m3>;
+    using D = Decode<kKey, kValue, kE4m3>;
     harness::launch(name, kernel, dim3(blocks), D::kThreads, D::kSharedBytes, args);
 }
 
 void dispatch(const Case& c, const DecodeArgs& args) {
-#define DIM(dim)                                                                                                       \
-    case dim:                                                                                                          \
-        if (c.cache.codes) return launch_decode<dim, true>("e4m3 " #dim, attention_decode_e4m3_##dim, c.blocks, args); \
-        return launch_decode<dim, false>("bf16 " #dim, attention_decode_bf16_##dim, c.blocks, args);
-    switch (c.cache.head_dim) { DIM(64) DIM(96) DIM(128) DIM(256) DIM(512) }
+#define DIM(dim) KEY(dim, dim, dim)
+#define KEY(key, value, name)                                                                                    \
+    case key:                                                                                                    \
+        if (c.cache.codes) {                                                                                     \
+            return launch_decode<key, value, true>("e4m3 " #name, attention_decode_e4m3_##name, c.blocks, args); \
+        }                                                                                                        \
+        return launch_decode<key, value, false>("bf16 " #name, attention_decode_bf16_##name, c.blocks, args);
+    switch (c.cache.head_dim) {
+        DIM(64) DIM(96) DIM(128) DIM(256) DIM(512) KEY(576, 512, 576_512) KEY(640, 512, 640_512)
+    }
+#undef KEY
 #undef DIM
     abort();
 }
@@ -92,6 +98,7 @@ void run(const Case& c) {
     PagedCache cache(c.cache, c.contexts, random);
     cache.fill(random, 2.0f);
     const int tokens = static_cast<int>(c.contexts.size()), dim = c.cache.head_dim;
+    const int value_dim = cache.value_dim();
     const int stride = (c.q_heads + 2 * c.cache.kv_heads) * dim;
     const auto q = random_bf16(random, static_cast<size_t>(tokens) * stride, 1.5f);
     std::vector<float> sinks(c.q_heads);
@@ -106,8 +113,8 @@ void run(const Case& c) {
     }
     const Plan plan = deal(c);
     DeviceCache device(cache);
-    Buffer<bf16> d_q(q), d_out(static_cast<size_t>(tokens) * c.q_heads * dim);
-    Buffer<float> d_sinks(sinks), d_partial(static_cast<size_t>(plan.parts) * 16 * (dim + 2));
+    Buffer<bf16> d_q(q), d_out(static_cast<size_t>(tokens) * c.q_heads * value_dim);
+    Buffer<float> d_sinks(sinks), d_partial(static_cast<size_t>(plan.parts) * 16 * (value_dim + 2));
     Buffer<RowInfo> d_rows(rows);
     Buffer<uint32_t> d_starts(plan.starts);
     Buffer<DecodeItem> d_items(plan.items);
@@ -131,7 +138,7 @@ void run(const Case& c) {
     dispatch(c, args);
     dispatch(c, args);
 
-    std::vector<double> want(static_cast<size_t>(tokens) * c.q_heads * dim);
+    std::vector<double> want(static_cast<size_t>(tokens) * c.q_heads * value_dim);
     const AttentionRule rule{args.scale, c.cap, c.window, true, c.sinks ? &sinks : nullptr};
     for (int t = 0; t < tokens; t++) {
         const int token = tokens - 1 - t;
@@ -142,7 +149,7 @@ void run(const Case& c) {
             }
             const auto out =
                 reference::attend(cache, t, h, h / (c.q_heads / c.cache.kv_heads), c.contexts[t] - 1, query, rule);
-            std::copy(out.begin(), out.end(), want.begin() + (static_cast<size_t>(token) * c.q_heads + h) * dim);
+            std::copy(out.begin(), out.end(), want.begin() + (static_cast<size_t>(token) * c.q_heads + h) * value_dim);
         }
     }
     expect_close("heads " + std::to_string(c.q_heads) + " dim " + std::to_string(dim) + " codes " +
@@ -158,6 +165,7 @@ int main() {
     run({4, {2, 64, false, false}, {1, 37, 130}, 4, 0, 0.0, false});
     run({8, {1, 64, true, true}, {16, 17, 200}, 3, 0, 0.0, true});
     run({4, {1, 512, false, false, true}, {70, 15}, 2, 0, 0.0, false});
+    run({3, {1, 640, false, false, true, 512}, {33, 2}, 3, 0, 0.0, true});
     if (small()) {
         return report();
     }
@@ -171,5 +179,8 @@ int main() {
     run({2, {1, 96, true, true, true}, {100}, 2, 0, 0.0, false});
     run({8, {8, 128, false, false}, {1, 2, 3, 4, 5, 6, 7, 8, 9}, 5, 3, 0.0, true});
     run({2, {1, 64, false, false}, {4000, 1}, 24, 0, 0.0, false});
+    run({20, {1, 576, false, false, true, 512}, {150, 16}, 4, 0, 0.0, false});
+    run({4, {2, 640, true, true, true, 512}, {65, 40}, 3, 0, 0.0, true});
+    run({2, {1, 576, true, false, true, 512}, {47}, 1, 20, 30.0, false});
     return report();
 }

@@ -82,6 +82,9 @@ void run(const Case& c) {
     args.rows = c.rows;
     args.in = c.in;
     args.out = c.out;
+    args.x_stride = c.in;
+    args.y_stride = width;
+    args.bias_stride = static_cast<uint32_t>(c.out);
     args.scale_rows = 64;
     args.scale_blocks = 1;
     args.top_k = c.top_k;
@@ -125,12 +128,89 @@ void run(const Case& c) {
     }
 }
 
+// A weight for each head, x less padded than the weight, biases for the first outputs alone.
+void run_heads(bool codes, int rows, int heads, int out, int in) {
+    Random random(rows + heads * 3 + out + in);
+    const int columns = codes ? (in + 15) / 16 * 16 : in, y_head = out + 6;
+    const size_t each = static_cast<size_t>(out) * columns;
+    const int x_stride = heads == 1 ? in : heads * (in + 8), y_stride = heads * y_head, biases = out - 5;
+    std::vector<bf16> halves(codes ? 0 : each * heads, bf16{0});
+    std::vector<e4m3> eights(codes ? each * heads : 0, e4m3{0});
+    for (size_t i = 0; i < each * heads; i++) {
+        if (static_cast<int>(i % columns) >= in) {
+            continue;
+        }
+        if (codes) {
+            eights[i] = e4m3{static_cast<uint8_t>(random.next() % 0x60)};
+        } else {
+            halves[i] = round_bf16(random.normal() * 0.1);
+        }
+    }
+    const std::vector<float> scales(heads * out, 0.01f);
+    const auto x = random_bf16(random, static_cast<size_t>(rows) * x_stride), bias = random_bf16(random, biases);
+    Buffer<bf16> d_x(x), d_halves(halves), d_y(static_cast<size_t>(rows) * y_stride), d_bias(bias);
+    Buffer<e4m3> d_eights(eights);
+    Buffer<float> d_scales(scales);
+    MatmulArgs args{};
+    args.weight =
+        codes ? reinterpret_cast<unsigned char*>(d_eights.get()) : reinterpret_cast<unsigned char*>(d_halves.get());
+    args.scales = codes ? d_scales.get() : nullptr;
+    args.x = d_x.get();
+    args.y = d_y.get();
+    args.bias = heads == 1 ? d_bias.get() : nullptr;
+    args.bias_stride = static_cast<uint32_t>(biases);
+    args.weight_stride = each * (codes ? 1 : 2);
+    args.scale_stride = static_cast<uint32_t>(out);
+    args.x_stride = x_stride;
+    args.y_stride = y_stride;
+    args.x_head = in + 8;
+    args.y_head = y_head;
+    args.rows = rows;
+    args.in = columns;
+    args.out = out;
+    args.scale_rows = 1;
+    args.scale = 1.0f;
+    const dim3 grid(static_cast<unsigned>((out + 127) / 128), static_cast<unsigned>((rows + 63) / 64),
+                    static_cast<unsigned>(heads));
+    const uint32_t* none = nullptr;
+    if (codes) {
+        LAUNCH(matmul_grouped_e4m3, grid, 256, Grouped<true>::kSharedBytes, args, none);
+    } else {
+        LAUNCH(matmul_grouped_bf16, grid, 256, Grouped<false>::kSharedBytes, args, none);
+    }
+    const auto y = d_y.download();
+    std::vector<bf16> got;
+    std::vector<double> want;
+    bool beside = true;
+    for (size_t i = 0; i < y.size(); i++) {
+        const int row = static_cast<int>(i / y_stride), head = static_cast<int>(i % y_stride) / y_head;
+        const int o = static_cast<int>(i % y_stride) % y_head;
+        if (o >= out) {
+            beside = beside && y[i].bits == 0xffff;
+            continue;
+        }
+        double sum = heads == 1 && o < biases ? value(bias[o]) : 0;
+        for (int k = 0; k < in; k++) {
+            const size_t at = each * head + static_cast<size_t>(o) * columns + k;
+            sum += value(x[static_cast<size_t>(row) * x_stride + head * (in + 8) + k]) *
+                   (codes ? value(eights[at]) * static_cast<double>(0.01f) : value(halves[at]));
+        }
+        got.push_back(y[i]);
+        want.push_back(sum);
+    }
+    const std::string name = "grouped heads " + std::to_string(heads) + " codes " + std::to_string(codes);
+    expect_close(name, got, want);
+    expect(name + ", beside the heads", beside);
+}
+
 }  // namespace
 
 int main() {
     //   rows out in codes gated bias single experts top_k gather cap
     run({70, 136, 72, false, false, true, false, 0, 1, false, 0.0f});
     run({9, 144, 80, true, true, true, false, 3, 2, true, 0.0f});
+    run_heads(false, 5, 3, 40, 24);
+    run_heads(true, 3, 1, 24, 40);
     if (small()) {
         return report();
     }
@@ -139,5 +219,7 @@ int main() {
     run({100, 272, 200, false, true, true, false, 4, 2, true, 0.0f});
     run({60, 136, 144, true, false, false, false, 5, 3, false, 0.0f});
     run({1, 130, 2880, false, false, false, false, 0, 1, false, 0.0f});
+    run_heads(false, 70, 2, 136, 128);
+    run_heads(true, 66, 2, 130, 32);
     return report();
 }

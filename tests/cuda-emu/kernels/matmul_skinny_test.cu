@@ -3,6 +3,7 @@
 #include "matmul_skinny.cu"
 
 #include "../harness/reference.h"
+#include "../harness/rows.h"
 
 using namespace harness;
 
@@ -151,6 +152,9 @@ void run(const Case& c) {
     args.rows = c.rows;
     args.in = c.in;
     args.out = c.out;
+    args.x_stride = c.in;
+    args.y_stride = width;
+    args.bias_stride = static_cast<uint32_t>(c.out);
     args.scale_rows = c.scale_rows;
     args.scale_blocks = c.scale_blocks;
     args.single_out = c.single;
@@ -241,6 +245,9 @@ void run_experts(bool codes, int tokens, int experts, int top_k, int in, int wid
     args.rows = tokens;
     args.in = in;
     args.out = c.out;
+    args.x_stride = in;
+    args.y_stride = width;
+    args.bias_stride = static_cast<uint32_t>(c.out);
     args.scale_rows = 128;
     args.scale_blocks = 1;
     args.top_k = top_k;
@@ -279,6 +286,8 @@ void run_experts(bool codes, int tokens, int experts, int top_k, int in, int wid
     args.scale_stride = 136;
     args.in = width;
     args.out = 136;
+    args.x_stride = width;
+    args.y_stride = 136;
     args.scale_rows = 1;
     args.scale_blocks = 0;
     args.gather = 0;
@@ -298,6 +307,145 @@ void run_experts(bool codes, int tokens, int experts, int top_k, int in, int wid
     expect_close(std::string(v.name) + " experts, down", d_y.download(), want);
 }
 
+// Widths that are no multiple of 8: the weight is padded with zeros, x less so, rows of y are wide, and biases are only
+// those that there are, expert behind expert.
+void run_padded(bool codes, int rows, int experts, int out, int in) {
+    Random random(rows * 5 + out + in + experts);
+    const int columns = codes ? (in + 15) / 16 * 16 : row_stride(in), outputs = row_stride(out), y_stride = outputs + 8;
+    const int x_stride = row_stride(in), weights = std::max(experts, 1);
+    const Weights w = random_weights(random, weights * out, in, codes, 1, false);
+    std::vector<unsigned char> bytes(static_cast<size_t>(weights) * outputs * columns * (codes ? 1 : 2), 0);
+    std::vector<float> scales(static_cast<size_t>(weights) * outputs, 1.0f);
+    for (int e = 0; e < weights; e++) {
+        for (int o = 0; o < out; o++) {
+            for (int k = 0; k < in; k++) {
+                const size_t from = (static_cast<size_t>(e) * out + o) * in + k;
+                const size_t to = (static_cast<size_t>(e) * outputs + o) * columns + k;
+                if (codes) {
+                    bytes[to] = w.codes[from].bits;
+                } else {
+                    memcpy(&bytes[2 * to], &w.halves[from], 2);
+                }
+            }
+            scales[static_cast<size_t>(e) * outputs + o] = codes ? w.scales[static_cast<size_t>(e) * out + o] : 1.0f;
+        }
+    }
+    const auto x = random_bf16(random, static_cast<size_t>(rows) * in);
+    const auto bias = random_bf16(random, static_cast<size_t>(weights) * out);
+    // All rows go to the last expert.
+    std::vector<uint32_t> offsets(weights + 1, 0), active{1, static_cast<uint32_t>(weights - 1)}, pairs(rows);
+    offsets[weights] = static_cast<uint32_t>(rows);
+    for (int r = 0; r < rows; r++) {
+        pairs[r] = static_cast<uint32_t>(rows - 1 - r);
+    }
+    Buffer<unsigned char> d_weight(bytes);
+    Buffer<float> d_scales(scales);
+    Buffer<bf16> d_x(spread_rows(x, in, x_stride, bf16{0})), d_bias(bias), d_y(static_cast<size_t>(rows) * y_stride);
+    Buffer<uint32_t> d_offsets(offsets), d_active(active), d_pairs(pairs);
+    MatmulArgs args{};
+    args.weight = d_weight.get();
+    args.scales = d_scales.get();
+    args.x = d_x.get();
+    args.bias = d_bias.get();
+    args.y = d_y.get();
+    args.experts = experts ? d_active.get() : nullptr;
+    args.offsets = d_offsets.get();
+    args.pairs = d_pairs.get();
+    args.weight_stride = static_cast<unsigned long long>(outputs) * columns * (codes ? 1 : 2);
+    args.scale_stride = static_cast<uint32_t>(outputs);
+    args.bias_stride = static_cast<uint32_t>(out);
+    args.x_stride = x_stride;
+    args.y_stride = y_stride;
+    args.rows = rows;
+    args.in = columns;
+    args.out = outputs;
+    args.scale_rows = 1;
+    args.top_k = 1;
+    args.gather = 1;
+    args.scale = 1.0f;
+    const Variant v = pick(codes, rows);
+    run_variant(v, dim3((outputs + 127) / 128, 1, 1), args);
+    std::vector<double> want;
+    for (int r = 0; r < rows; r++) {
+        const int row = experts ? rows - 1 - r : r;
+        for (int o = 0; o < out; o++) {
+            double sum = value(bias[static_cast<size_t>(weights - 1) * out + o]);
+            for (int k = 0; k < in; k++) {
+                sum += value(x[static_cast<size_t>(row) * in + k]) *
+                       w.values[(static_cast<size_t>(weights - 1) * out + o) * in + k];
+            }
+            want.push_back(sum);
+        }
+    }
+    const std::string name = std::string(v.name) + " padded out " + std::to_string(out) + " in " + std::to_string(in);
+    std::vector<bf16> written;
+    const auto y = d_y.download();
+    for (size_t i = 0; i < y.size(); i++) {
+        if (static_cast<int>(i % y_stride) < outputs) {
+            written.push_back(y[i]);
+        } else {
+            expect(name + ", beside rows", y[i].bits == 0xffff);
+        }
+    }
+    expect_close(name, gather_rows(name, written, out, outputs), want);
+}
+
+// A weight for each head, on columns of x and y at places of their own.
+void run_heads(bool codes, int rows, int heads, int out, int in, int splits) {
+    Random random(rows + heads * 3 + out + in);
+    const int x_head = in + 16, y_head = out + 8, x_stride = heads * x_head, y_stride = heads * y_head;
+    const Weights w = random_weights(random, heads * out, in, codes, 1, false);
+    const auto x = random_bf16(random, static_cast<size_t>(rows) * x_stride);
+    const int tiles = (out + 127) / 128;
+    Buffer<bf16> d_x(x), d_halves(w.halves), d_y(static_cast<size_t>(rows) * y_stride);
+    Buffer<e4m3> d_codes(w.codes);
+    Buffer<float> d_scales(w.scales), d_partial(static_cast<size_t>(tiles) * heads * splits * rows * 128);
+    Buffer<unsigned> d_counters(std::vector<unsigned>(tiles * heads, 0));
+    MatmulArgs args{};
+    args.weight =
+        codes ? reinterpret_cast<unsigned char*>(d_codes.get()) : reinterpret_cast<unsigned char*>(d_halves.get());
+    args.scales = codes ? d_scales.get() : nullptr;
+    args.x = d_x.get() + 8;
+    args.y = d_y.get() + 4;
+    args.partial = d_partial.get();
+    args.counters = d_counters.get();
+    args.weight_stride = static_cast<unsigned long long>(out) * in * (codes ? 1 : 2);
+    args.scale_stride = static_cast<uint32_t>(out);
+    args.x_stride = x_stride;
+    args.y_stride = y_stride;
+    args.x_head = x_head;
+    args.y_head = y_head;
+    args.rows = rows;
+    args.in = in;
+    args.out = out;
+    args.scale_rows = 1;
+    args.scale = 1.0f;
+    const Variant v = pick(codes, rows);
+    run_variant(v, dim3(tiles, splits, heads), args);
+    const auto y = d_y.download();
+    std::vector<bf16> got;
+    std::vector<double> want;
+    bool beside = true;
+    for (size_t i = 0; i < y.size(); i++) {
+        const int row = static_cast<int>(i / y_stride), column = static_cast<int>(i % y_stride) - 4;
+        const int head = column < 0 ? 0 : column / y_head, o = column - head * y_head;
+        if (o < 0 || o >= out) {
+            beside = beside && y[i].bits == 0xffff;
+            continue;
+        }
+        double sum = 0;
+        for (int k = 0; k < in; k++) {
+            sum += value(x[static_cast<size_t>(row) * x_stride + 8 + head * x_head + k]) *
+                   w.values[(static_cast<size_t>(head) * out + o) * in + k];
+        }
+        got.push_back(y[i]);
+        want.push_back(sum);
+    }
+    const std::string name = std::string(v.name) + " heads " + std::to_string(heads) + " out " + std::to_string(out);
+    expect_close(name, got, want);
+    expect(name + ", beside the heads", beside);
+}
+
 }  // namespace
 
 int main() {
@@ -309,6 +457,10 @@ int main() {
     run({2, 264, 592, 2, true, true, 128, true, true, false, 1.0f, 0.0f});
     run({7, 140, 200, 1, false, true, 1, false, false, false, 1.0f, 0.0f});
     run_experts(false, 5, 6, 2, 72, 72);
+    run_padded(false, 3, 0, 13, 28);
+    run_padded(true, 2, 0, 20, 23);
+    run_padded(false, 4, 3, 28, 12);
+    run_heads(false, 3, 2, 40, 24, 1);
     if (small()) {
         return report();
     }
@@ -320,6 +472,10 @@ int main() {
     run({27, 384, 400, 1, true, false, 384, false, false, false, 1.0f, 0.0f});
     run({64, 256, 912, 2, true, false, 128, true, false, true, 1.0f, 0.0f});
     run_experts(true, 9, 5, 3, 144, 80);
+    run_padded(true, 9, 4, 131, 104);
+    run_padded(false, 17, 2, 3, 7);
+    run_heads(true, 12, 3, 136, 160, 1);
+    run_heads(false, 40, 2, 128, 200, 2);
     run_experts(false, 40, 4, 2, 136, 64);
     return report();
 }

@@ -90,7 +90,13 @@ void run(const Case& c, int width) {
         s = static_cast<float>(0.5 + random.unit());
     }
     const int max_tiles = pairs / 64 + all;
-    Buffer<float> d_logits(logits), d_correction(correction), d_scale(expert_scale), d_weights(pairs);
+    // Rows of logits are padded; what lies between must not count.
+    const int stride = (c.experts + 7) / 8 * 8 + 8;
+    std::vector<float> spread(c.tokens * stride, 100.0f);
+    for (size_t i = 0; i < logits.size(); i++) {
+        spread[i / c.experts * stride + i % c.experts] = logits[i];
+    }
+    Buffer<float> d_logits(spread), d_correction(correction), d_scale(expert_scale), d_weights(pairs);
     Buffer<uint32_t> d_chosen(pairs), d_places(pairs), d_pairs(pairs), d_offsets(all + 1), d_active(1 + all),
         d_tiles(1 + 2 * max_tiles);
     Buffer<unsigned> d_counter(std::vector<unsigned>(1, 0));
@@ -107,6 +113,7 @@ void run(const Case& c, int width) {
                          d_counter.get(),
                          c.tokens,
                          c.experts,
+                         stride,
                          c.shared,
                          c.top_k,
                          c.groups,
@@ -186,6 +193,7 @@ void run_nan() {
                          d_tiles.get(),
                          d_counter.get(),
                          3,
+                         8,
                          8,
                          0,
                          2,

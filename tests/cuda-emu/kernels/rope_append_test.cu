@@ -1,79 +1,77 @@
-// Norm of heads, rotary embedding and append to the cache.
+// Norm of heads, rotary embedding and append to the cache: the kernel of even heads and the one of all others.
 #include "../harness/harness.h"
 #include "rope_append.cu"
 
+#include "../harness/heads.h"
 #include "../harness/paged.h"
-#include "../harness/reference.h"
 
 using namespace harness;
 
 namespace {
 
+// What the layer does; norms in the order of q, k, v.
 struct Case {
     int q_heads;
     CacheShape cache;
     std::vector<int> contexts;  // after the step
     std::vector<int> tokens;    // of the step
-    int rotary;                 // 0: no rotation
-    bool norm, norm_values, k_is_v, no_values;
+    RotationShape rotation;
+    NormShape q_norm, k_norm, v_norm;
+    bool across = false, any = false;
+    bool append = true, keep = false;
+    bool queries_alone = false;
+    int gates = 0;  // columns behind v
 };
 
-void rotate(std::vector<double>& x, const float* cos, const float* sin, int rotary) {
-    for (int i = 0; i < rotary / 2; i++) {
-        const double a = x[i], b = x[i + rotary / 2];
-        x[i] = a * cos[i] - b * sin[i];
-        x[i + rotary / 2] = b * cos[i] + a * sin[i];
+// Norms the heads of a token, or all of them as one vector.
+void norm_heads(std::vector<double>& x, int dim, bool across, const TestNorm& norm) {
+    const size_t part = across ? x.size() : dim;
+    for (size_t at = 0; at < x.size(); at += part) {
+        const auto y = norm.apply({x.begin() + at, x.begin() + at + part});
+        std::copy(y.begin(), y.end(), x.begin() + at);
     }
 }
 
 void run(const Case& c) {
-    Random random(c.q_heads * 100 + c.cache.head_dim + c.rotary);
+    Random random(c.q_heads * 100 + c.cache.head_dim + c.rotation.rotary);
     PagedCache cache(c.cache, c.contexts, random);
-    const int dim = c.cache.head_dim, kv = c.cache.kv_heads;
-    const int heads = c.q_heads + kv * (c.k_is_v ? 1 : 2), max_context = 300, pairs = std::max(c.rotary / 2, 1);
-    std::vector<RowInfo> rows;
-    std::vector<uint32_t> positions, token_rows;
-    for (size_t r = 0; r < c.tokens.size(); r++) {
-        rows.push_back({static_cast<uint32_t>(r), static_cast<uint32_t>(positions.size()),
-                        static_cast<uint32_t>(c.tokens[r]), static_cast<uint32_t>(c.contexts[r])});
-        for (int i = 0; i < c.tokens[r]; i++) {
-            positions.push_back(static_cast<uint32_t>(c.contexts[r] - c.tokens[r] + i));
-            token_rows.push_back(static_cast<uint32_t>(r));
-        }
-    }
-    const int tokens = static_cast<int>(positions.size());
-    const auto qkv = random_bf16(random, static_cast<size_t>(tokens) * heads * dim, 2.0f);
-    const auto q_norm = random_bf16(random, dim, 0.3f), k_norm = random_bf16(random, dim, 0.3f);
-    std::vector<float> cos(max_context * pairs), sin(max_context * pairs);
-    for (int i = 0; i < max_context * pairs; i++) {
-        const double angle = (i / pairs) * pow(100.0, -static_cast<double>(i % pairs) / pairs);
-        cos[i] = static_cast<float>(1.2 * ::cos(angle));
-        sin[i] = static_cast<float>(1.2 * ::sin(angle));
-    }
+    const int key_dim = c.cache.head_dim, value_dim = cache.value_dim(), kv = c.queries_alone ? 0 : c.cache.kv_heads;
+    const int q_width = c.q_heads * key_dim, k_width = kv * key_dim,
+              width = q_width + k_width + kv * value_dim + c.gates;
+    const int stride = (width + 7) / 8 * 8;
+    const StepRows step(c.contexts, c.tokens);
+    const auto qkv = random_bf16(random, static_cast<size_t>(step.count()) * stride, 2.0f);
+    const TestNorm q_norm(c.q_norm, c.across ? q_width : key_dim, random);
+    const TestNorm k_norm(c.k_norm, c.across ? k_width : key_dim, random), v_norm(c.v_norm, value_dim, random);
+    const TestRotation rotation(c.rotation, 300);
     DeviceCache device(cache);
-    Buffer<bf16> d_qkv(qkv), d_qn(q_norm), d_kn(k_norm);
-    Buffer<float> d_cos(cos), d_sin(sin);
-    Buffer<uint32_t> d_positions(positions), d_token_rows(token_rows);
-    Buffer<RowInfo> d_rows(rows);
-    const RopeArgs args{d_qkv.get(),
-                        c.norm ? d_qn.get() : nullptr,
-                        c.norm ? d_kn.get() : nullptr,
-                        c.rotary ? d_cos.get() : nullptr,
-                        d_sin.get(),
-                        d_positions.get(),
-                        d_token_rows.get(),
-                        d_rows.get(),
-                        device.layer,
-                        1.0f,
-                        1e-6f,
-                        c.q_heads,
-                        dim,
-                        c.rotary,
-                        c.norm_values,
-                        c.k_is_v,
-                        c.no_values};
-    const dim3 grid(tokens, static_cast<unsigned>((c.q_heads + kv * (c.no_values ? 1 : 2) + kWarps - 1) / kWarps));
-    if (c.cache.codes) {
+    const DeviceRows rows(step);
+    Buffer<bf16> d_qkv(qkv);
+    AppendArgs args{};
+    args.qkv = d_qkv.get();
+    args.positions = rows.positions.get();
+    args.token_rows = rows.token_rows.get();
+    args.rows = rows.rows.get();
+    args.kv = device.layer;
+    args.rotation = rotation.args();
+    args.q_norm = q_norm.args();
+    args.k_norm = k_norm.args();
+    args.v_norm = v_norm.args();
+    args.stride = stride;
+    args.q_heads = c.q_heads;
+    args.kv_heads = kv;
+    args.key_dim = key_dim;
+    args.value_dim = value_dim;
+    args.across_heads = c.across;
+    args.append = c.append;
+    args.keep = c.keep;
+    const unsigned tokens = static_cast<unsigned>(step.count());
+    const dim3 grid(tokens, static_cast<unsigned>((c.q_heads + 2 * kv + kWarps - 1) / kWarps));
+    if (c.any && c.cache.codes) {
+        LAUNCH(rope_append_any_e4m3, dim3(tokens), kAnyWarps * 32, 0, args);
+    } else if (c.any) {
+        LAUNCH(rope_append_any_bf16, dim3(tokens), kAnyWarps * 32, 0, args);
+    } else if (c.cache.codes) {
         LAUNCH(rope_append_e4m3, grid, kWarps * 32, 0, args);
     } else {
         LAUNCH(rope_append_bf16, grid, kWarps * 32, 0, args);
@@ -81,68 +79,107 @@ void run(const Case& c) {
 
     const std::vector<unsigned char> before = cache.bytes(), after = device.bytes.download();
     const auto out = d_qkv.download();
-    std::vector<bf16> got_q;
-    std::vector<double> want_q, got_cache, want_cache;
+    std::vector<bf16> got_rows;
+    std::vector<double> want_rows, got_cache, want_cache;
+    bool others_stay = true;
     PagedCache touched = cache;
-    for (int t = 0; t < tokens; t++) {
-        const size_t row = token_rows[t];
-        for (int h = 0; h < c.q_heads + 2 * kv; h++) {
-            const bool is_value = h >= c.q_heads + kv, is_query = h < c.q_heads;
-            if (is_value && c.no_values) {
-                continue;
+    for (int t = 0; t < step.count(); t++) {
+        const size_t row = step.token_rows[t];
+        const int position = static_cast<int>(step.positions[t]);
+        const auto part = [&](int from, int length) {
+            std::vector<double> x(length);
+            for (int i = 0; i < length; i++) {
+                x[i] = value(qkv[static_cast<size_t>(t) * stride + from + i]);
             }
-            const int column = is_value && c.k_is_v ? h - kv : h;
-            std::vector<double> x(dim);
-            for (int d = 0; d < dim; d++) {
-                x[d] = value(qkv[(static_cast<size_t>(t) * heads + column) * dim + d]);
-            }
-            if (is_value) {
-                if (c.norm_values) {
-                    x = reference::rms_norm(x, std::vector<bf16>(dim, bf16{0}), 1.0, 1e-6);
-                }
+            return x;
+        };
+        std::vector<double> q = part(0, q_width), k = part(q_width, k_width),
+                            v = part(q_width + k_width, kv * value_dim);
+        norm_heads(q, key_dim, c.across, q_norm);
+        if (kv) {
+            norm_heads(k, key_dim, c.across, k_norm);
+            norm_heads(v, value_dim, false, v_norm);
+        }
+        for (int h = 0; h < c.q_heads; h++) {
+            rotation.rotate(&q[h * key_dim], position);
+        }
+        for (int h = 0; h < kv; h++) {
+            rotation.rotate(&k[h * key_dim], position);
+        }
+        for (double& x : q) {
+            x *= rotation.scale(position);
+        }
+        std::vector<double> row_after = q;
+        row_after.insert(row_after.end(), k.begin(), k.end());
+        row_after.insert(row_after.end(), v.begin(), v.end());
+        for (int i = 0; i < stride; i++) {
+            const size_t at = static_cast<size_t>(t) * stride + i;
+            if (i < q_width || (c.keep && i < width - c.gates)) {
+                got_rows.push_back(out[at]);
+                want_rows.push_back(row_after[i]);
             } else {
-                if (c.norm) {
-                    x = reference::rms_norm(x, is_query ? q_norm : k_norm, 1.0, 1e-6);
-                }
-                if (c.rotary) {
-                    rotate(x, &cos[positions[t] * pairs], &sin[positions[t] * pairs], c.rotary);
-                }
+                others_stay = others_stay && out[at].bits == qkv[at].bits;
             }
-            for (int d = 0; d < dim; d++) {
-                if (is_query) {
-                    got_q.push_back(out[(static_cast<size_t>(t) * heads + h) * dim + d]);
-                    want_q.push_back(x[d]);
-                } else {
-                    const int part = is_value, head = (h - c.q_heads) % kv;
-                    want_cache.push_back(x[d]);
-                    got_cache.push_back(cache.get(after, row, part, head, static_cast<int>(positions[t]), d));
-                    touched.set(row, part, head, static_cast<int>(positions[t]), d, 0);
+        }
+        for (int h = 0; c.append && h < kv; h++) {
+            for (int p = 0; p < 2; p++) {
+                for (int d = 0; d < (p ? value_dim : key_dim); d++) {
+                    want_cache.push_back(p ? v[h * value_dim + d] : k[h * key_dim + d]);
+                    got_cache.push_back(cache.get(after, row, p, h, position, d));
+                    touched.set(row, p, h, position, d, 0);
                 }
             }
         }
     }
-    const std::string name = "rope dim " + std::to_string(dim) + " rotary " + std::to_string(c.rotary) + " codes " +
+    const std::string name = std::string(c.any ? "any" : "rope") + " dims " + std::to_string(key_dim) + " " +
+                             std::to_string(value_dim) + " rotary " + std::to_string(c.rotation.rotary) + " codes " +
                              std::to_string(c.cache.codes);
-    expect_close(name + " q", got_q, want_q);
+    expect_close(name + " rows", got_rows, want_rows);
+    expect(name + " other columns", others_stay);
     expect_close(name + " cache", got_cache, want_cache, c.cache.codes ? 0.07 : 1e-2);
-    // Nothing else in the cache was written: other tokens, layers, pages are as before.
-    long stray = 0;
-    for (size_t i = 0; i < before.size(); i++) {
-        stray += touched.bytes()[i] == before[i] && after[i] != before[i];
-    }
-    expect(name + " strays", stray == 0);
+    expect(name + " strays", touched.strays(before, after) == 0);
 }
 
 }  // namespace
 
 int main() {
-    //   q heads, {kv heads, dim, codes, scales}, contexts, tokens, rotary, norm, norm values, k is v, no values
-    run({4, {2, 64, false, false}, {1, 17, 40}, {1, 1, 5}, 64, true, false, false, false});
-    run({3, {1, 96, true, true}, {33}, {20}, 48, false, false, false, false});
-    run({8, {8, 128, false, false}, {16, 200}, {1, 1}, 128, false, false, false, false});
-    run({2, {1, 256, false, false}, {18}, {18}, 64, true, true, true, false});
-    run({2, {1, 512, false, false}, {40, 2}, {2, 2}, 512, true, false, true, true});
-    run({5, {1, 80, true, false}, {7}, {3}, 0, true, false, false, false});
-    run({2, {2, 512, true, true}, {31}, {2}, 128, false, true, true, false});
+    using P = Pairing;
+    const NormShape none{}, rms{NormKind::Rms}, bare{NormKind::Rms, false}, layer{NormKind::Layer, true, true};
+    //   q heads, {kv heads, dim, codes, scales, values = keys, value dim}, contexts, tokens, {rotary, pairing,
+    //   distance, q scale}, norms of q, k, v; across heads, any; append, keep; queries alone, gates
+    run({4, {2, 64, false, false}, {1, 17, 40}, {1, 1, 5}, {64}, rms, rms, none});
+    run({3, {1, 96, true, true}, {33}, {20}, {48, P::Adjacent}, none, none, none});
+    run({2, {1, 256, false, false}, {18}, {18}, {64, P::Apart, 128}, rms, rms, bare});
+    run({3,
+         {1, 6, false, false, false, 10},
+         {20},
+         {4},
+         {6, P::Halves, 0, true},
+         rms,
+         bare,
+         none,
+         false,
+         false,
+         true,
+         false,
+         false,
+         24});
+    run({3, {2, 7, false, false, false, 5}, {17, 3}, {2, 3}, {4, P::Adjacent, 0, true}, rms, rms, rms, true, true});
+    run({2, {1, 28, false, false}, {5}, {5}, {28}, none, none, none, false, true, false, true});
+    run({2, {1, 64, false, false}, {9}, {2}, {32}, rms, none, none, false, false, false, false, true, 5});
+    run({4, {2, 24, false, false}, {19}, {3}, {8, P::Apart, 12}, layer, layer, layer, true, true});
+    run({9, {3, 6, false, false, false, 5}, {18}, {2}, {6}, rms, rms, rms, false, true});
+    if (small()) {
+        return report();
+    }
+    run({8, {8, 128, false, false}, {16, 200}, {1, 1}, {128}, none, none, none});
+    run({2, {1, 512, false, false}, {40, 2}, {2, 2}, {512}, rms, rms, none});
+    run({5, {1, 80, true, false}, {7}, {3}, {0}, rms, rms, none});
+    run({2, {2, 512, true, true}, {31}, {2}, {128, P::Halves, 0, true}, layer, rms, bare});
+    run({16, {2, 128, false, false}, {33, 6}, {2, 6}, {128}, rms, rms, none, true, true});
+    run({3, {1, 1023, false, false, false, 700}, {18}, {3}, {32, P::Adjacent}, rms, rms, rms, false, true});
+    run({9, {3, 15, true, true, false, 9}, {35}, {20}, {10, P::Apart, 5, true}, bare, layer, none, false, true});
+    run({2, {1, 1024, true, false}, {16}, {1}, {1024}, rms, rms, bare, true, true, true, true});
+    run({7, {1, 33, false, false}, {50}, {1}, {16}, rms, none, none, false, true, false, false, true, 8});
     return report();
 }

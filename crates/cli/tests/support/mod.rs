@@ -1,6 +1,6 @@
 //! The real binary as a child process, and the smallest HTTP client that can talk to it.
 
-#![allow(dead_code, clippy::unwrap_used, reason = "each test file uses its part")]
+#![allow(dead_code, clippy::unwrap_used, clippy::print_stdout, reason = "each test file uses its part")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -17,7 +17,20 @@ pub(crate) fn mirai(args: &[&str]) -> Command {
     for name in ["PORT", "HTTP_PORT", "MODEL_DIR", "MODEL_NAME", "MIRAI_API_KEY", "MIRAI_API_KEY_FILE"] {
         command.env_remove(name);
     }
+    // A machine's own GPU is for tests that are made for one.
+    command.env("CUDA_VISIBLE_DEVICES", "");
     command
+}
+
+/// Where `cargo xtask cuda-emu --driver` puts the emulated driver; none, and a line, if it was not built.
+pub(crate) fn emulated_driver(test: &str) -> Option<std::path::PathBuf> {
+    let folder = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/cuda-emu/driver"));
+    let libraries = ["libcuda.so.1", "libcublasLt.so.13", "libnvidia-ml.so.1"];
+    if libraries.iter().all(|library| folder.join(library).exists()) {
+        return Some(folder.to_owned());
+    }
+    println!("{test}: skipped: `cargo xtask cuda-emu --driver` was not run");
+    None
 }
 
 /// Runs to the end.
@@ -36,7 +49,14 @@ pub(crate) struct Server {
 impl Server {
     /// Starts `mirai serve` on a free port and waits until it is ready.
     pub(crate) fn start(args: &[&str]) -> Self {
-        let mut server = Self::start_loading(args);
+        let mut command = mirai(&["serve", "--port", "0"]);
+        command.args(args);
+        Self::start_command(command)
+    }
+
+    /// Starts a `mirai serve` with an environment of its own and waits until it is ready.
+    pub(crate) fn start_command(command: Command) -> Self {
+        let mut server = Self::spawn(command);
         server.ready_line = server.line();
         assert!(server.ready_line.starts_with("ready in "), "{:?}", server.ready_line);
         server
@@ -44,12 +64,13 @@ impl Server {
 
     /// Starts it and waits until it listens.
     pub(crate) fn start_loading(args: &[&str]) -> Self {
-        let mut child = mirai(&["serve", "--port", "0"])
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut command = mirai(&["serve", "--port", "0"]);
+        command.args(args);
+        Self::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Self {
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
         let mut line = String::new();
         stdout.read_line(&mut line).unwrap();

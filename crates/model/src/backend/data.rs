@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use half::bf16;
 use mirai_engine::{BLOCK_TOKENS, SlotId};
 
-use super::ops::DeltaShape;
+use super::ops::{AttentionSpec, DeltaShape};
 
 /// How the numbers of a weight lie in the file, and in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -109,6 +109,15 @@ pub struct StepLimits {
     pub rows: usize,
 }
 
+/// What a device may want to know of a model before its cache is allocated.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Outline {
+    /// Attention of all layers, in their order.
+    pub attentions: Vec<AttentionSpec>,
+    /// Width of the logits; 0 in models that do not generate.
+    pub vocab: usize,
+}
+
 /// One sequence's part of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchRow {
@@ -152,6 +161,8 @@ pub enum CacheDtype {
     F32,
     /// Half the memory.
     Bf16,
+    /// 8-bit floats (e4m3): a quarter.
+    F8E4M3,
 }
 
 /// What a page holds of each token and kv head of a layer.
@@ -203,6 +214,7 @@ impl PageLayout {
         let element = match self.dtype {
             CacheDtype::F32 => size_of::<f32>(),
             CacheDtype::Bf16 => size_of::<bf16>(),
+            CacheDtype::F8E4M3 => 1,
         };
         self.layers * self.layer_elements() * element
     }

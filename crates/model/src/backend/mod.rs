@@ -17,8 +17,8 @@ use mirai_engine::{StepOutcome, StepPlan};
 
 pub use blocks::{AttentionBlock, BlockIo, DeltaBlock, LatentBlock, MlpBlock, MoeBlock};
 pub use data::{
-    Batch, BatchRow, CacheDtype, CacheLayout, GroupLayout, HostTensor, PageLayout, Rows, ScaleValues, Scales,
-    StateLayout, StepLimits, StepShape, Storage, Stored,
+    Batch, BatchRow, CacheDtype, CacheLayout, GroupLayout, HostTensor, Outline, PageLayout, Rows, ScaleValues,
+    Scales, StateLayout, StepLimits, StepShape, Storage, Stored,
 };
 pub use ops::{
     Activation, AttentionSpec, DeltaRule, DeltaShape, Experts, HeadNorms, HeadView, LatentShape, LogitsHead,
@@ -122,10 +122,45 @@ pub trait Backend {
     /// # Errors
     /// No memory.
     fn routing(&mut self, top_k: usize) -> Result<Self::Routing>;
+    /// Says what the model looks like. Called once, after [`Backend::limits`]; a device that allocates as it goes has no
+    /// use for it.
+    /// # Errors
+    /// Something in it that the device cannot run.
+    fn outline(&mut self, outline: &Outline) -> Result<()> {
+        let _ = outline;
+        Ok(())
+    }
+    /// Bytes that the cache may take, now that weights and buffers are there: for
+    /// [`CacheBudget::Device`](crate::cache::CacheBudget::Device). `draft` is the cache without its pages, with tables as
+    /// long as the context that was asked for, `tokens`, or the model's. None: the device does not manage its memory.
+    /// # Errors
+    /// No memory for what the layout needs beside the pages, or for one sequence of `tokens`.
+    fn cache_room(&mut self, draft: &CacheLayout, tokens: Option<usize>) -> Result<Option<u64>> {
+        let _ = (draft, tokens);
+        Ok(None)
+    }
     /// Allocates pages, slot tables and sampling state. Called once, after the weights.
     /// # Errors
     /// No memory.
     fn allocate_cache(&mut self, layout: &CacheLayout) -> Result<()>;
+
+    /// Shapes of steps that the device wants to [`record`](Backend::record) before the first step.
+    fn buckets(&self) -> Vec<StepShape> {
+        Vec::new()
+    }
+    /// Records both halves of a step of one of its [`buckets`](Backend::buckets): up to the outputs' rows, and from there to
+    /// drawn tokens.
+    /// # Errors
+    /// The device failed.
+    fn record(
+        &mut self,
+        shape: StepShape,
+        forward: &mut dyn FnMut(&mut Self) -> Result<()>,
+        finish: &mut dyn FnMut(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        let _ = (shape, forward, finish);
+        Ok(())
+    }
 
     // ---- a step ----
 

@@ -18,6 +18,28 @@ pub fn e4m3(byte: u8) -> f32 {
     }
 }
 
+/// Largest number of [`e4m3`].
+pub const E4M3_MAX: f32 = 448.0;
+
+/// The code of the number of [`e4m3`] that is nearest, the even one of two; beyond the largest, that.
+#[must_use]
+pub fn to_e4m3(value: f32) -> u8 {
+    let magnitude = value.abs();
+    let sign = u8::from(value.is_sign_negative()) << 7;
+    if magnitude.is_nan() {
+        return sign | 0x7f;
+    }
+    // Numbers rise with their codes.
+    let (mut low, mut high) = (0u8, 0x7e);
+    while high - low > 1 {
+        let middle = low.midpoint(high);
+        if e4m3(middle) <= magnitude { low = middle } else { high = middle }
+    }
+    let (below, above) = (magnitude - e4m3(low), e4m3(high) - magnitude);
+    let up = below > above || (below == above && high.is_multiple_of(2));
+    sign | if up { high } else { low }
+}
+
 /// Values of the 16 numbers of e2m1.
 pub const E2M1: [f32; 16] =
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
@@ -156,6 +178,19 @@ mod tests {
         // All finite e4m3 values are distinct but for the two zeros, and rise with the byte.
         let positive: Vec<f32> = (0..0x7f).map(e4m3).collect();
         assert!(positive.windows(2).all(|w| w[0] < w[1]));
+    }
+
+    #[test]
+    fn numbers_become_the_nearest_code() {
+        for code in (0..=0x7e).chain(0x80..=0xfe) {
+            assert_eq!(to_e4m3(e4m3(code)), code);
+        }
+        for code in 0..0x7e {
+            let (a, b) = (e4m3(code), e4m3(code + 1));
+            assert_eq!(to_e4m3(a.midpoint(b)) % 2, 0, "halves go to the even code");
+            assert_eq!((to_e4m3(a + (b - a) * 0.49), to_e4m3(a + (b - a) * 0.51)), (code, code + 1));
+        }
+        assert_eq!((to_e4m3(1e9), to_e4m3(-1e9), to_e4m3(f32::NAN) & 0x7f), (0x7e, 0xfe, 0x7f));
     }
 
     fn tensor(

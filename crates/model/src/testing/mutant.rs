@@ -6,7 +6,7 @@ use mirai_engine::{StepOutcome, StepPlan};
 
 use crate::backend::{
     Activation, AttentionSpec, Backend, Batch, CacheLayout, DeltaRule, Experts, HeadNorms, HeadView,
-    HostTensor, LatentShape, LogitsHead, Norm, Pairing, Result, RopeTable, RouteSpec, Rows, Scoring,
+    HostTensor, LatentShape, LogitsHead, Norm, Outline, Pairing, Result, RopeTable, RouteSpec, Rows, Scoring,
     StepLimits, StepShape,
 };
 
@@ -134,6 +134,13 @@ where
 
     fn limits(&mut self, limits: StepLimits) -> Result<()> {
         self.inner.limits(limits)
+    }
+    fn outline(&mut self, outline: &Outline) -> Result<()> {
+        let attentions = outline.attentions.iter().map(|spec| self.spec(spec)).collect();
+        self.inner.outline(&Outline { attentions, ..outline.clone() })
+    }
+    fn cache_room(&mut self, draft: &CacheLayout, tokens: Option<usize>) -> Result<Option<u64>> {
+        self.inner.cache_room(draft, tokens)
     }
     fn load_linear(&mut self, mut parts: Vec<HostTensor<'_>>) -> Result<B::Linear> {
         if let (Mutation::RotatedKvHeads(head_dim), [_, k, v, ..]) = (self.mutation, &mut parts[..]) {

@@ -3,12 +3,15 @@
 //! Owns every counter of the HTTP surface and what it means. Updates are single relaxed atomic operations;
 //! a scrape reads them without a lock. No label takes a value that a client chose.
 
+mod device;
 mod histogram;
 mod render;
 
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+pub(crate) use device::Device;
+pub use device::DeviceFigure;
 pub(crate) use histogram::Histogram;
 pub(crate) use render::{CONTENT_TYPE, EngineView, render};
 
@@ -169,6 +172,8 @@ pub(crate) struct Metrics {
     pub(crate) wasted_tokens: Counter,
     /// Choices that ended by NaN or infinity.
     pub(crate) corrupted: Counter,
+    /// What the device says about itself.
+    pub(crate) device: Device,
     pub(crate) time_to_first_token: Histogram,
     pub(crate) inter_token: Histogram,
     pub(crate) time_per_output_token: Histogram,
@@ -212,6 +217,7 @@ impl Metrics {
             generation_tokens: Counter::default(),
             wasted_tokens: Counter::default(),
             corrupted: Counter::default(),
+            device: Device::default(),
             time_to_first_token: seconds(LATENCY),
             inter_token: seconds(TOKEN_LATENCY),
             time_per_output_token: seconds(TOKEN_LATENCY),

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 
 use mirai_engine::{BLOCK_TOKENS, Counters, STEP_TOKEN_BOUNDS};
 
-use super::{CLASSES, Ended, Histogram, Metrics, Refused, Reloaded};
+use super::{CLASSES, DeviceFigure, Ended, Histogram, Metrics, Refused, Reloaded};
 use crate::routes::ROUTES;
 
 /// What Prometheus expects.
@@ -89,6 +89,7 @@ pub(crate) fn render(
     http(&mut page, metrics);
     reloads(&mut page, metrics);
     requests(&mut page, metrics);
+    device(&mut page, metrics);
     for (name, help, histogram) in own_histograms(metrics) {
         page.histogram(name, help, "", histogram);
     }
@@ -138,6 +139,15 @@ fn reloads(page: &mut Page, metrics: &Metrics) {
     for (what, label) in Reloaded::ALL {
         for (result, value) in ["taken", "refused"].iter().zip(metrics.reloads(what)) {
             page.sample(name, &format!("files=\"{label}\",result=\"{result}\""), value as f64);
+        }
+    }
+}
+
+/// The figures that are known; without a GPU none.
+fn device(page: &mut Page, metrics: &Metrics) {
+    for (figure, name, kind, help) in DeviceFigure::ALL {
+        if let Some(value) = metrics.device.get(figure) {
+            page.single(name, kind, help, value);
         }
     }
 }
@@ -319,6 +329,7 @@ mod tests {
         metrics.finished(Ended::Length);
         metrics.refused(Refused::QueueTokens);
         metrics.time_to_first_token.observe(0.2);
+        metrics.device.set(DeviceFigure::Energy, Some(12.5));
         let mut counters =
             Counters { blocks_total: 10, blocks_used: 5, step_tokens: 20_300, ..Counters::default() };
         // Steps of 300 and of 20,000 tokens.
@@ -336,6 +347,8 @@ mod tests {
         assert_eq!(steps("_bucket", ",le=\"+Inf\""), 2.0);
         assert_eq!((steps("_sum", ""), steps("_count", "")), (20_300.0, 2.0));
         assert_eq!(map["mirai_choices_finished_total{reason=\"length\"}"], 1.0);
+        assert_eq!(map["mirai_gpu_energy_joules_total"], 12.5);
+        assert!(!map.contains_key("mirai_gpu_power_watts"), "it is not known");
         assert_eq!(map["mirai_time_to_first_token_seconds_bucket{le=\"0.25\"}"], 1.0);
         assert_eq!(map["mirai_time_to_first_token_seconds_bucket{le=\"0.1\"}"], 0.0);
         assert_eq!(map["mirai_http_requests_total{method=\"none\",route=\"none\",status=\"4xx\"}"], 1.0);

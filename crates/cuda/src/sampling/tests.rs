@@ -1,0 +1,210 @@
+#![allow(clippy::unwrap_used)]
+
+use mirai_engine::{BlockId, SeqId, SlotId, SlotOpen, StepPlan};
+use mirai_model::backend::CacheLayout;
+
+use super::*;
+use crate::records::{SampleResult, write_records};
+
+const LIMITS: SampleLimits = SampleLimits { vocab: 70, chunk: 2, edits: 8, masks: 1 };
+
+fn history(params: SamplingParams, prompt: &[u32], output: &[u32]) -> History {
+    History::new(Arc::new(params), prompt.into(), 3, output)
+}
+
+fn edits(history: &History, position: u32) -> Vec<(u32, f32)> {
+    let mut out = Vec::new();
+    history.edits(position, &mut out);
+    out.iter().map(|e| (e.token, e.bias)).collect()
+}
+
+const OUT: f32 = f32::NEG_INFINITY;
+
+#[test]
+fn bad_words_forbid_their_last_token_after_the_ones_before() {
+    let bad_words = vec![vec![3], vec![0, 1, 2], vec![1, 0]];
+    let mut h = history(SamplingParams { bad_words, ..Default::default() }, &[0, 1], &[]);
+    assert!(h.follows_output());
+    assert_eq!(edits(&h, 2), [(3, OUT)]);
+    h.push(0);
+    assert_eq!(edits(&h, 3), [(3, OUT)]);
+    h.push(1);
+    assert_eq!(edits(&h, 4), [(0, OUT), (2, OUT), (3, OUT)]);
+    (0..100).for_each(|token| h.push(token));
+    assert_eq!(h.tail, [98, 99], "the tail is bounded");
+    let single = history(SamplingParams { bad_words: vec![vec![3]], ..Default::default() }, &[], &[]);
+    assert!(!single.follows_output());
+}
+
+#[test]
+fn a_token_has_one_edit_and_what_is_forbidden_stays_so() {
+    let params = SamplingParams {
+        stop_token_ids: vec![4, 9],
+        min_tokens: 2,
+        logit_bias: vec![(9, 5.0), (1, -2.0), (1, 0.5), (2, OUT)],
+        ..Default::default()
+    };
+    let h = history(params, &[0; 5], &[]);
+    assert_eq!(edits(&h, 5), [(1, -1.5), (2, f32::MIN), (4, OUT), (9, OUT)]);
+    assert_eq!(edits(&h, 7), [(1, -1.5), (2, f32::MIN), (9, 5.0)]);
+}
+
+#[test]
+fn a_history_resumes_with_what_was_drawn() {
+    let bad_words = vec![vec![7, 8, 1]];
+    let h = history(SamplingParams { bad_words, ..Default::default() }, &[0], &[5, 7, 8]);
+    assert_eq!(edits(&h, 4), [(1, OUT)]);
+    for (params, counts) in [
+        (SamplingParams::default(), false),
+        (SamplingParams { repetition_penalty: 1.5, ..Default::default() }, true),
+        (SamplingParams { presence_penalty: 0.5, ..Default::default() }, true),
+        (SamplingParams { frequency_penalty: 0.5, ..Default::default() }, true),
+    ] {
+        assert_eq!(history(params, &[], &[]).counts(), counts);
+    }
+}
+
+fn slots(params: Vec<SamplingParams>, prompt: &[u32]) -> Slots {
+    let layout = CacheLayout { groups: vec![], blocks: 0, slots: params.len(), snapshots: 0, table_len: 0 };
+    let mut slots = Slots::new(&layout);
+    let open = |(slot, params)| SlotOpen {
+        slot: SlotId(slot as u32),
+        seq: SeqId(0),
+        choice: 3,
+        sampling: Arc::new(params),
+        prompt: prompt.into(),
+        output: vec![],
+        computed: 0,
+        blocks: Vec::<Vec<BlockId>>::new(),
+        restore: None,
+    };
+    let opens = params.into_iter().enumerate().map(open).collect();
+    slots.apply(&StepPlan { opens, ..StepPlan::default() }, &mut Vec::new()).unwrap();
+    slots
+}
+
+fn row(slot: u32, first: usize, len: usize, start: usize, outputs: (usize, usize)) -> BatchRow {
+    let sample = outputs.1 > outputs.0;
+    BatchRow { slot: SlotId(slot), first, len, start, last_drawn: false, sample, pool: false, outputs }
+}
+
+#[test]
+fn rows_say_how_their_token_is_drawn() {
+    let random = SamplingParams {
+        temperature: 0.5,
+        top_p: 0.9,
+        top_k: 40,
+        min_p: 0.1,
+        seed: 77,
+        logprobs: Some(5),
+        repetition_penalty: 1.2,
+        ..Default::default()
+    };
+    let prompted =
+        SamplingParams { prompt_logprobs: Some(2), temperature: 1.0, top_k: 1, ..Default::default() };
+    let slots = slots(vec![random, prompted], &[10, 11, 12, 13]);
+    let batch = Batch {
+        ids: vec![0; 5],
+        positions: vec![3, 1, 2, 3, 4],
+        rows: vec![row(0, 0, 1, 3, (0, 1)), row(1, 1, 3, 1, (1, 4))],
+        outputs: vec![0, 1, 2, 3],
+    };
+    let mut draws = Draws::default();
+    draws.plan(&batch, &slots, LIMITS.vocab).unwrap();
+    draws.edit(&batch, &slots, LIMITS).unwrap();
+    assert!(draws.tops && !draws.follows_output);
+    let first = draws.rows[0];
+    assert_eq!((first.inverse_temperature, first.top_p, first.min_p, first.top_k), (2.0, 0.9, 0.1, 40));
+    assert_eq!((first.seed, first.choice, first.position, first.slot), (77, 3, 4, 0));
+    assert_eq!((first.flags, first.top, first.counts_row, first.raw_row), (WANT_LOGPROBS, 5, 0, 0));
+    let scored = draws.rows[1];
+    assert_eq!((scored.flags, scored.token, scored.top), (SCORE | WANT_LOGPROBS, 12, 2));
+    assert_eq!(draws.rows[2].token, 13);
+    let last = draws.rows[3];
+    assert_eq!((last.flags, last.position, last.slot, last.raw_row), (GREEDY, 4, 1, -1));
+
+    let mut results = vec![0u8; 4 * SampleResult::BYTES];
+    let mut tops = vec![0u8; 4 * MAX_TOP * 8];
+    write_records(
+        &mut results,
+        [20, 0, (-0.5f32).to_bits(), 1, 12, 0, (-1.0f32).to_bits(), 2, 13, 0, 0, 3, 33, 0, 0, 0],
+    );
+    write_records(&mut tops[MAX_TOP * 8..], [40, (-0.25f32).to_bits(), 12, (-1.0f32).to_bits()]);
+    let (mut tokens, mut rows) = (Vec::new(), Vec::new());
+    draws.read(&batch.rows, &results, &tops, &mut tokens, &mut rows);
+    assert_eq!(tokens, [20, 33]);
+    assert_eq!((rows[0].tokens.clone(), rows[1].tokens.clone()), (0..1, 1..2));
+    let drawn = &rows[0].logprobs.as_ref().unwrap().drawn[0];
+    assert_eq!((drawn.token, drawn.logprob, drawn.rank, drawn.top.len()), (20, -0.5, 1, 5));
+    let prompt = &rows[1].logprobs.as_ref().unwrap().prompt;
+    assert_eq!(prompt[0].top, [(40, -0.25), (12, -1.0)]);
+    assert_eq!((prompt[1].token, prompt[1].rank, prompt.len()), (13, 3, 2));
+}
+
+#[test]
+fn a_row_with_a_fault_fails_alone() {
+    let slots = slots(vec![SamplingParams::default(); 3], &[1]);
+    let batch = Batch {
+        ids: vec![0; 3],
+        positions: vec![1; 3],
+        rows: (0..3).map(|s| row(s, s as usize, 1, 1, (s as usize, s as usize + 1))).collect(),
+        outputs: vec![0, 1, 2],
+    };
+    let mut draws = Draws::default();
+    draws.plan(&batch, &slots, LIMITS.vocab).unwrap();
+    draws.edit(&batch, &slots, LIMITS).unwrap();
+    let mut results = vec![0u8; 3 * SampleResult::BYTES];
+    write_records(&mut results, [7, 1, 0, 0, 8, 0, 0, 0, 9, 2, 0, 0]);
+    let (mut tokens, mut rows) = (Vec::new(), Vec::new());
+    draws.read(&batch.rows, &results, &[], &mut tokens, &mut rows);
+    assert_eq!(tokens, [8]);
+    let faults: Vec<_> = rows.iter().map(|r| r.fault.clone()).collect();
+    assert_eq!(faults, [Some(RowFault::NonFinite), None, Some(RowFault::NothingAllowed)]);
+}
+
+#[test]
+fn masks_and_edits_beyond_the_room_fail_their_rows() {
+    let masked = SamplingParams {
+        allowed_token_ids: Some(vec![0, 33, 69, 70]),
+        logprobs: Some(0),
+        ..Default::default()
+    };
+    let many = SamplingParams { logit_bias: (0..9).map(|t| (t, 1.0)).collect(), ..Default::default() };
+    let slots = slots(vec![masked.clone(), masked, many, SamplingParams::default()], &[1]);
+    let batch = Batch {
+        ids: vec![0; 4],
+        positions: vec![1; 4],
+        rows: (0..4).map(|s| row(s, s as usize, 1, 1, (s as usize, s as usize + 1))).collect(),
+        outputs: vec![0, 1, 2, 3],
+    };
+    let mut draws = Draws::default();
+    draws.plan(&batch, &slots, LIMITS.vocab).unwrap();
+    draws.edit(&batch, &slots, LIMITS).unwrap();
+    assert_eq!(draws.masks, [1, 2, 32]);
+    assert_eq!((draws.rows[0].mask_row, draws.rows[1].mask_row, draws.rows[0].raw_row), (0, -1, 0));
+    assert_eq!(draws.edits, []);
+    let (mut tokens, mut rows) = (Vec::new(), Vec::new());
+    draws.read(&batch.rows, &[0; 64], &[0; 4096], &mut tokens, &mut rows);
+    assert_eq!((tokens.len(), rows[0].fault.is_some(), rows[3].tokens.clone()), (2, false, 1..2));
+    assert!(matches!(&rows[1].fault, Some(RowFault::Panic(why)) if why.contains("masks")));
+    assert!(matches!(&rows[2].fault, Some(RowFault::Panic(why)) if why.contains("edits")));
+}
+
+#[test]
+fn batches_that_contradict_themselves_are_errors() {
+    let slots = slots(vec![SamplingParams::default()], &[1]);
+    let mut draws = Draws::default();
+    let batch = |row, outputs| Batch { ids: vec![0], positions: vec![1], rows: vec![row], outputs };
+    let mut none = row(0, 0, 1, 1, (0, 0));
+    none.sample = true;
+    let table = [
+        (batch(row(0, 0, 1, 1, (0, 2)), vec![0]), "outputs 0..2 of 1"),
+        (batch(row(0, 0, 1, 1, (1, 1)), vec![0]), "outputs 1..1 after 0"),
+        (batch(none, vec![]), "outputs 0..0 after 0"),
+        (batch(row(0, 0, 1, 1, (0, 1)), vec![4]), "output token 4 outside its row 0..1"),
+    ];
+    for (batch, words) in table {
+        let error = draws.plan(&batch, &slots, LIMITS.vocab).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}

@@ -1,0 +1,102 @@
+//! Tests on the emulated driver, each in a process of its own.
+//!
+//! A library is found by a variable that is read when a process starts, and the emulated device's orders and faults are
+//! variables too. So a test starts its own binary once more with them, and there runs its body.
+
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use std::path::PathBuf;
+use std::process::Command;
+
+/// Set in the second process.
+const INSIDE: &str = "MIRAI_TEST_ON_EMULATED_DRIVER";
+/// Longest that one may take, in seconds.
+const LIMIT: u64 = 600;
+
+/// Where `cargo xtask cuda-emu --driver` puts the libraries.
+pub(crate) fn driver_folder() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/cuda-emu/driver"))
+}
+
+/// Whether the emulated driver was built; says so if not.
+pub(crate) fn is_built(name: &str) -> bool {
+    let built = ["libcuda.so.1", "libcublasLt.so.13", "libnvidia-ml.so.1"]
+        .iter()
+        .all(|library| driver_folder().join(library).exists());
+    if !built {
+        println!("{name}: skipped: `cargo xtask cuda-emu --driver` was not run");
+    }
+    built
+}
+
+/// Runs `body` in a process that finds the emulated driver and has these variables too. `name` is the calling test's
+/// full name.
+pub(crate) fn on_emulated_driver(name: &str, variables: &[(&str, &str)], body: impl FnOnce()) {
+    if std::env::var_os(INSIDE).is_some() {
+        return body();
+    }
+    if !is_built(name) {
+        return;
+    }
+    run(name, variables, &driver_folder());
+}
+
+/// Runs `body` in a process that finds only some of the emulated libraries.
+pub(crate) fn on_libraries(name: &str, libraries: &[&str], body: impl FnOnce()) {
+    if std::env::var_os(INSIDE).is_some() {
+        return body();
+    }
+    if !is_built(name) {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    for library in libraries {
+        std::os::unix::fs::symlink(driver_folder().join(library), folder.path().join(library))
+            .expect("a link in a folder of our own");
+    }
+    run(name, &[], folder.path());
+}
+
+/// Runs `body` in a process that finds no driver, unless the machine has one of its own.
+pub(crate) fn without_driver(name: &str, body: impl FnOnce()) {
+    if std::env::var_os(INSIDE).is_some() {
+        return body();
+    }
+    let empty = tempfile::tempdir().expect("a temporary folder");
+    run(name, &[], empty.path());
+}
+
+fn run(name: &str, variables: &[(&str, &str)], libraries: &std::path::Path) {
+    let output = Command::new("timeout")
+        .arg(LIMIT.to_string())
+        .arg(std::env::current_exe().expect("this test has a file"))
+        .args(["--exact", name, "--nocapture", "--include-ignored", "--test-threads", "1"])
+        .env(INSIDE, "1")
+        .env("LD_LIBRARY_PATH", libraries)
+        .envs(variables.iter().copied())
+        .output()
+        .expect("the test can be started again");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{name} with {variables:?}: {}\n{out}\n{err}", output.status);
+    assert!(out.contains("1 passed"), "{name} is not the calling test's name\n{out}");
+}
+
+/// Whether this is the second process.
+pub(crate) fn is_inside() -> bool {
+    std::env::var_os(INSIDE).is_some()
+}
+
+/// As [`on_emulated_driver`], and what the driver counted in that process; none in it, and without the emulation.
+pub(crate) fn counts_on_emulated_driver(
+    name: &str,
+    variables: &[(&str, &str)],
+    body: impl FnOnce(),
+) -> Option<serde_json::Value> {
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    let path = file.path().to_str().expect("a path of letters").to_owned();
+    let variables: Vec<_> = variables.iter().copied().chain([("MIRAI_EMU_COUNTS", &*path)]).collect();
+    on_emulated_driver(name, &variables, body);
+    let text = std::fs::read_to_string(file.path()).expect("the file is there");
+    text.lines().next_back().map(|line| serde_json::from_str(line).expect("a line of JSON"))
+}
