@@ -1,0 +1,20 @@
+//! Durable accounting: exactly one row for each accepted request, whatever ends it.
+//!
+//! Owns rows, the stores that keep them, and the chain that makes a change visible. Never holds a prompt or an
+//! answer, knows no HTTP and no model.
+
+mod chain;
+mod error;
+mod row;
+pub mod store;
+mod value;
+mod verify;
+
+pub use chain::{ChainKey, Epoch, Hash, Link, LinkKind, ShortKey, commitment, content_digest, open_digest};
+pub use error::StoreError;
+pub use row::{
+    Anonymise, Class, Endpoint, EnergyMethod, FIELDS, Field, Finish, MAX_TEXT, Retention, Row, RowError,
+    SCHEMA_VERSION, Settled, State, UserKind, registry_json,
+};
+pub use value::{CellError, Hex, Value};
+pub use verify::{Problem, Report, verify};

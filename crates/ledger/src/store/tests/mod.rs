@@ -1,0 +1,105 @@
+//! One suite for every database behind the store.
+
+mod faults;
+mod history;
+mod rules;
+mod schema;
+mod tamper;
+
+use std::time::Duration;
+
+use super::sql::Sql;
+use super::sqlite::{Sqlite, SqliteOptions};
+use super::{Entry, SqlStore, Store};
+use crate::chain::{ChainKey, Epoch, commitment};
+use crate::row::{Finish, Row, State, UserKind};
+use crate::value::Hex;
+use crate::verify::{Report, verify};
+
+pub(super) const LEASE: Duration = Duration::from_secs(3600);
+
+pub(super) fn key() -> ChainKey {
+    ChainKey::new(1, &[7; 32]).unwrap()
+}
+
+/// A database of one kind, for one test.
+pub(super) trait Database {
+    type Driver: Sql;
+    /// Another connection to it.
+    fn connect(&self) -> SqlStore<Self::Driver>;
+}
+
+/// A file, without waiting for the disk.
+pub(super) struct SqliteFile {
+    pub(super) folder: tempfile::TempDir,
+}
+
+impl SqliteFile {
+    pub(super) fn new() -> Self {
+        Self { folder: tempfile::tempdir().unwrap() }
+    }
+
+    pub(super) fn path(&self) -> std::path::PathBuf {
+        self.folder.path().join("ledger.db")
+    }
+}
+
+impl Database for SqliteFile {
+    type Driver = Sqlite;
+    fn connect(&self) -> SqlStore<Sqlite> {
+        let options = SqliteOptions { exclusive: false, ..SqliteOptions::default() };
+        let mut store = SqlStore::open(&self.path(), Some(key()), &options).unwrap();
+        store.driver().connection().execute_batch("PRAGMA synchronous = OFF").unwrap();
+        store
+    }
+}
+
+/// A request as it opens.
+pub(super) fn request(n: u64) -> Row {
+    let salt = Hex([n as u8; 16]);
+    let user = format!("user-{n}");
+    Row {
+        id: format!("R{n:06}"),
+        queued_at: 1000 + n as i64,
+        application: format!("app-{}", n % 3),
+        key_id: "k".into(),
+        model: "demo".into(),
+        user_commitment: Some(commitment(&salt, &user)),
+        user: Some(user),
+        user_salt: Some(salt),
+        user_anon: UserKind::Present,
+        prompt_tokens: 5,
+        status: 200,
+        ..Row::default()
+    }
+}
+
+pub(super) fn tokens(row: &Row, tokens: u64) -> Row {
+    Row { completion_tokens: tokens, duration: tokens, ..row.clone() }
+}
+
+pub(super) fn closed(row: &Row, tokens: u64) -> Row {
+    let ended = Row { state: State::Closed, finish: Finish::Stop, ..row.clone() };
+    Row { completion_tokens: tokens, duration: tokens, ..ended }
+}
+
+pub(super) fn new(row: Row) -> Entry {
+    Entry { row, stored: false }
+}
+
+pub(super) fn old(row: Row) -> Entry {
+    Entry { row, stored: true }
+}
+
+/// As if the writer had said nothing for an hour.
+pub(super) fn expire<C: Sql>(store: &mut SqlStore<C>, epoch: &Epoch) {
+    use super::sql::{int, text};
+    let sql = "UPDATE mirai_writer SET lease_until = 0 WHERE writer = $1 AND epoch = $2";
+    store.sql.execute(sql, &[text(&epoch.writer), int(epoch.epoch)]).unwrap();
+}
+
+pub(super) fn sound<C: Sql>(store: &mut SqlStore<C>) -> Report {
+    let report = verify(store, Some(&key())).unwrap();
+    assert!(report.is_sound(), "{:?}", report.problems);
+    report
+}
