@@ -148,7 +148,7 @@ impl<C: Sql> SqlStore<C> {
                 done.updated += 1;
                 if row.state == State::Closed {
                     self.close_link(tail, &row)?;
-                } else if (&old.writer, old.epoch) != (&row.writer, row.epoch) {
+                } else if old.state == State::Closed || (&old.writer, old.epoch) != (&row.writer, row.epoch) {
                     self.append(tail, &LinkKind::Reclaim, &row.id, open_digest(&row))?;
                 }
             }

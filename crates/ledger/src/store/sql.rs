@@ -181,8 +181,11 @@ impl<C: Sql> SqlStore<C> {
         &mut self,
         body: impl FnOnce(&mut Self) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        self.sql.begin(true)?;
-        let done = body(self).and_then(|value| self.sql.commit().map(|()| value));
+        // A beginning that failed may have begun all the same.
+        let done = match self.sql.begin(true) {
+            Ok(()) => body(self).and_then(|value| self.sql.commit().map(|()| value)),
+            Err(error) => Err(error),
+        };
         if done.is_err() {
             self.sql.rollback();
         }

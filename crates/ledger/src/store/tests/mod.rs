@@ -47,10 +47,11 @@ impl SqliteFile {
 impl Database for SqliteFile {
     type Driver = Sqlite;
     fn connect(&self) -> SqlStore<Sqlite> {
-        let options = SqliteOptions { exclusive: false, ..SqliteOptions::default() };
-        let mut store = SqlStore::open(&self.path(), Some(key()), &options).unwrap();
-        store.driver().connection().execute_batch("PRAGMA synchronous = OFF").unwrap();
-        store
+        let connection = rusqlite::Connection::open(self.path()).unwrap();
+        connection.busy_timeout(Duration::from_secs(5)).unwrap();
+        let driver = Sqlite::new(connection, 64, None).unwrap();
+        driver.connection().execute_batch("PRAGMA synchronous = OFF").unwrap();
+        SqlStore::new(driver, Some(key())).unwrap()
     }
 }
 
