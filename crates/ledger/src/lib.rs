@@ -5,16 +5,22 @@
 
 mod chain;
 mod error;
+mod ledger;
 mod row;
+mod spool;
 pub mod store;
 mod value;
 mod verify;
 
 pub use chain::{ChainKey, Epoch, Hash, Link, LinkKind, ShortKey, commitment, content_digest, open_digest};
 pub use error::StoreError;
+pub use ledger::{
+    COMMIT_SECONDS, Counters, Counts, Health, Ledger, LedgerConfig, Open, Outcome, StartError, Unavailable, Wake,
+};
 pub use row::{
     Anonymise, Class, Endpoint, EnergyMethod, FIELDS, Field, Finish, MAX_TEXT, Retention, Row, RowError,
     SCHEMA_VERSION, Settled, State, UserKind, registry_json,
 };
+pub use spool::{Spool, SpoolError};
 pub use value::{CellError, Hex, Value};
 pub use verify::{Problem, Report, verify};

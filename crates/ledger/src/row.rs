@@ -254,8 +254,8 @@ pub enum RowError {
         /// What is wrong.
         error: CellError,
     },
-    /// A text is too long, or holds a zero byte.
-    #[error("field {field}: {bytes} bytes of text, at most {MAX_TEXT} and no zero byte")]
+    /// A text is too long, or holds a control character.
+    #[error("field {field}: {bytes} bytes of text, at most {MAX_TEXT} and no control character")]
     Text {
         /// The field.
         field: &'static str,
@@ -278,7 +278,7 @@ impl Row {
         }
         for (field, value) in FIELDS.iter().zip(self.values()) {
             if let Value::Text(text) = value
-                && (text.len() > MAX_TEXT || text.contains('\0'))
+                && (text.len() > MAX_TEXT || text.contains(char::is_control))
             {
                 return Err(RowError::Text { field: field.name, bytes: text.len() });
             }

@@ -12,7 +12,7 @@ pub(crate) mod sql;
 pub mod sqlite;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-mod tests;
+pub(crate) mod tests;
 mod usage;
 
 use std::time::Duration;

@@ -9,19 +9,21 @@ use crate::value::Value;
 
 /// What fails next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(in crate::store) struct Plan {
+pub(crate) struct Plan {
     /// Calls until the fault; `None` for never.
-    pub(in crate::store) after: Option<u32>,
+    pub(crate) after: Option<u32>,
     /// The call takes effect, and its answer is lost: the worst of commits.
-    pub(in crate::store) took_effect: bool,
+    pub(crate) took_effect: bool,
+    /// Every later call fails too.
+    pub(crate) for_good: bool,
     /// Calls that were made.
-    pub(in crate::store) calls: u32,
+    pub(crate) calls: u32,
 }
 
 /// A driver with faults.
-pub(in crate::store) struct Faulty<C> {
-    pub(in crate::store) inner: C,
-    pub(in crate::store) plan: Arc<Mutex<Plan>>,
+pub(crate) struct Faulty<C> {
+    pub(crate) inner: C,
+    pub(crate) plan: Arc<Mutex<Plan>>,
 }
 
 impl<C: Sql> Faulty<C> {
@@ -29,7 +31,10 @@ impl<C: Sql> Faulty<C> {
         let mut plan = self.plan.lock().unwrap();
         plan.calls += 1;
         let fails = plan.after == Some(0);
-        plan.after = plan.after.and_then(|n| n.checked_sub(1));
+        plan.after = match plan.after {
+            Some(0) if plan.for_good => Some(0),
+            other => other.and_then(|n| n.checked_sub(1)),
+        };
         if fails && !plan.took_effect {
             return Err(StoreError::Unavailable("told to fail".into()));
         }
@@ -60,7 +65,7 @@ impl<C: Sql> Sql for Faulty<C> {
     }
 }
 
-pub(in crate::store) fn faulty<D: Database>(db: &D) -> (SqlStore<Faulty<D::Driver>>, Arc<Mutex<Plan>>) {
+pub(crate) fn faulty<D: Database>(db: &D) -> (SqlStore<Faulty<D::Driver>>, Arc<Mutex<Plan>>) {
     let plan = Arc::default();
     let SqlStore { sql, key, words } = db.connect();
     (SqlStore { sql: Faulty { inner: sql, plan: Arc::clone(&plan) }, key, words }, plan)
@@ -106,7 +111,7 @@ fn the_end_is_the_same<D: Database>(make: impl Fn() -> D) {
         for took_effect in [false, true] {
             let db = make();
             let (mut store, plan) = faulty(&db);
-            *plan.lock().unwrap() = Plan { after: Some(after), took_effect, calls: 0 };
+            *plan.lock().unwrap() = Plan { after: Some(after), took_effect, ..Plan::default() };
             let mut failures = 0;
             let end = history(&mut store, |run| {
                 while let Err(error) = run() {

@@ -304,7 +304,7 @@ impl<D: Database> World<D> {
     }
 }
 
-fn runner(cases: u32) -> TestRunner {
+pub(crate) fn runner(cases: u32) -> TestRunner {
     let seed: u64 =
         std::env::var("LEDGER_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(rand::random);
     println!("LEDGER_SEED={seed}");
@@ -322,7 +322,7 @@ pub(super) fn agrees_with_the_model<D: Database>(cases: u32, make: impl Fn() -> 
         let mut world = World::new(make());
         for (index, op) in ops.iter().enumerate() {
             if let Some(&(after, took_effect)) = faults.get(index / 10).filter(|_| index % 10 == 0) {
-                *world.plan.lock().unwrap() = Plan { after: Some(after), took_effect, calls: 0 };
+                *world.plan.lock().unwrap() = Plan { after: Some(after), took_effect, ..Plan::default() };
             }
             world.apply(op);
             world.check();

@@ -1,7 +1,7 @@
 //! One suite for every database behind the store.
 
-mod faults;
-mod history;
+pub(crate) mod faults;
+pub(crate) mod history;
 mod rules;
 mod schema;
 mod tamper;
@@ -16,30 +16,30 @@ use crate::row::{Finish, Row, State, UserKind};
 use crate::value::Hex;
 use crate::verify::{Report, verify};
 
-pub(super) const LEASE: Duration = Duration::from_secs(3600);
+pub(crate) const LEASE: Duration = Duration::from_secs(3600);
 
-pub(super) fn key() -> ChainKey {
+pub(crate) fn key() -> ChainKey {
     ChainKey::new(1, &[7; 32]).unwrap()
 }
 
 /// A database of one kind, for one test.
-pub(super) trait Database {
+pub(crate) trait Database {
     type Driver: Sql;
     /// Another connection to it.
     fn connect(&self) -> SqlStore<Self::Driver>;
 }
 
 /// A file, without waiting for the disk.
-pub(super) struct SqliteFile {
-    pub(super) folder: tempfile::TempDir,
+pub(crate) struct SqliteFile {
+    pub(crate) folder: tempfile::TempDir,
 }
 
 impl SqliteFile {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { folder: tempfile::tempdir().unwrap() }
     }
 
-    pub(super) fn path(&self) -> std::path::PathBuf {
+    pub(crate) fn path(&self) -> std::path::PathBuf {
         self.folder.path().join("ledger.db")
     }
 }
@@ -56,7 +56,7 @@ impl Database for SqliteFile {
 }
 
 /// A request as it opens.
-pub(super) fn request(n: u64) -> Row {
+pub(crate) fn request(n: u64) -> Row {
     let salt = Hex([n as u8; 16]);
     let user = format!("user-{n}");
     Row {
@@ -75,31 +75,31 @@ pub(super) fn request(n: u64) -> Row {
     }
 }
 
-pub(super) fn tokens(row: &Row, tokens: u64) -> Row {
+pub(crate) fn tokens(row: &Row, tokens: u64) -> Row {
     Row { completion_tokens: tokens, duration: tokens, ..row.clone() }
 }
 
-pub(super) fn closed(row: &Row, tokens: u64) -> Row {
+pub(crate) fn closed(row: &Row, tokens: u64) -> Row {
     let ended = Row { state: State::Closed, finish: Finish::Stop, ..row.clone() };
     Row { completion_tokens: tokens, duration: tokens, ..ended }
 }
 
-pub(super) fn new(row: Row) -> Entry {
+pub(crate) fn new(row: Row) -> Entry {
     Entry { row, stored: false }
 }
 
-pub(super) fn old(row: Row) -> Entry {
+pub(crate) fn old(row: Row) -> Entry {
     Entry { row, stored: true }
 }
 
 /// As if the writer had said nothing for an hour.
-pub(super) fn expire<C: Sql>(store: &mut SqlStore<C>, epoch: &Epoch) {
+pub(crate) fn expire<C: Sql>(store: &mut SqlStore<C>, epoch: &Epoch) {
     use super::sql::{int, text};
     let sql = "UPDATE mirai_writer SET lease_until = 0 WHERE writer = $1 AND epoch = $2";
     store.sql.execute(sql, &[text(&epoch.writer), int(epoch.epoch)]).unwrap();
 }
 
-pub(super) fn sound<C: Sql>(store: &mut SqlStore<C>) -> Report {
+pub(crate) fn sound<C: Sql>(store: &mut SqlStore<C>) -> Report {
     let report = verify(store, Some(&key())).unwrap();
     assert!(report.is_sound(), "{:?}", report.problems);
     report
