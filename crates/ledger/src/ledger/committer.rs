@@ -232,7 +232,7 @@ impl Committer {
     fn durable(&self, slot: &Slot, row: &Row, stored: bool) {
         let counters = &self.shared.counters;
         let closes = row.state == State::Closed;
-        let before = slot.durable(row, stored);
+        let before = slot.phase();
         if before == Phase::New {
             counters.opened.add(1);
         }
@@ -241,6 +241,8 @@ impl Committer {
             counters.closed_tokens.add(row.completion_tokens);
             self.shared.open.fetch_sub(1, Ordering::AcqRel);
         }
+        // Last: who is told may look at the counters.
+        slot.durable(row, stored);
     }
 
     fn register(&mut self) -> Result<(), StoreError> {
@@ -412,9 +414,7 @@ impl Committer {
         };
         self.shared.set_health(health);
         if health >= Health::Unavailable && (before < Health::Unavailable || health == Health::Broken) {
-            let slots: Vec<Arc<Slot>> = self.shared.queue().dirty.clone();
-            slots.iter().for_each(|slot| slot.nudge());
-            let tags: Vec<u64> = slots.iter().map(|slot| slot.tag).collect();
+            let tags: Vec<u64> = self.shared.queue().dirty.iter().map(|slot| slot.tag).collect();
             (self.wake)(&tags);
         }
     }
@@ -430,7 +430,6 @@ impl Drop for End {
         if std::thread::panicking() || !left.is_empty() {
             self.0.set_health(Health::Broken);
         }
-        left.iter().for_each(|slot| slot.nudge());
     }
 }
 

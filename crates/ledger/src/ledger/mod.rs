@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 pub use counters::{COMMIT_SECONDS, Counters};
 pub use slot::{Counts, Open, Outcome};
 
+use tokio::sync::Notify;
+
 use crate::error::StoreError;
 use crate::row::{Finish, Row, RowError, State, UserKind};
 use crate::spool::{MAX_ROW_BYTES, Spool};
@@ -144,6 +146,8 @@ struct Shared {
     queue: Mutex<Queue>,
     work: Condvar,
     health: AtomicU8,
+    /// Told when the health has become worse.
+    changed: Notify,
     /// Requests whose rows are not durably closed.
     open: AtomicUsize,
     spooled_bytes: AtomicU64,
@@ -162,7 +166,9 @@ impl Shared {
     }
 
     fn set_health(&self, health: Health) {
-        self.health.store(health as u8, Ordering::Release);
+        if self.health.swap(health as u8, Ordering::AcqRel) < health as u8 {
+            self.changed.notify_waiters();
+        }
     }
 
     fn submit(&self, slot: &Arc<Slot>, urgent: bool) {
@@ -218,6 +224,7 @@ fn shared(config: LedgerConfig, spool: Option<&Spool>) -> Arc<Shared> {
         queue: Mutex::default(),
         work: Condvar::new(),
         health: AtomicU8::new(0),
+        changed: Notify::new(),
         open: AtomicUsize::new(0),
         spooled_bytes: AtomicU64::new(spool.map_or(0, Spool::len)),
         spool_limit: spool.map_or(0, Spool::limit),

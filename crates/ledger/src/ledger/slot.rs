@@ -127,24 +127,17 @@ impl Slot {
         !std::mem::replace(&mut self.lock().queued, true)
     }
 
-    /// A state is durable, in the store or in the spool. Returns the phase before.
-    pub(super) fn durable(&self, row: &Row, stored: bool) -> Phase {
+    /// A state is durable, in the store or in the spool.
+    pub(super) fn durable(&self, row: &Row, stored: bool) {
         self.lock().stored |= stored;
-        let before = self.phase();
         let phase = if row.state == State::Closed { Phase::Closed } else { Phase::Opened };
         self.durable.fetch_max(row.completion_tokens, Ordering::AcqRel);
         self.phase.store(phase as u8, Ordering::Release);
         self.changed.notify_waiters();
-        before
     }
 
     pub(super) fn conflict(&self) {
         self.phase.store(Phase::Conflict as u8, Ordering::Release);
-        self.changed.notify_waiters();
-    }
-
-    /// The ledger's health has changed.
-    pub(super) fn nudge(&self) {
         self.changed.notify_waiters();
     }
 }
@@ -262,17 +255,21 @@ impl Open {
 
     async fn wait(&self, done: impl Fn(Phase) -> bool) -> Result<(), Unavailable> {
         loop {
-            let changed = self.slot.changed.notified();
-            tokio::pin!(changed);
-            // Counts from here, so that a change between the look and the wait is not missed.
-            changed.as_mut().enable();
+            let (row, health) = (self.slot.changed.notified(), self.shared.changed.notified());
+            tokio::pin!(row, health);
+            // Count from here, so that a change between the look and the wait is not missed.
+            row.as_mut().enable();
+            health.as_mut().enable();
             let phase = self.slot.phase();
             if phase != Phase::Conflict && done(phase) {
                 return Ok(());
             }
-            match self.fault() {
-                Some(fault) => return Err(fault),
-                None => changed.await,
+            if let Some(fault) = self.fault() {
+                return Err(fault);
+            }
+            tokio::select! {
+                () = row => {}
+                () = health => {}
             }
         }
     }

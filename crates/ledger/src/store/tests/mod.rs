@@ -36,7 +36,10 @@ pub(crate) struct SqliteFile {
 
 impl SqliteFile {
     pub(crate) fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap() }
+        // In memory where there is such a folder: these tests are about logic, not about disks.
+        let memory = std::path::Path::new("/dev/shm");
+        let folder = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
+        Self { folder: folder.unwrap() }
     }
 
     pub(crate) fn path(&self) -> std::path::PathBuf {
