@@ -26,7 +26,7 @@ const REGISTRATIONS: usize = 3;
 pub(super) struct Committer {
     pub(super) store: Box<dyn Store>,
     pub(super) spool: Option<Spool>,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     wake: Wake,
     pub(super) owner: Option<Epoch>,
     /// Bytes of the spool that a dead process wrote.

@@ -176,6 +176,12 @@ impl<C: Sql> SqlStore<C> {
         &mut self.sql
     }
 
+    /// The same store on another driver.
+    #[cfg(test)]
+    pub(crate) fn map<D>(self, driver: impl FnOnce(C) -> D) -> SqlStore<D> {
+        SqlStore { sql: driver(self.sql), key: self.key, words: self.words }
+    }
+
     /// Runs `body` in one transaction that writes.
     pub(super) fn transaction<T>(
         &mut self,

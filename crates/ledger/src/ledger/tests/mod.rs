@@ -1,6 +1,7 @@
 //! The ledger turned by hand: one turn at a time, with a clock and faults of the test's own.
 
 mod history;
+mod kill;
 mod rules;
 mod threads;
 

@@ -66,9 +66,8 @@ impl<C: Sql> Sql for Faulty<C> {
 }
 
 pub(crate) fn faulty<D: Database>(db: &D) -> (SqlStore<Faulty<D::Driver>>, Arc<Mutex<Plan>>) {
-    let plan = Arc::default();
-    let SqlStore { sql, key, words } = db.connect();
-    (SqlStore { sql: Faulty { inner: sql, plan: Arc::clone(&plan) }, key, words }, plan)
+    let plan: Arc<Mutex<Plan>> = Arc::default();
+    (db.connect().map(|sql| Faulty { inner: sql, plan: plan.clone() }), plan)
 }
 
 /// A short history in which every operation of the store has a part.
