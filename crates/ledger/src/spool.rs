@@ -264,3 +264,211 @@ impl Spool {
 fn memory_find<'a>(bytes: &'a [u8], what: &'a [u8]) -> impl Iterator<Item = usize> + 'a {
     bytes.windows(what.len()).enumerate().filter(move |(_, window)| *window == what).map(|(at, _)| at)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    /// A file in memory that fails when it is told to.
+    #[derive(Clone, Default)]
+    struct Memory(Arc<Mutex<Content>>);
+
+    #[derive(Default)]
+    struct Content {
+        bytes: Vec<u8>,
+        fail_append: Option<usize>,
+        fail_sync: bool,
+        fail_truncate: bool,
+    }
+
+    impl Disk for Memory {
+        fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+            let mut content = self.0.lock().unwrap();
+            let part = content.fail_append.unwrap_or(bytes.len());
+            content.bytes.extend_from_slice(&bytes[..part]);
+            if part < bytes.len() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        }
+        fn sync(&mut self) -> io::Result<()> {
+            if self.0.lock().unwrap().fail_sync { Err(io::Error::other("no sync")) } else { Ok(()) }
+        }
+        fn truncate(&mut self, length: u64) -> io::Result<()> {
+            let mut content = self.0.lock().unwrap();
+            if content.fail_truncate {
+                return Err(io::Error::other("no truncation"));
+            }
+            content.bytes.truncate(length as usize);
+            Ok(())
+        }
+        fn read(&mut self, offset: u64, length: usize) -> io::Result<Vec<u8>> {
+            let content = self.0.lock().unwrap();
+            let from = content.bytes.get(offset as usize..).unwrap_or_default();
+            Ok(from[..length.min(from.len())].to_vec())
+        }
+        fn length(&mut self) -> io::Result<u64> {
+            Ok(self.0.lock().unwrap().bytes.len() as u64)
+        }
+    }
+
+    fn row(n: u64) -> Row {
+        Row { id: format!("R{n}"), completion_tokens: n, ..Row::default() }
+    }
+
+    fn spool(memory: &Memory) -> Result<Spool, SpoolError> {
+        Spool::on(Box::new(memory.clone()), Path::new("spool"), 100_000)
+    }
+
+    fn all(spool: &mut Spool) -> Vec<Row> {
+        let (mut rows, mut at) = (Vec::new(), 0);
+        while let Some((batch, next)) = spool.batch(at).unwrap() {
+            rows.extend(batch);
+            at = next;
+        }
+        assert_eq!(at, spool.len());
+        rows
+    }
+
+    /// Two frames, and where the second begins.
+    fn two(memory: &Memory) -> u64 {
+        let mut spool = spool(memory).unwrap();
+        spool.append(&[row(1), row(2)]).unwrap();
+        let at = spool.len();
+        spool.append(&[row(3)]).unwrap();
+        assert_eq!(all(&mut spool), [row(1), row(2), row(3)]);
+        at
+    }
+
+    #[test]
+    fn what_was_synced_is_there_again_and_clearing_empties_it() {
+        let memory = Memory::default();
+        two(&memory);
+        let mut again = spool(&memory).unwrap();
+        assert_eq!(all(&mut again).len(), 3);
+        again.clear().unwrap();
+        assert!(again.is_empty() && all(&mut again).is_empty());
+        assert!(spool(&memory).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_torn_end_is_removed_wherever_it_tore() {
+        let memory = Memory::default();
+        let second = two(&memory) as usize;
+        let bytes = memory.0.lock().unwrap().bytes.clone();
+        for length in 0..bytes.len() {
+            memory.0.lock().unwrap().bytes = bytes[..length].to_vec();
+            let rows = all(&mut spool(&memory).unwrap());
+            assert_eq!(rows.len(), if length < second { 0 } else { 2 }, "{length}");
+            // It goes on from there.
+            spool(&memory).unwrap().append(&[row(9)]).unwrap();
+            assert_eq!(all(&mut spool(&memory).unwrap()).last(), Some(&row(9)));
+        }
+    }
+
+    #[test]
+    fn damage_before_the_end_is_no_torn_end() {
+        let memory = Memory::default();
+        let second = two(&memory) as usize;
+        let bytes = memory.0.lock().unwrap().bytes.clone();
+        for at in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 1;
+            memory.0.lock().unwrap().bytes = damaged;
+            match spool(&memory) {
+                Err(SpoolError::Damaged { offset: 0, length, .. }) => {
+                    assert!(at < second && length == bytes.len() as u64, "{at}");
+                }
+                Ok(mut spool) => assert!(at >= second && all(&mut spool).len() == 2, "{at}"),
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_full_disk_takes_back_what_did_not_fit() {
+        let memory = Memory::default();
+        let mut spool = spool(&memory).unwrap();
+        spool.append(&[row(1)]).unwrap();
+        let length = spool.len();
+        memory.0.lock().unwrap().fail_append = Some(20);
+        assert!(matches!(spool.append(&[row(2)]), Err(SpoolError::Io { .. })));
+        assert!(!spool.is_broken());
+        assert_eq!(memory.0.lock().unwrap().bytes.len() as u64, length);
+        memory.0.lock().unwrap().fail_append = None;
+        spool.append(&[row(3)]).unwrap();
+        assert_eq!(all(&mut spool), [row(1), row(3)]);
+        // Its own bound.
+        let many: Vec<Row> = (0..200).map(row).collect();
+        let full = spool.append(&many).unwrap_err();
+        assert!(matches!(full, SpoolError::Full { limit: 100_000, .. }), "{full}");
+        assert_eq!(spool.limit(), 100_000);
+    }
+
+    #[test]
+    fn after_a_failed_sync_nothing_is_certain() {
+        for fail_truncate in [false, true] {
+            let memory = Memory::default();
+            let mut spool = spool(&memory).unwrap();
+            {
+                let mut content = memory.0.lock().unwrap();
+                (content.fail_sync, content.fail_truncate) = (!fail_truncate, fail_truncate);
+                content.fail_append = fail_truncate.then_some(3);
+            }
+            spool.append(&[row(1)]).unwrap_err();
+            assert!(spool.is_broken());
+            *memory.0.lock().unwrap() = Content::default();
+            assert!(matches!(spool.append(&[row(1)]), Err(SpoolError::Full { .. })));
+        }
+    }
+
+    #[test]
+    fn rows_that_cannot_be_read_are_named_by_place_alone() {
+        let memory = Memory::default();
+        let body = br#"[{"id":"secret","attempt":"x"}]"#;
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend_from_slice(&(body.len() as u32).to_le_bytes());
+        bytes.extend_from_slice(&Sha256::digest(body)[..16]);
+        bytes.extend_from_slice(body);
+        memory.0.lock().unwrap().bytes = bytes;
+        let error = spool(&memory).unwrap().batch(0).unwrap_err().to_string();
+        assert!(error.contains("frame at byte 0: Data at 1:") && !error.contains("secret"), "{error}");
+    }
+
+    #[test]
+    fn one_process_has_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("spool");
+        let mut spool = Spool::open(&path, 100_000).unwrap();
+        spool.append(&[row(1)]).unwrap();
+        assert!(format!("{spool:?}").contains("length"));
+        assert!(matches!(Spool::open(&path, 1), Err(SpoolError::Locked(_))));
+        drop(spool);
+        let mut again = Spool::open(&path, 100_000).unwrap();
+        assert_eq!(all(&mut again), [row(1)]);
+        again.clear().unwrap();
+        assert!(matches!(Spool::open(&folder.path().join("no/spool"), 1), Err(SpoolError::Io { .. })));
+    }
+
+    /// The bound that admission reckons with.
+    #[test]
+    fn no_row_is_larger_than_its_bound() {
+        let text = "\"".repeat(crate::row::MAX_TEXT);
+        let values = crate::row::FIELDS.iter().zip(Row::default().values()).map(|(field, value)| {
+            use crate::value::Value;
+            match (field.sql.split(' ').next(), value) {
+                (Some("BIGINT"), _) if field.name == "status" => Value::Int(65_535),
+                (Some("BIGINT"), _) if field.name.contains("version") || field.name == "attempt" => {
+                    Value::Int(u32::MAX.into())
+                }
+                (Some("BIGINT"), _) => Value::Int(i64::MAX),
+                (Some("TEXT"), _) => Value::Text(text.clone()),
+                _ => Value::Bytes(vec![1; if field.name == "user_salt" { 16 } else { 32 }]),
+            }
+        });
+        let row = Row::from_values(values).unwrap();
+        assert_eq!(row.check(), Ok(()));
+        let size = HEADER + serde_json::to_vec(&[row]).unwrap().len();
+        assert!(size as u64 <= MAX_ROW_BYTES, "{size}");
+    }
+}

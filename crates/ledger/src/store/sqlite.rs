@@ -114,7 +114,7 @@ fn sync_folder(path: &Path) -> Result<(), StoreError> {
 }
 
 /// What an error means. Messages of SQLite name columns and tables, never values.
-pub(super) fn meaning(error: &rusqlite::Error) -> StoreError {
+pub(crate) fn meaning(error: &rusqlite::Error) -> StoreError {
     let text = error.to_string();
     let code = error.sqlite_error_code();
     match code {

@@ -2,6 +2,7 @@
 
 pub(crate) mod faults;
 pub(crate) mod history;
+mod power;
 mod rules;
 mod schema;
 mod tamper;
