@@ -15,7 +15,8 @@ mod verify;
 pub use chain::{ChainKey, Epoch, Hash, Link, LinkKind, ShortKey, commitment, content_digest, open_digest};
 pub use error::StoreError;
 pub use ledger::{
-    COMMIT_SECONDS, Counters, Counts, Health, Ledger, LedgerConfig, Open, Outcome, StartError, Unavailable, Wake,
+    COMMIT_SECONDS, Counters, Counts, Health, Ledger, LedgerConfig, Open, Outcome, StartError, Unavailable,
+    Wake,
 };
 pub use row::{
     Anonymise, Class, Endpoint, EnergyMethod, FIELDS, Field, Finish, MAX_TEXT, Retention, Row, RowError,

@@ -113,7 +113,10 @@ pub struct Spool {
 
 impl std::fmt::Debug for Spool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Spool").field("path", &self.path).field("length", &self.length).finish_non_exhaustive()
+        f.debug_struct("Spool")
+            .field("path", &self.path)
+            .field("length", &self.length)
+            .finish_non_exhaustive()
     }
 }
 
@@ -227,7 +230,8 @@ impl Spool {
             return Ok(None);
         }
         let header = self.disk.read(offset, HEADER).map_err(|error| self.io(error))?;
-        let (Some(magic), Some(length), Some(digest)) = (header.get(..8), header.get(8..12), header.get(12..))
+        let (Some(magic), Some(length), Some(digest)) =
+            (header.get(..8), header.get(8..12), header.get(12..))
         else {
             return Ok(None);
         };

@@ -12,9 +12,7 @@
 
 use std::collections::HashMap;
 
-use crate::chain::{
-    ChainKey, Epoch, Hash, commitment, content_digest, genesis, next_head, open_digest,
-};
+use crate::chain::{ChainKey, Epoch, Hash, commitment, content_digest, genesis, next_head, open_digest};
 use crate::error::StoreError;
 use crate::row::{Row, SCHEMA_VERSION, State};
 use crate::store::{AuditLink, ChainHead, PurgeRecord, Store};
@@ -228,7 +226,14 @@ impl Audit<'_> {
         Ok(())
     }
 
-    fn signature(&mut self, chain: &Epoch, what: &'static str, seq: u64, head: Hash, by: Option<(u32, Hash)>) {
+    fn signature(
+        &mut self,
+        chain: &Epoch,
+        what: &'static str,
+        seq: u64,
+        head: Hash,
+        by: Option<(u32, Hash)>,
+    ) {
         let Some(key) = self.key else {
             self.report.unsigned += 1;
             return;

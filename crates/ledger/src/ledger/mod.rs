@@ -13,7 +13,7 @@ mod committer;
 mod counters;
 mod slot;
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::print_stdout)]
 mod tests;
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
@@ -248,9 +248,19 @@ impl Ledger {
     ) -> Result<Self, StartError> {
         let shared = shared(config, spool.as_ref());
         let mut committer = Committer::new(store, spool, shared.clone(), wake, Instant::now());
-        committer.first()?;
-        let thread = std::thread::Builder::new().name("ledger".to_owned()).spawn(move || committer.run())?;
-        Ok(Self { shared, thread: Some(thread) })
+        let (told, started) = std::sync::mpsc::sync_channel(1);
+        // Everything that touches the store happens on that thread: a driver may not like others.
+        let thread = std::thread::Builder::new().name("ledger".to_owned()).spawn(move || {
+            let first = committer.first();
+            let starts = first.is_ok();
+            if told.send(first).is_ok() && starts {
+                committer.run();
+            }
+        })?;
+        let ledger = Self { shared, thread: Some(thread) };
+        let gone = || StoreError::Broken("the ledger's thread ended at once".to_owned());
+        started.recv().unwrap_or_else(|_| Err(gone().into()))?;
+        Ok(ledger)
     }
 
     /// Accounts for a request from now on. Returns at once: the row becomes durable while the request is

@@ -5,13 +5,15 @@
 
 mod audit;
 mod merge;
+#[cfg(feature = "postgres")]
+pub mod postgres;
 mod recover;
 mod retention;
 mod schema;
 pub(crate) mod sql;
 pub mod sqlite;
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::print_stdout)]
 pub(crate) mod tests;
 mod usage;
 

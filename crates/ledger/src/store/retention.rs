@@ -69,10 +69,9 @@ impl<C: Sql> SqlStore<C> {
 
     fn cut(&mut self, chain: &Epoch, cut: u64, done: &mut Purged) -> Result<(), StoreError> {
         let place = [text(&chain.writer), int(chain.epoch), int(cut)];
-        let head = self.sql.query(
-            "SELECT head FROM mirai_link WHERE writer = $1 AND epoch = $2 AND seq = $3",
-            &place,
-        )?;
+        let head = self
+            .sql
+            .query("SELECT head FROM mirai_link WHERE writer = $1 AND epoch = $2 AND seq = $3", &place)?;
         let head: Hash = take(&mut head.into_iter().flatten(), "head")?;
         let rows = self.sql.execute(
             "DELETE FROM mirai_request WHERE id IN (SELECT id FROM mirai_link \

@@ -57,6 +57,7 @@ impl<C: Sql> SqlStore<C> {
     /// Brings the schema to the newest of `migrations`; a database that is newer is left as it is.
     pub(super) fn migrate(&mut self, migrations: &[Migration]) -> Result<(), StoreError> {
         self.transaction(|store| {
+            store.sql.lock_schema()?;
             store.sql.execute(META, &[])?;
             let begin = "INSERT INTO mirai_schema (one, version, needs) VALUES (1, 0, 0) \
                          ON CONFLICT (one) DO NOTHING";

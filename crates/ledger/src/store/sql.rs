@@ -45,6 +45,13 @@ pub trait Sql: Send {
     /// # Errors
     /// The database failed.
     fn now(&mut self) -> Result<i64, StoreError>;
+    /// Within a transaction: lets no other process change the schema until it ends.
+    ///
+    /// # Errors
+    /// The database failed.
+    fn lock_schema(&mut self) -> Result<(), StoreError> {
+        Ok(())
+    }
     /// Called after rows were erased: old copies must not stay behind in logs.
     ///
     /// # Errors

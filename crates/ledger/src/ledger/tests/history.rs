@@ -18,12 +18,26 @@ use crate::store::tests::history::runner;
 enum Op {
     Open,
     /// Generates tokens and sends what may leave.
-    Go { stream: usize, tokens: u64 },
-    End { stream: usize, back: u64 },
-    Abort { stream: usize },
+    Go {
+        stream: usize,
+        tokens: u64,
+    },
+    End {
+        stream: usize,
+        back: u64,
+    },
+    Abort {
+        stream: usize,
+    },
     Turn,
-    Pass { millis: u64 },
-    Fault { after: u32, took_effect: bool, for_good: bool },
+    Pass {
+        millis: u64,
+    },
+    Fault {
+        after: u32,
+        took_effect: bool,
+        for_good: bool,
+    },
     Heal,
     Crash,
     /// Another replica believes this one dead.

@@ -30,7 +30,8 @@ fn parts_at(folder: &std::path::Path) -> (SqlStore<Faulty<Sqlite>>, Spool, Arc<M
 fn start_and_stop(folder: &std::path::Path) {
     let (store, spool, _) = parts_at(folder);
     let shared = shared(config(), Some(&spool));
-    let mut committer = Committer::new(Box::new(store), Some(spool), shared, Box::new(|_| {}), Instant::now());
+    let mut committer =
+        Committer::new(Box::new(store), Some(spool), shared, Box::new(|_| {}), Instant::now());
     committer.first().unwrap();
     while committer.turn(Instant::now()) == Duration::ZERO {}
     committer.shared.queue().stopping = true;
@@ -100,7 +101,8 @@ fn child() {
             tasks.spawn(async move {
                 loop {
                     let next = if rng.random() { UP } else { DOWN };
-                    *plan.lock().unwrap() = Plan { after: next.after.map(|_| rng.random_range(0..40)), ..next };
+                    *plan.lock().unwrap() =
+                        Plan { after: next.after.map(|_| rng.random_range(0..40)), ..next };
                     for _ in 0..200 {
                         tokio::task::yield_now().await;
                     }
@@ -166,7 +168,8 @@ fn check(folder: &std::path::Path, tapes: &Tapes) -> (usize, u64) {
 #[test]
 fn killed_at_random_moments_nothing_is_lost_or_doubled() {
     let kills = std::env::var("LEDGER_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(50u64);
-    let seed: u64 = std::env::var("LEDGER_SEED").ok().and_then(|n| n.parse().ok()).unwrap_or_else(rand::random);
+    let seed: u64 =
+        std::env::var("LEDGER_SEED").ok().and_then(|n| n.parse().ok()).unwrap_or_else(rand::random);
     println!("LEDGER_SEED={seed} LEDGER_KILLS={kills}");
     let mut rng = StdRng::seed_from_u64(seed);
     let mut folder = SqliteFile::new();

@@ -83,7 +83,10 @@ fn a_dropped_handle_ends_its_row_with_an_error() {
     }
     rig.settle();
     let row = rig.row(1).unwrap();
-    assert_eq!((row.completion_tokens, row.finish, row.energy_method), (12, Finish::Error, EnergyMethod::None));
+    assert_eq!(
+        (row.completion_tokens, row.finish, row.energy_method),
+        (12, Finish::Error, EnergyMethod::None)
+    );
 }
 
 #[test]
@@ -340,7 +343,9 @@ macro_rules! fails {
 }
 
 use crate::chain::Epoch;
-use crate::store::{AuditLink, ChainHead, Committed, Entry, PurgeRecord, Purged, Recovered, UsageQuery, UsageRow};
+use crate::store::{
+    AuditLink, ChainHead, Committed, Entry, PurgeRecord, Purged, Recovered, UsageQuery, UsageRow,
+};
 
 fails! {
     register(a: &str, b: Duration, c: bool) -> Epoch;

@@ -44,11 +44,8 @@ async fn many_requests_share_commits_and_each_keeps_its_window() {
 async fn who_waits_learns_that_the_store_is_away() {
     let db = SqliteFile::new();
     let (store, plan) = faulty(&db);
-    let config = LedgerConfig {
-        retry: Duration::from_millis(1),
-        stall: Duration::from_millis(5),
-        ..config()
-    };
+    let config =
+        LedgerConfig { retry: Duration::from_millis(1), stall: Duration::from_millis(5), ..config() };
     let ledger = Ledger::start(Box::new(store), None, config, Box::new(|_| {})).unwrap();
     let first = ledger.open(crate::store::tests::request(1), 1).unwrap();
     first.opened().await.unwrap();

@@ -18,18 +18,51 @@ use crate::store::{Recovered, UsageQuery};
 /// One step. Numbers are taken modulo what there is.
 #[derive(Clone, Debug)]
 enum Op {
-    Open { writer: usize, tokens: u64 },
-    Checkpoint { row: usize, by: usize, more: u64 },
-    Close { row: usize, by: usize, tokens: u64 },
-    OpenClose { writer: usize, tokens: u64 },
+    Open {
+        writer: usize,
+        tokens: u64,
+    },
+    Checkpoint {
+        row: usize,
+        by: usize,
+        more: u64,
+    },
+    Close {
+        row: usize,
+        by: usize,
+        tokens: u64,
+    },
+    OpenClose {
+        writer: usize,
+        tokens: u64,
+    },
     /// A dead process's spool speaks of a row.
-    Replay { row: usize, by: usize, tokens: u64 },
-    Expire { writer: usize },
-    Recover { by: usize, limit: usize },
-    Restart { writer: usize, takeover: bool },
-    Release { writer: usize },
-    Anonymize { before: i64 },
-    Purge { before: i64, limit: usize },
+    Replay {
+        row: usize,
+        by: usize,
+        tokens: u64,
+    },
+    Expire {
+        writer: usize,
+    },
+    Recover {
+        by: usize,
+        limit: usize,
+    },
+    Restart {
+        writer: usize,
+        takeover: bool,
+    },
+    Release {
+        writer: usize,
+    },
+    Anonymize {
+        before: i64,
+    },
+    Purge {
+        before: i64,
+        limit: usize,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -90,10 +123,8 @@ impl<D: Database> World<D> {
             rows: BTreeMap::new(),
             next: 0,
         };
-        for writer in 0..WRITERS.len() {
-            world.current.push(Epoch { writer: WRITERS[writer].into(), epoch: 0 });
-            world.restart(writer, false);
-        }
+        world.current = WRITERS.map(|writer| Epoch { writer: writer.into(), epoch: 0 }).to_vec();
+        (0..WRITERS.len()).for_each(|writer| world.restart(writer, false));
         world
     }
 
@@ -102,7 +133,10 @@ impl<D: Database> World<D> {
     }
 
     /// As the ledger does: until the store answers.
-    fn retry<T>(&mut self, what: impl Fn(&mut SqlStore<Faulty<D::Driver>>) -> Result<T, StoreError>) -> Result<T, StoreError> {
+    fn retry<T>(
+        &mut self,
+        what: impl Fn(&mut SqlStore<Faulty<D::Driver>>) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
         loop {
             match what(&mut self.store) {
                 Err(error) if error.is_unavailable() => {}
@@ -154,7 +188,8 @@ impl<D: Database> World<D> {
             row.completion_tokens = row.completion_tokens.max(before.completion_tokens);
             row.duration = row.duration.max(before.duration);
         }
-        let again = before.is_crashed() && row.is_crashed() && row.completion_tokens == before.completion_tokens;
+        let again =
+            before.is_crashed() && row.is_crashed() && row.completion_tokens == before.completion_tokens;
         row.user.clone_from(&before.user);
         row.user_salt = before.user_salt;
         if !again {
@@ -290,7 +325,11 @@ impl<D: Database> World<D> {
             .rows
             .values()
             .filter(|known| !known.gone)
-            .map(|known| Row { writer: known.owner.writer.clone(), epoch: known.owner.epoch, ..known.row.clone() })
+            .map(|known| Row {
+                writer: known.owner.writer.clone(),
+                epoch: known.owner.epoch,
+                ..known.row.clone()
+            })
             .collect();
         assert_eq!(self.store_rows(), expected);
         let mut store = self.db.connect();

@@ -2,6 +2,8 @@
 
 pub(crate) mod faults;
 pub(crate) mod history;
+#[cfg(feature = "postgres")]
+pub(crate) mod pg;
 mod power;
 mod rules;
 mod schema;

@@ -82,7 +82,11 @@ impl Disk {
                 ffi::SQLITE_IOERR
             }
             Some((when, Fault::Io)) if at == when => {
-                if writes { ffi::SQLITE_IOERR_WRITE } else { ffi::SQLITE_IOERR_FSYNC }
+                if writes {
+                    ffi::SQLITE_IOERR_WRITE
+                } else {
+                    ffi::SQLITE_IOERR_FSYNC
+                }
             }
             Some((when, Fault::Full)) if at == when && writes => ffi::SQLITE_FULL,
             _ => ffi::SQLITE_OK,

@@ -4,7 +4,7 @@ use super::*;
 use crate::error::StoreError;
 use crate::store::{Purged, Recovered, UsageQuery};
 
-/// Runs a test on each kind of database.
+/// Names each test for SQLite, and all of them for databases that are dear to start.
 macro_rules! on_each {
     ($($name:ident)*) => {
         mod sqlite {
@@ -12,6 +12,12 @@ macro_rules! on_each {
             fn $name() {
                 super::$name(&crate::store::tests::SqliteFile::new());
             })*
+        }
+
+        /// Runs every test, each on a database of its own.
+        #[cfg(feature = "postgres")]
+        pub(super) fn all<D: Database>(make: impl Fn() -> D) {
+            $($name(&make());)*
         }
     };
 }
@@ -143,8 +149,7 @@ fn what_an_owner_knows_replaces_what_recovery_guessed(db: &impl Database) {
     store.recover(&second, 10).unwrap();
     // From the spool of the dead process: an end, a later checkpoint, an earlier one.
     let crashed = |row: &Row, n| Row { state: State::Closed, finish: Finish::Crashed, ..tokens(row, n) };
-    let entries =
-        [new(closed(&rows[0], 12)), new(crashed(&rows[1], 16)), new(crashed(&rows[2], 4))];
+    let entries = [new(closed(&rows[0], 12)), new(crashed(&rows[1], 16)), new(crashed(&rows[2], 4))];
     for changed in [2, 0] {
         assert_eq!(store.commit(&second, LEASE, &entries).unwrap().updated, changed);
         let now: Vec<_> = rows.iter().map(|row| store.row(&row.id).unwrap().unwrap()).collect();

@@ -162,10 +162,7 @@ fn one_process_writes_and_others_read() {
     let db = SqliteFile::new();
     let options = SqliteOptions::default();
     let mut store = SqlStore::open(&db.path(), Some(key()), &options).unwrap();
-    assert_eq!(
-        SqlStore::open(&db.path(), None, &options).unwrap_err(),
-        StoreError::Locked(db.path()),
-    );
+    assert_eq!(SqlStore::open(&db.path(), None, &options).unwrap_err(), StoreError::Locked(db.path()),);
     let me = store.register("a", LEASE, false).unwrap();
     store.commit(&me, LEASE, &[new(request(1))]).unwrap();
     let mut reader = SqlStore::open_reading(&db.path()).unwrap();
