@@ -142,9 +142,9 @@ impl Report {
 /// # Errors
 /// The store failed. What is wrong with its content is in the report.
 pub fn verify(store: &mut dyn Store, key: Option<&ChainKey>) -> Result<Report, StoreError> {
-    store.begin_audit()?;
-    let audit = Audit { store: &mut *store, key, report: Report::default(), purged: false, schema: 0 };
-    let report = audit.run();
+    let report = store.begin_audit().and_then(|()| {
+        Audit { store: &mut *store, key, report: Report::default(), purged: false, schema: 0 }.run()
+    });
     store.end_audit();
     report
 }

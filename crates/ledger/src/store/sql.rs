@@ -45,6 +45,13 @@ pub trait Sql: Send {
     /// # Errors
     /// The database failed.
     fn now(&mut self) -> Result<i64, StoreError>;
+    /// Lets the database check its own structures: an index that misses a row hides it from queries.
+    ///
+    /// # Errors
+    /// They are damaged.
+    fn check(&mut self) -> Result<(), StoreError> {
+        Ok(())
+    }
     /// Within a transaction: lets no other process change the schema until it ends.
     ///
     /// # Errors
@@ -252,7 +259,8 @@ impl<C: Sql> Store for SqlStore<C> {
     }
 
     fn begin_audit(&mut self) -> Result<(), StoreError> {
-        self.sql.begin(false)
+        self.sql.begin(false)?;
+        self.sql.check()
     }
 
     fn end_audit(&mut self) {

@@ -216,6 +216,13 @@ impl Sql for Sqlite {
         Ok(out)
     }
 
+    fn check(&mut self) -> Result<(), StoreError> {
+        match self.query("PRAGMA integrity_check(1)", &[])?.into_iter().flatten().next() {
+            Some(Value::Text(text)) if text == "ok" => Ok(()),
+            _ => Err(StoreError::Broken("the file's structures are damaged".to_owned())),
+        }
+    }
+
     fn now(&mut self) -> Result<i64, StoreError> {
         Ok(system_micros())
     }
