@@ -3,10 +3,10 @@
 //! Owns what a digest covers, how a writer's links are chained, the commitment to a personal field and the
 //! signature of a head. Never reads a store.
 
-use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 
 use crate::row::{FIELDS, Row, Settled};
+use crate::secret::{Secret, ShortSecret};
 use crate::value::{Hex, Value, words};
 
 /// A SHA-256 digest.
@@ -130,7 +130,7 @@ pub fn commitment(salt: &Hex<16>, user: &str) -> Hash {
 pub struct ChainKey {
     /// Which secret this is.
     pub version: u32,
-    secret: Vec<u8>,
+    secret: Secret,
 }
 
 impl std::fmt::Debug for ChainKey {
@@ -139,46 +139,27 @@ impl std::fmt::Debug for ChainKey {
     }
 }
 
-/// A secret of less than 32 bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a chain key has {0} bytes, at least 32 are needed")]
-pub struct ShortKey(pub usize);
+const HEAD_PURPOSE: &[u8] = b"mirai-ledger head 1\0";
 
 impl ChainKey {
     /// A key from a secret of at least 32 bytes.
     ///
     /// # Errors
     /// The secret is shorter.
-    pub fn new(version: u32, secret: &[u8]) -> Result<Self, ShortKey> {
-        if secret.len() < 32 {
-            return Err(ShortKey(secret.len()));
-        }
-        Ok(Self { version, secret: secret.to_vec() })
-    }
-
-    fn mac(&self, purpose: &[u8], parts: &[&[u8]]) -> Hmac<Sha256> {
-        let mut mac = Hmac::<Sha256>::new_from_slice(&self.secret).expect("HMAC takes keys of any length");
-        mac.update(purpose);
-        for part in parts {
-            mac.update(&(part.len() as u64).to_le_bytes());
-            mac.update(part);
-        }
-        mac
+    pub fn new(version: u32, secret: &[u8]) -> Result<Self, ShortSecret> {
+        Ok(Self { version, secret: Secret::new(secret)? })
     }
 
     /// Signs a chain's head.
     pub fn sign(&self, chain: &Epoch, seq: u64, head: Hash) -> Hash {
-        Hex(self.head_mac(chain, seq, head).finalize().into_bytes().into())
+        let (epoch, seq) = (chain.epoch.to_le_bytes(), seq.to_le_bytes());
+        self.secret.hash(HEAD_PURPOSE, &[chain.writer.as_bytes(), &epoch, &seq, &head.0])
     }
 
     /// Whether a head bears this key's signature. Takes the same time whatever the answer.
     pub fn signed(&self, chain: &Epoch, seq: u64, head: Hash, mac: &Hash) -> bool {
-        self.head_mac(chain, seq, head).verify_slice(&mac.0).is_ok()
-    }
-
-    fn head_mac(&self, chain: &Epoch, seq: u64, head: Hash) -> Hmac<Sha256> {
         let (epoch, seq) = (chain.epoch.to_le_bytes(), seq.to_le_bytes());
-        self.mac(b"mirai-ledger head 1\0", &[chain.writer.as_bytes(), &epoch, &seq, &head.0])
+        self.secret.made(HEAD_PURPOSE, &[chain.writer.as_bytes(), &epoch, &seq, &head.0], mac)
     }
 }
 
@@ -247,7 +228,7 @@ mod tests {
         assert!(!key.signed(&chain, 5, head, &mac));
         assert!(!key.signed(&Epoch { epoch: 2, ..chain.clone() }, 4, head, &mac));
         assert!(!ChainKey::new(1, &[6; 32]).unwrap().signed(&chain, 4, head, &mac));
-        assert_eq!(ChainKey::new(1, &[0; 31]).unwrap_err(), ShortKey(31));
+        assert_eq!(ChainKey::new(1, &[0; 31]).unwrap_err(), ShortSecret(31));
         assert!(!format!("{key:?}").contains("5, 5"));
         assert_eq!(chain.to_string(), "w/1");
     }

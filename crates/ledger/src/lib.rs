@@ -5,14 +5,16 @@
 
 mod chain;
 mod error;
+pub mod identity;
 mod ledger;
 mod row;
+mod secret;
 mod spool;
 pub mod store;
 mod value;
 mod verify;
 
-pub use chain::{ChainKey, Epoch, Hash, Link, LinkKind, ShortKey, commitment, content_digest, open_digest};
+pub use chain::{ChainKey, Epoch, Hash, Link, LinkKind, commitment, content_digest, open_digest};
 pub use error::StoreError;
 pub use ledger::{
     COMMIT_SECONDS, Counters, Counts, Health, Ledger, LedgerConfig, Open, Outcome, StartError, Unavailable,
@@ -22,6 +24,7 @@ pub use row::{
     Anonymise, Class, Endpoint, EnergyMethod, FIELDS, Field, Finish, MAX_TEXT, Retention, Row, RowError,
     SCHEMA_VERSION, Settled, State, UserKind, registry_json,
 };
+pub use secret::{MIN_SECRET, ShortSecret};
 pub use spool::{Spool, SpoolError};
 pub use value::{CellError, Hex, Value};
 pub use verify::{Problem, Report, verify};

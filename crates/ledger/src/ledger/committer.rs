@@ -89,7 +89,9 @@ impl Committer {
         // Also when a panic ends it: nothing would become durable any more.
         let _end = End(self.shared.clone());
         while self.shared.health() != Health::Broken {
+            self.shared.set_busy(true);
             let wait = self.turn(Instant::now());
+            self.shared.set_busy(false);
             if self.is_over() {
                 break;
             }
@@ -208,6 +210,8 @@ impl Committer {
                     }
                     continue;
                 }
+                // Its end says the same once more.
+                _ if slot.phase() == Phase::Conflict => {}
                 _ if conflict => {
                     self.shared.counters.conflicts.add(1);
                     tracing::error!(id = %entry.row.id, "two requests have one id");

@@ -154,6 +154,9 @@ struct Shared {
     spool_limit: u64,
     stopped: AtomicBool,
     counters: Counters,
+    started: Instant,
+    /// When the thread's turn began, by [`Shared::micros`]; 0 while it waits.
+    busy_since: AtomicU64,
 }
 
 impl Shared {
@@ -162,7 +165,21 @@ impl Shared {
     }
 
     fn health(&self) -> Health {
-        Health::from_number(self.health.load(Ordering::Acquire))
+        let health = Health::from_number(self.health.load(Ordering::Acquire));
+        let since = self.busy_since.load(Ordering::Acquire);
+        // A store that does not answer at all keeps the thread from saying so.
+        let stuck = since > 0 && self.micros().saturating_sub(since) >= self.config.stall.as_micros() as u64;
+        if stuck { health.max(Health::Unavailable) } else { health }
+    }
+
+    /// Since the start, from 1.
+    fn micros(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64 + 1
+    }
+
+    /// A turn of the thread begins or ends.
+    fn set_busy(&self, busy: bool) {
+        self.busy_since.store(if busy { self.micros() } else { 0 }, Ordering::Release);
     }
 
     fn set_health(&self, health: Health) {
@@ -230,6 +247,8 @@ fn shared(config: LedgerConfig, spool: Option<&Spool>) -> Arc<Shared> {
         spool_limit: spool.map_or(0, Spool::limit),
         stopped: AtomicBool::new(false),
         counters: Counters::default(),
+        started: Instant::now(),
+        busy_since: AtomicU64::new(0),
         config,
     })
 }

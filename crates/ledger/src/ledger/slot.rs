@@ -270,6 +270,8 @@ impl Open {
             tokio::select! {
                 () = row => {}
                 () = health => {}
+                // A store that hangs changes nothing: looked at again after that time.
+                () = tokio::time::sleep(self.shared.config.stall) => {}
             }
         }
     }

@@ -84,7 +84,8 @@ fn child() {
     let (first, faults) = (number("LEDGER_KILL_FIRST"), number("LEDGER_KILL_FAULTS") == 1);
     let (ledger, plan) = start(&folder, faults);
     let ledger = Arc::new(ledger);
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap();
     runtime.block_on(async {
         let mut tasks = tokio::task::JoinSet::new();
         for of in 0..STREAMS {

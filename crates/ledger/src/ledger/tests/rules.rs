@@ -114,6 +114,8 @@ fn two_requests_of_one_id_are_told_apart() {
     rig.settle();
     assert_eq!((second.permitted(), second.fault()), (None, Some(Unavailable::Conflict)));
     assert_eq!((first.permitted(), first.fault()), (Some(16), None));
+    drop(second);
+    rig.settle();
     assert_eq!(rig.shared.counters.conflicts.get(), 1);
     assert_eq!(rig.shared.open.load(Ordering::Acquire), 1);
 }

@@ -67,6 +67,30 @@ async fn who_waits_learns_that_the_store_is_away() {
     assert_eq!(db.connect().row("R000001").unwrap().unwrap().completion_tokens, 20);
 }
 
+/// A disk that hangs: no error, no answer.
+#[tokio::test]
+#[allow(clippy::await_holding_lock)]
+async fn who_waits_learns_that_the_store_hangs() {
+    let db = SqliteFile::new();
+    let (store, plan) = faulty(&db);
+    let config = LedgerConfig { stall: Duration::from_millis(5), ..config() };
+    let ledger = Ledger::start(Box::new(store), None, config, Box::new(|_| {})).unwrap();
+    let open = ledger.open(crate::store::tests::request(1), 1).unwrap();
+    open.opened().await.unwrap();
+    {
+        // Whoever calls the store waits for this lock.
+        let _hangs = plan.lock().unwrap();
+        open.close(&ended(3));
+        assert_eq!(open.closed().await, Err(Unavailable::Store));
+        assert_eq!(ledger.health(), Health::Unavailable);
+        assert_eq!(ledger.takes_more(), Err(Unavailable::Store));
+    }
+    while open.closed().await.is_err() {
+        tokio::task::yield_now().await;
+    }
+    ledger.stop();
+}
+
 #[tokio::test]
 async fn a_panic_in_the_thread_is_a_broken_ledger() {
     let db = SqliteFile::new();
