@@ -1,0 +1,411 @@
+//! Applications, their keys, and pseudonyms of users.
+//!
+//! Owns the file of applications and what a presented key means. The file holds keyed hashes only: whoever
+//! reads it learns no key, and without the pepper cannot even test a guess. Does no I/O; who reads the file
+//! parses it again when it changes.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use crate::chain::Hash;
+use crate::secret::{Secret, ShortSecret};
+use crate::value::Hex;
+
+/// Most bytes of the file.
+pub const MAX_FILE: usize = 4 << 20;
+/// Most applications in it.
+pub const MAX_APPLICATIONS: usize = 10_000;
+/// Most keys of one application: two while one replaces the other, a few more for teams.
+pub const MAX_KEYS: usize = 16;
+/// Longest key that is looked at, bytes.
+pub const MAX_KEY: usize = 512;
+
+const KEY_PURPOSE: &[u8] = b"mirai-ledger api key 1\0";
+const USER_PURPOSE: &[u8] = b"mirai-ledger pseudonym 1\0";
+
+/// The secret under which keys are hashed: the same on all replicas.
+#[derive(Clone)]
+pub struct Pepper {
+    /// Which secret this is.
+    pub version: u32,
+    secret: Secret,
+}
+
+/// The secret under which pseudonyms are made: the same on all replicas, and another than the pepper.
+#[derive(Clone)]
+pub struct UserKey {
+    /// Which secret this is.
+    pub version: u32,
+    secret: Secret,
+}
+
+macro_rules! hidden {
+    ($($name:ident)*) => {$(
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.debug_struct(stringify!($name)).field("version", &self.version).finish_non_exhaustive()
+            }
+        }
+
+        impl $name {
+            /// From a secret of at least 32 bytes.
+            ///
+            /// # Errors
+            /// It is shorter.
+            pub fn new(version: u32, secret: &[u8]) -> Result<Self, ShortSecret> {
+                Ok(Self { version, secret: Secret::new(secret)? })
+            }
+        }
+    )*};
+}
+hidden!(Pepper UserKey);
+
+impl Pepper {
+    /// What the file holds of a key.
+    pub fn hash(&self, key: &str) -> Hash {
+        self.secret.hash(KEY_PURPOSE, &[key.as_bytes()])
+    }
+}
+
+impl UserKey {
+    /// The pseudonym of an application's user: the same user of two applications has two.
+    pub fn pseudonym(&self, application: &str, user: &str) -> String {
+        self.secret.hash(USER_PURPOSE, &[application.as_bytes(), user.as_bytes()]).to_string()
+    }
+}
+
+/// What an application may use. `None` is without bound.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Quota {
+    /// Requests in a minute.
+    pub requests_per_minute: Option<u64>,
+    /// Tokens, of prompts and answers, in a minute.
+    pub tokens_per_minute: Option<u64>,
+    /// The same in a day.
+    pub tokens_per_day: Option<u64>,
+    /// The same in a month.
+    pub tokens_per_month: Option<u64>,
+    /// Requests at once.
+    pub concurrent_requests: Option<u64>,
+    /// Tokens of one answer.
+    pub max_output_tokens: Option<u64>,
+}
+
+/// A key as the file has it.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KeyStanza {
+    id: String,
+    pepper: u32,
+    hash: Hex<32>,
+}
+
+/// One application.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Application {
+    /// Its name, for accounting: 1 to 64 of `a-z`, `0-9`, `-`, `_`, `.`.
+    pub name: String,
+    /// Its share beside others, 1 to 1000.
+    #[serde(default = "one")]
+    pub weight: u32,
+    /// What it may use.
+    #[serde(default)]
+    pub quota: Quota,
+    #[serde(default, rename = "key")]
+    keys: Vec<KeyStanza>,
+}
+
+fn one() -> u32 {
+    1
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    application: Vec<Application>,
+}
+
+/// The file cannot be used. Never quotes it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ApplicationsError {
+    /// It is too large.
+    #[error("{0} bytes, at most {MAX_FILE} are read")]
+    Large(usize),
+    /// It is not TOML of the right shape.
+    #[error("line {line}: {message}")]
+    Shape {
+        /// Where.
+        line: usize,
+        /// What is wrong.
+        message: String,
+    },
+    /// Too many applications.
+    #[error("{0} applications, at most {MAX_APPLICATIONS}")]
+    Applications(usize),
+    /// Too many keys.
+    #[error("application number {number}: {keys} keys, at most {MAX_KEYS}")]
+    Keys {
+        /// Which application, from 1.
+        number: usize,
+        /// How many.
+        keys: usize,
+    },
+    /// A name breaks the rules.
+    #[error("application number {number}: {what} must be 1 to 64 of a-z, 0-9, '-', '_', '.'")]
+    Name {
+        /// Which application, from 1.
+        number: usize,
+        /// The name or a key's id.
+        what: &'static str,
+    },
+    /// A weight is out of range.
+    #[error("application number {number}: weight {weight}, it must be 1 to 1000")]
+    Weight {
+        /// Which application, from 1.
+        number: usize,
+        /// Its weight.
+        weight: u32,
+    },
+    /// Something that must be unique comes twice.
+    #[error("application number {number}: the {what} was there before")]
+    Twice {
+        /// The second one, from 1.
+        number: usize,
+        /// Name, key id or hash.
+        what: &'static str,
+    },
+}
+
+/// Who calls.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// The application.
+    pub application: Arc<Application>,
+    /// Which of its keys.
+    pub key_id: Arc<str>,
+    /// The version of the pepper under which the key is hashed.
+    pub key_version: u32,
+}
+
+/// All applications.
+#[derive(Clone, Debug, Default)]
+pub struct Applications {
+    all: Vec<Arc<Application>>,
+    callers: HashMap<(u32, Hash), Caller>,
+}
+
+fn is_name(name: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b);
+    (1..=64).contains(&name.len()) && name.bytes().all(allowed)
+}
+
+impl Applications {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// The first thing that is wrong; nothing of the file is used then.
+    pub fn parse(text: &str) -> Result<Self, ApplicationsError> {
+        if text.len() > MAX_FILE {
+            return Err(ApplicationsError::Large(text.len()));
+        }
+        let file: File = toml::from_str(text).map_err(|error| {
+            let at = error.span().map_or(0, |span| span.start.min(text.len()));
+            let line = 1 + text.as_bytes()[..at].iter().filter(|b| **b == b'\n').count();
+            // Only the kind of fault: the message may quote what somebody pasted there.
+            let message =
+                error.message().split(['`', '"', '\'']).next().unwrap_or_default().trim().to_owned();
+            ApplicationsError::Shape { line, message }
+        })?;
+        if file.application.len() > MAX_APPLICATIONS {
+            return Err(ApplicationsError::Applications(file.application.len()));
+        }
+        let (mut names, mut ids) = (HashSet::new(), HashSet::new());
+        let mut out = Self::default();
+        for (number, application) in (1..).zip(file.application) {
+            let application = Arc::new(application);
+            if !is_name(&application.name) {
+                return Err(ApplicationsError::Name { number, what: "the name" });
+            }
+            if !(1..=1000).contains(&application.weight) {
+                return Err(ApplicationsError::Weight { number, weight: application.weight });
+            }
+            if application.keys.len() > MAX_KEYS {
+                return Err(ApplicationsError::Keys { number, keys: application.keys.len() });
+            }
+            if !names.insert(application.name.clone()) {
+                return Err(ApplicationsError::Twice { number, what: "name" });
+            }
+            for key in &application.keys {
+                if !is_name(&key.id) {
+                    return Err(ApplicationsError::Name { number, what: "a key's id" });
+                }
+                if !ids.insert(key.id.clone()) {
+                    return Err(ApplicationsError::Twice { number, what: "key id" });
+                }
+                let caller = Caller {
+                    application: application.clone(),
+                    key_id: key.id.as_str().into(),
+                    key_version: key.pepper,
+                };
+                if out.callers.insert((key.pepper, key.hash), caller).is_some() {
+                    return Err(ApplicationsError::Twice { number, what: "key's hash" });
+                }
+            }
+            out.all.push(application);
+        }
+        Ok(out)
+    }
+
+    /// Every application, in the order of the file.
+    pub fn all(&self) -> &[Arc<Application>] {
+        &self.all
+    }
+
+    /// Whose key this is. The work is one hash for each pepper, whatever the key: what is compared afterwards
+    /// is the hash, which a caller cannot steer without the pepper.
+    pub fn caller(&self, key: &str, peppers: &[Pepper]) -> Option<&Caller> {
+        if key.len() > MAX_KEY {
+            return None;
+        }
+        peppers
+            .iter()
+            .map(|pepper| self.callers.get(&(pepper.version, pepper.hash(key))))
+            .fold(None, Option::or)
+    }
+}
+
+/// A key that was just made: to be shown once.
+pub struct NewKey {
+    /// The key itself, for the application's team.
+    pub key: String,
+    /// The stanza to commit under the application.
+    pub stanza: String,
+}
+
+impl std::fmt::Debug for NewKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NewKey").field("stanza", &self.stanza).finish_non_exhaustive()
+    }
+}
+
+impl NewKey {
+    /// Makes a key of 256 random bits. `None` if the id breaks the rules.
+    pub fn new(id: &str, pepper: &Pepper) -> Option<Self> {
+        if !is_name(id) {
+            return None;
+        }
+        let key = format!("mirai-{}", Hex(rand::random::<[u8; 32]>()));
+        let hash = pepper.hash(&key);
+        let version = pepper.version;
+        let stanza = format!("[[application.key]]\nid = \"{id}\"\npepper = {version}\nhash = \"{hash}\"\n");
+        Some(Self { key, stanza })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn pepper(version: u32) -> Pepper {
+        Pepper::new(version, &[version as u8; 32]).unwrap()
+    }
+
+    #[test]
+    fn a_new_key_is_found_and_its_stanza_does_not_tell_it() {
+        let (old, new) = (pepper(1), pepper(2));
+        let (a, b, c) = (
+            NewKey::new("a-1", &old).unwrap(),
+            NewKey::new("a-2", &new).unwrap(),
+            NewKey::new("b-1", &new).unwrap(),
+        );
+        let file = format!(
+            "[[application]]\nname = \"a\"\n{}{}\n[[application]]\nname = \"b\"\nweight = 3\n\
+             [application.quota]\ntokens_per_day = 30000000\n{}",
+            a.stanza, b.stanza, c.stanza
+        );
+        let all = Applications::parse(&file).unwrap();
+        let peppers = [new.clone(), old.clone()];
+        let who = |key: &str, peppers: &[Pepper]| {
+            let caller = all.caller(key, peppers)?;
+            Some((caller.application.name.clone(), caller.key_id.to_string(), caller.key_version))
+        };
+        assert_eq!(who(&a.key, &peppers), Some(("a".into(), "a-1".into(), 1)));
+        assert_eq!(who(&b.key, &peppers), Some(("a".into(), "a-2".into(), 2)));
+        assert_eq!(who(&c.key, &peppers), Some(("b".into(), "b-1".into(), 2)));
+        assert_eq!(all.all()[1].quota.tokens_per_day, Some(30_000_000));
+        assert_eq!((all.all()[0].weight, all.all()[1].weight), (1, 3));
+        // Without its pepper, altered, or as what the file holds, a key is nothing.
+        assert_eq!(who(&a.key, &[new]), None);
+        assert_eq!(who(&a.key, &[Pepper::new(1, &[9; 32]).unwrap()]), None);
+        let long = "k".repeat(MAX_KEY + 1);
+        for wrong in ["", "mirai-", &a.key[1..], &a.key.to_uppercase(), &old.hash(&a.key).to_string(), &long]
+        {
+            assert_eq!(who(wrong, &peppers), None, "{wrong}");
+        }
+        for key in [&a, &b, &c] {
+            assert!(key.key.len() == 70 && !file.contains(&key.key[6..]));
+            assert!(!format!("{key:?}").contains(&key.key));
+        }
+        assert!(NewKey::new("No", &old).is_none());
+        assert_eq!(format!("{old:?}"), "Pepper { version: 1, .. }");
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_by_place_and_never_quoted() {
+        let key = |id: &str, hash: &str| {
+            format!("[[application.key]]\nid = \"{id}\"\npepper = 1\nhash = \"{hash}\"\n")
+        };
+        let (h, other) = ("ab".repeat(32), "cd".repeat(32));
+        let app = "[[application]]\nname = \"a\"\n";
+        let many: String = (0..17).map(|i| key(&format!("k{i}"), &format!("{i:064x}"))).collect();
+        let cases = [
+            ("x = 'canary'".to_owned(), "line 1: unknown field"),
+            (format!("{app}weight = \"canary\"\n"), "line 3: invalid type"),
+            (format!("{app}canary = 1\n"), "line 3: unknown field"),
+            (format!("{app}{}", key("a", "canary")), "line 6: expected hexadecimal digits"),
+            (format!("{app}{}", key("Canary", &h)), "number 1: a key's id must be"),
+            (format!("{app}weight = 0"), "number 1: weight 0"),
+            ("[[application]]\nname = \"canary!\"".to_owned(), "number 1: the name must be"),
+            (format!("{app}{app}"), "number 2: the name was there before"),
+            (format!("{app}{}{}", key("k", &h), key("k", &other)), "the key id was there before"),
+            (format!("{app}{}{}", key("k", &h), key("l", &h)), "the key's hash was there before"),
+            (format!("{app}{many}"), "17 keys, at most 16"),
+            ("[[application]]\n".repeat(2), "line 1: missing field"),
+            ("# ".to_owned() + &"x".repeat(MAX_FILE), "at most 4194304"),
+        ];
+        for (text, words) in cases {
+            let error = Applications::parse(&text).unwrap_err().to_string();
+            assert!(error.contains(words), "{error} has no {words:?}");
+            assert!(!error.to_lowercase().contains("canary"), "{error}");
+        }
+        let many: String =
+            (0..=MAX_APPLICATIONS).map(|i| format!("[[application]]\nname = \"a{i}\"\n")).collect();
+        assert_eq!(Applications::parse(&many).unwrap_err(), ApplicationsError::Applications(10_001));
+        assert!(Applications::parse("").unwrap().all().is_empty());
+    }
+
+    #[test]
+    fn pseudonyms_differ_by_application_user_and_secret() {
+        let key = UserKey::new(1, &[1; 32]).unwrap();
+        let other = UserKey::new(2, &[2; 32]).unwrap();
+        let all = [
+            key.pseudonym("a", "alice"),
+            key.pseudonym("b", "alice"),
+            key.pseudonym("a", "bob"),
+            key.pseudonym("aa", "lice"),
+            other.pseudonym("a", "alice"),
+            // The same secret, by mistake, for the pepper.
+            Pepper::new(1, &[1; 32]).unwrap().hash("alice").to_string(),
+        ];
+        assert_eq!(all.iter().collect::<HashSet<_>>().len(), all.len());
+        assert_eq!(key.pseudonym("a", "alice"), all[0]);
+        assert!(all[0].len() <= crate::row::MAX_TEXT);
+        assert_eq!(UserKey::new(1, &[0; 31]).unwrap_err(), ShortSecret(31));
+    }
+}

@@ -1,0 +1,119 @@
+//! The thread itself, and what waits for it.
+
+use super::*;
+
+fn start(db: &SqliteFile, config: LedgerConfig) -> Ledger {
+    Ledger::start(Box::new(db.connect()), None, config, Box::new(|_| {})).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_requests_share_commits_and_each_keeps_its_window() {
+    let db = SqliteFile::new();
+    let ledger = Arc::new(start(&db, LedgerConfig { max_open: 1000, ..config() }));
+    let mut tasks = Vec::new();
+    for n in 0..64u64 {
+        let ledger = ledger.clone();
+        tasks.push(tokio::spawn(async move {
+            let open = ledger.open(crate::store::tests::request(n), n).unwrap();
+            open.opened().await.unwrap();
+            for token in 1..=60 {
+                open.checkpoint(&counts(token));
+                open.may_send(token).await.unwrap();
+            }
+            open.close(&ended(60));
+            open.closed().await.unwrap();
+            assert!(open.is_closed());
+        }));
+    }
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let counters = ledger.counters();
+    assert_eq!((counters.closed.get(), counters.closed_tokens.get()), (64, 64 * 60));
+    assert!(counters.commits.get() < counters.committed_rows.get());
+    assert_eq!((ledger.open_requests(), ledger.health(), ledger.spooled_bytes()), (0, Health::Ok, 0));
+    ledger.takes_more().unwrap();
+    drop(ledger);
+    let mut store = db.connect();
+    assert!(store.chains().unwrap().iter().all(|chain| chain.ended), "it said good-bye");
+    let report = sound(&mut store);
+    assert_eq!((report.rows, report.open), (64, 0));
+}
+
+#[tokio::test]
+async fn who_waits_learns_that_the_store_is_away() {
+    let db = SqliteFile::new();
+    let (store, plan) = faulty(&db);
+    let config =
+        LedgerConfig { retry: Duration::from_millis(1), stall: Duration::from_millis(5), ..config() };
+    let ledger = Ledger::start(Box::new(store), None, config, Box::new(|_| {})).unwrap();
+    let first = ledger.open(crate::store::tests::request(1), 1).unwrap();
+    first.opened().await.unwrap();
+    *plan.lock().unwrap() = DOWN;
+    first.checkpoint(&counts(20));
+    assert_eq!(first.may_send(20).await, Err(Unavailable::Store));
+    first.close(&ended(20));
+    assert_eq!(first.closed().await, Err(Unavailable::Store));
+    *plan.lock().unwrap() = UP;
+    // The thread finds out by itself.
+    loop {
+        match first.closed().await {
+            Ok(()) => break,
+            Err(error) => assert_eq!(error, Unavailable::Store),
+        }
+        tokio::task::yield_now().await;
+    }
+    ledger.stop();
+    assert_eq!(db.connect().row("R000001").unwrap().unwrap().completion_tokens, 20);
+}
+
+/// A disk that hangs: no error, no answer.
+#[tokio::test]
+#[allow(clippy::await_holding_lock)]
+async fn who_waits_learns_that_the_store_hangs() {
+    let db = SqliteFile::new();
+    let (store, plan) = faulty(&db);
+    let config = LedgerConfig { stall: Duration::from_millis(5), ..config() };
+    let ledger = Ledger::start(Box::new(store), None, config, Box::new(|_| {})).unwrap();
+    let open = ledger.open(crate::store::tests::request(1), 1).unwrap();
+    open.opened().await.unwrap();
+    {
+        // Whoever calls the store waits for this lock.
+        let _hangs = plan.lock().unwrap();
+        open.close(&ended(3));
+        assert_eq!(open.closed().await, Err(Unavailable::Store));
+        assert_eq!(ledger.health(), Health::Unavailable);
+        assert_eq!(ledger.takes_more(), Err(Unavailable::Store));
+    }
+    while open.closed().await.is_err() {
+        tokio::task::yield_now().await;
+    }
+    ledger.stop();
+}
+
+#[tokio::test]
+async fn a_panic_in_the_thread_is_a_broken_ledger() {
+    let db = SqliteFile::new();
+    let wake = Box::new(|tags: &[u64]| assert_ne!(tags, [7], "told to panic"));
+    let ledger = Ledger::start(Box::new(db.connect()), None, config(), wake).unwrap();
+    let open = ledger.open(crate::store::tests::request(7), 7).unwrap();
+    open.checkpoint(&counts(30));
+    assert_eq!(open.may_send(60).await, Err(Unavailable::Store));
+    assert_eq!(ledger.health(), Health::Broken);
+    assert!(ledger.open(crate::store::tests::request(8), 8).is_err());
+    drop(ledger);
+}
+
+#[test]
+fn stopping_refuses_new_work_and_leaves_open_rows_to_recovery() {
+    let db = SqliteFile::new();
+    let ledger = start(&db, config());
+    let open = ledger.open(crate::store::tests::request(1), 1).unwrap();
+    let shared = ledger.shared.clone();
+    ledger.stop();
+    assert_eq!(open_on(&shared, crate::store::tests::request(2), 2).unwrap_err(), Unavailable::Stopping);
+    assert_eq!(open.permitted(), Some(16), "what was said before is stored");
+    let next = start(&db, config());
+    next.stop();
+    assert!(db.connect().row("R000001").unwrap().unwrap().is_crashed());
+}

@@ -1,0 +1,30 @@
+//! Durable accounting: exactly one row for each accepted request, whatever ends it.
+//!
+//! Owns rows, the stores that keep them, and the chain that makes a change visible. Never holds a prompt or an
+//! answer, knows no HTTP and no model.
+
+mod chain;
+mod error;
+pub mod identity;
+mod ledger;
+mod row;
+mod secret;
+mod spool;
+pub mod store;
+mod value;
+mod verify;
+
+pub use chain::{ChainKey, Epoch, Hash, Link, LinkKind, commitment, content_digest, open_digest};
+pub use error::StoreError;
+pub use ledger::{
+    COMMIT_SECONDS, Counters, Counts, Health, Ledger, LedgerConfig, Open, Outcome, StartError, Unavailable,
+    Wake,
+};
+pub use row::{
+    Anonymise, Class, Endpoint, EnergyMethod, FIELDS, Field, Finish, MAX_TEXT, Retention, Row, RowError,
+    SCHEMA_VERSION, Settled, State, UserKind, registry_json,
+};
+pub use secret::{MIN_SECRET, ShortSecret};
+pub use spool::{Spool, SpoolError};
+pub use value::{CellError, Hex, Value};
+pub use verify::{Problem, Report, verify};
