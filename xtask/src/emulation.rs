@@ -38,12 +38,16 @@ pub(crate) fn build_driver(sanitizer: Option<Sanitizer>) -> Result<()> {
     make("tests/cuda-emu/driver", &arguments)
 }
 
-/// Builds and runs the tests of kernels and libraries; with `faults` also proves that they notice faults.
+/// Builds and runs the tests of kernels and libraries, and plays every golden case on them; with `faults` also proves
+/// that the tests notice faults.
 pub(crate) fn check(faults: bool) -> Result<()> {
     make("tests/cuda-emu", &[output("OUT", "cuda-emu")?, "check".to_owned()])?;
     let base = output("BASE", "cuda-emu/driver")?;
     make("tests/cuda-emu/driver", &[base.clone(), "check".to_owned()])?;
     make("tests/cuda-emu/driver", &[base, "check".to_owned(), "SANITIZE=address".to_owned()])?;
+    build_driver(None)?;
+    // Golden cases beyond those of each kind, which every run of the tests has.
+    shell::run("cargo", &["test", "--workspace", "--test", "golden", "--", "--ignored"])?;
     if faults { shell::run("python3", &["tests/cuda-emu/faults.py"]) } else { Ok(()) }
 }
 

@@ -9,6 +9,7 @@ mod ci;
 mod coverage;
 mod emulation;
 mod full;
+mod gpu_suite;
 mod kernels;
 mod shell;
 
@@ -66,6 +67,8 @@ enum Task {
         #[arg(long, requires = "driver")]
         sanitize: Option<emulation::Sanitizer>,
     },
+    /// Prepare `target/gpu-suite`, which is carried to a machine with a GPU and run there. Needs no GPU.
+    GpuSuite,
     /// Make the golden checkpoints and log-probabilities anew with HF transformers.
     Golden {
         /// A Python with torch and transformers.
@@ -86,6 +89,7 @@ fn main() -> ExitCode {
         }),
         Task::CudaEmu { driver: true, sanitize, .. } => emulation::build_driver(sanitize),
         Task::CudaEmu { faults, .. } => emulation::check(faults),
+        Task::GpuSuite => gpu_suite::run(),
         Task::Golden { python } => shell::run(&python.to_string_lossy(), &["crates/model/golden/make.py"]),
     };
     match result {

@@ -13,7 +13,7 @@ use mirai_cuda::{CudaBackend, CudaOptions, Gpu, MemoryOptions};
 use mirai_engine::Executor;
 use mirai_model::backend::{Backend, CacheDtype, Storage};
 use mirai_model::reference::Reference;
-use mirai_model::testing::{Driver, GoldenCase, Mutant, Mutation, Played, Script, cosine};
+use mirai_model::testing::{Difference, Driver, GoldenCase, Mutant, Mutation, Played, Script, cosine};
 use mirai_model::{CacheBudget, LoadOptions, ModelExecutor, ModelSource, load};
 use support::on_emulated_driver;
 
@@ -94,29 +94,6 @@ fn numbers(played: &Played) -> Vec<f32> {
     match &played.pooled {
         Some(pooled) => pooled.clone(),
         None => played.prompt_logprobs(),
-    }
-}
-
-#[derive(Default)]
-struct Difference {
-    all: Vec<f32>,
-}
-
-impl Difference {
-    fn add(&mut self, expected: &[f32], got: &[f32]) {
-        assert_eq!(expected.len(), got.len());
-        self.all.extend(expected.iter().zip(got).map(|(a, b)| {
-            let d = (a - b).abs();
-            if d.is_nan() { f32::INFINITY } else { d }
-        }));
-        self.all.sort_by(f32::total_cmp);
-    }
-    fn mean(&self) -> f32 {
-        self.all.iter().sum::<f32>() / self.all.len().max(1) as f32
-    }
-    fn at(&self, share: f32) -> f32 {
-        let last = self.all.len().saturating_sub(1);
-        self.all.get((last as f32 * share) as usize).copied().unwrap_or(0.0)
     }
 }
 
@@ -218,19 +195,19 @@ fn check_part(part: usize) {
 }
 
 #[test]
-#[ignore = "a minute; `cargo xtask full` runs it"]
+#[ignore = "a minute; `cargo xtask cuda-emu` runs it"]
 fn all_other_cases_first_part() {
     on_emulated_driver("all_other_cases_first_part", &[MEMORY], || check_part(0));
 }
 
 #[test]
-#[ignore = "a minute; `cargo xtask full` runs it"]
+#[ignore = "a minute; `cargo xtask cuda-emu` runs it"]
 fn all_other_cases_second_part() {
     on_emulated_driver("all_other_cases_second_part", &[MEMORY], || check_part(1));
 }
 
 #[test]
-#[ignore = "a minute; `cargo xtask full` runs it"]
+#[ignore = "a minute; `cargo xtask cuda-emu` runs it"]
 fn all_other_cases_third_part() {
     on_emulated_driver("all_other_cases_third_part", &[MEMORY], || check_part(2));
 }
@@ -287,7 +264,7 @@ fn the_gate_fails_for_faults() {
 }
 
 #[test]
-#[ignore = "a minute; `cargo xtask full` runs it"]
+#[ignore = "a minute; `cargo xtask cuda-emu` runs it"]
 fn the_gate_fails_for_rarer_faults() {
     use Mutation as M;
     on_emulated_driver("the_gate_fails_for_rarer_faults", &[MEMORY], || {

@@ -122,6 +122,10 @@ fn layers_have_no_more_kernels_than_promised() {
             "{dense:?}"
         );
         assert_eq!(dense.last().map(|(rows, _)| *rows), Some(66));
+        let gemma = r#""architectures": ["Gemma2ForCausalLM"], "sliding_window": 32, "query_pre_attn_scalar": 64,
+            "hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0"#;
+        let around = a_layer(gemma, 2);
+        assert!(around.iter().all(|(_, kernels)| *kernels <= 8), "norms behind blocks too: {around:?}");
         let moe =
             r#""architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2"#;
         let experts = a_layer(moe, 2);

@@ -315,9 +315,8 @@ mod tests {
             // Three bits behind the first, and the step of numbers near 0.
             assert!((got - want).abs() <= want.abs() / 16.0 + 1e-5, "{got}, {want}");
         }
-        let storage = |id, head, shape: &[usize]| {
-            c.apply(id, head, tensor(shape, Storage::Bf16)).unwrap().storage
-        };
+        let storage =
+            |id, head, shape: &[usize]| c.apply(id, head, tensor(shape, Storage::Bf16)).unwrap().storage;
         assert_eq!(storage(TensorId::Head, true, &[2, 48]), Storage::Bf16);
         assert_eq!(storage(TensorId::Embedding, false, &[2, 48]), Storage::Bf16);
     }

@@ -57,11 +57,9 @@ impl<B: Backend> ModelExecutor<B> {
             progress(done as f32 / buckets.len() as f32);
             // Both closures need the model, one after the other.
             let model = RefCell::new(&mut *model);
-            backend.record(
-                shape,
-                &mut |backend| model.borrow_mut().forward(backend),
-                &mut |backend| model.borrow_mut().finish(backend),
-            )?;
+            backend.record(shape, &mut |backend| model.borrow_mut().forward(backend), &mut |backend| {
+                model.borrow_mut().finish(backend)
+            })?;
         }
         progress(1.0);
         Ok(())
@@ -248,6 +246,28 @@ mod tests {
             ..LoadOptions::default()
         };
         load(&source, &options, Reference::default(), &mut |_, _| {}).unwrap().executor
+    }
+
+    #[test]
+    fn a_device_without_a_budget_of_its_own_needs_one() {
+        let source = ModelSource::memory("dummy", &[("config.json", CONFIG)]);
+        let options = LoadOptions { dummy: Some(1), cache: CacheBudget::Device, ..LoadOptions::default() };
+        let mut phases = Vec::new();
+        let loaded = load(&source, &options, Reference::default(), &mut |phase, _| phases.push(phase));
+        let error = loaded.err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.contains("what the device has left"), "{error}");
+        assert!(phases.contains(&crate::loader::Phase::Cache), "weights come first: {phases:?}");
+        let longer = LoadOptions { max_model_len: Some(65), ..options };
+        let loaded = load(&source, &longer, Reference::default(), &mut |_, _| {});
+        let error = loaded.err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.contains("the model's context is 64"), "{error}");
+    }
+
+    #[test]
+    fn a_device_that_records_nothing_is_warm_at_once() {
+        let mut told = Vec::new();
+        executor().warm_up(&mut |share| told.push(share)).unwrap();
+        assert_eq!(told, [1.0]);
     }
 
     fn open(slot: u32) -> SlotOpen {

@@ -3,7 +3,9 @@
 //! Owns the buffers between operations and which of them an operation reads and writes. Knows no request: what the
 //! rows of a step are is the backend's and the executor's business.
 
-use crate::backend::{Activation, Backend, BlockIo, LogitsHead, Norm, Pooling, Result as DeviceResult, Rows};
+use crate::backend::{
+    Activation, Backend, BlockIo, LogitsHead, Norm, Pooling, PostNormed, Result as DeviceResult, Rows,
+};
 use crate::cache::Grouping;
 use crate::convert::Conversion;
 use crate::error::{ModelError, Result};
@@ -173,24 +175,38 @@ struct Pass<'a, B: Backend> {
     backend: &'a mut B,
     ropes: &'a [B::Rope],
     buffers: &'a mut Buffers<B>,
-    /// The residual stream still lacks this multiple of [`Buffers::out`]: the next norm adds it on the way.
-    due: Option<f32>,
+    /// What the residual stream still lacks: the next norm adds it on the way.
+    due: Option<Due<'a, B::Vector>>,
 }
 
-impl<B: Backend> Pass<'_, B> {
+/// A block's output that is not yet in the residual stream.
+struct Due<'a, V> {
+    /// Multiplies it.
+    scale: f32,
+    /// Its norm, if it has one: then it is in the first spare buffer, else in [`Buffers::out`].
+    norm: Option<&'a Norm<V>>,
+}
+
+impl<'a, B: Backend> Pass<'a, B> {
     /// Adds what is due.
     fn settle(&mut self) -> DeviceResult<()> {
-        match self.due.take() {
-            Some(scale) => self.backend.add(&mut self.buffers.residual, &self.buffers.out, scale),
-            None => Ok(()),
+        let Some(Due { scale, norm }) = self.due.take() else { return Ok(()) };
+        let Buffers { residual, out, spare, .. } = &mut *self.buffers;
+        if let Some(norm) = norm {
+            self.backend.norm(&spare[0], norm, out)?;
         }
+        self.backend.add(residual, out, scale)
     }
 
     /// Adds what is due, and norms the residual stream beside itself.
     fn enter(&mut self, norm: &Norm<B::Vector>) -> DeviceResult<()> {
-        let Buffers { residual, normed, out, .. } = &mut *self.buffers;
+        let Buffers { residual, normed, out, spare, .. } = &mut *self.buffers;
         match self.due.take() {
-            Some(scale) => self.backend.add_norm(residual, out, scale, norm, normed),
+            Some(Due { scale, norm: Some(post) }) => {
+                let add = PostNormed { x: &spare[0], norm: post, scale, scratch: out };
+                self.backend.add_post_norm(residual, add, norm, normed)
+            }
+            Some(Due { scale, norm: None }) => self.backend.add_norm(residual, out, scale, norm, normed),
             None => self.backend.norm(residual, norm, normed),
         }
     }
@@ -202,17 +218,10 @@ impl<B: Backend> Pass<'_, B> {
         Ok(())
     }
 
-    /// Norms the first spare buffer's rows into [`Buffers::out`].
-    fn norm_block(&mut self, norm: Option<&Norm<B::Vector>>) -> DeviceResult<()> {
-        let Buffers { spare, out, .. } = &mut *self.buffers;
-        match norm {
-            Some(norm) => self.backend.norm(&spare[0], norm, out),
-            None => Ok(()),
-        }
-    }
-
-    fn layer(&mut self, layer: &Layer<B>) -> DeviceResult<()> {
-        let (norms, scale) = (&layer.norms, Some(layer.residual_scale));
+    fn layer(&mut self, layer: &'a Layer<B>) -> DeviceResult<()> {
+        let (norms, scale) = (&layer.norms, layer.residual_scale);
+        let plain = || Some(Due { scale, norm: None });
+        let normed = |norm: &'a Option<Norm<B::Vector>>| Some(Due { scale, norm: norm.as_ref() });
         match layer.placement {
             Placement::Before => {
                 self.enter_if(norms.mixer.as_ref())?;
@@ -222,39 +231,35 @@ impl<B: Backend> Pass<'_, B> {
                     let Buffers { out, spare, .. } = &mut *self.buffers;
                     self.backend.add(out, &spare[0], 1.0)?;
                 } else {
-                    self.due = scale;
+                    self.due = plain();
                     self.enter_if(norms.ffn.as_ref())?;
                     self.ffn(layer, From::Normed, To::Out)?;
                 }
-                self.due = scale;
+                self.due = plain();
             }
             Placement::Around => {
                 self.enter_if(norms.mixer.as_ref())?;
                 self.mixer(layer, From::Normed, To::Spare)?;
-                self.norm_block(norms.mixer_post.as_ref())?;
-                self.due = scale;
+                self.due = normed(&norms.mixer_post);
                 self.enter_if(norms.ffn.as_ref())?;
                 self.ffn(layer, From::Normed, To::Spare)?;
-                self.norm_block(norms.ffn_post.as_ref())?;
-                self.due = scale;
+                self.due = normed(&norms.ffn_post);
             }
             Placement::After => {
                 self.settle()?;
                 self.mixer(layer, From::Residual, To::Spare)?;
-                self.norm_block(norms.mixer_post.as_ref())?;
-                self.due = scale;
+                self.due = normed(&norms.mixer_post);
                 self.settle()?;
                 self.ffn(layer, From::Residual, To::Spare)?;
-                self.norm_block(norms.ffn_post.as_ref())?;
-                self.due = scale;
+                self.due = normed(&norms.ffn_post);
             }
             Placement::Outside => {
                 self.settle()?;
                 self.mixer(layer, From::Residual, To::Out)?;
-                self.due = scale;
+                self.due = plain();
                 self.outside(norms.mixer_post.as_ref())?;
                 self.ffn(layer, From::Residual, To::Out)?;
-                self.due = scale;
+                self.due = plain();
                 self.outside(norms.ffn_post.as_ref())?;
             }
         }

@@ -12,6 +12,7 @@ pub mod convert;
 pub mod dummy;
 pub mod error;
 pub mod executor;
+pub mod floor;
 pub mod forward;
 pub mod gguf;
 pub mod inspect;

@@ -48,6 +48,7 @@ struct Report {
         if (!file) {
             return;
         }
+        std::lock_guard<std::mutex> lock(device().mutex);
         fprintf(file, "%s\n", as_json(device().counts).c_str());
         fclose(file);
     }

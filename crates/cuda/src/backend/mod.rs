@@ -18,12 +18,13 @@ use std::collections::{BTreeSet, VecDeque};
 use mirai_engine::{StepOutcome, StepPlan};
 use mirai_model::backend::{
     Activation, AttentionSpec, Backend, Batch, BlockIo, CacheLayout, DeltaRule, Experts, HeadNorms, HeadView,
-    HostTensor, LatentShape, LogitsHead, MlpBlock, MoeBlock, Norm, Outline, Result, RopeTable, RouteSpec,
-    Rows, StepLimits, StepShape, Storage,
+    HostTensor, LatentShape, LogitsHead, MlpBlock, MoeBlock, Norm, NormKind, Outline, PostNormed, Result,
+    RopeTable, RouteSpec, Rows, StepLimits, StepShape, Storage,
 };
 
 use self::begin::Rings;
 use self::record::{Mode, Recorded};
+use self::rows::Addend;
 use self::sample::Pending;
 use crate::args::KvLayer;
 use crate::buffer::{CudaBuffer, CudaLinear, CudaRope, CudaRouting, CudaStack, CudaVector};
@@ -246,7 +247,7 @@ impl Backend for CudaBackend {
         norm: &Norm<CudaVector>,
         out: &mut CudaBuffer,
     ) -> Result<()> {
-        self.norm_rows(residual, Some((x, scale)), norm, out)
+        self.norm_rows(residual, Some(Addend { x, scale, post: None }), norm, out)
     }
 
     fn linear(
@@ -391,6 +392,29 @@ impl Backend for CudaBackend {
 
     fn is_asynchronous(&self) -> bool {
         true
+    }
+
+    fn add_post_norm(
+        &mut self,
+        residual: &mut CudaBuffer,
+        add: PostNormed<'_, CudaBuffer, CudaVector>,
+        norm: &Norm<CudaVector>,
+        out: &mut CudaBuffer,
+    ) -> Result<()> {
+        let PostNormed { x, norm: post, scale, scratch } = add;
+        // The kernel knows this one kind of norm before the sum.
+        let fused = post.kind == NormKind::Rms && post.bias.is_none() && post.eps == norm.eps;
+        match post.weight.filter(|_| fused) {
+            Some(weight) => {
+                expect_width("add_post_norm", weight.len, x.width())?;
+                let post = Some((weight.bf16, post.offset));
+                self.norm_rows(residual, Some(Addend { x, scale, post }), norm, out)
+            }
+            None => {
+                self.norm_rows(x, None, post, scratch)?;
+                self.norm_rows(residual, Some(Addend { x: scratch, scale, post: None }), norm, out)
+            }
+        }
     }
 
     fn mlp_block(&mut self, block: &MlpBlock<'_, Self>, io: BlockIo<'_, CudaBuffer>) -> Result<()> {

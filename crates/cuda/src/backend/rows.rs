@@ -21,6 +21,14 @@ const ROW_THREADS: u32 = 256;
 /// Widest rows of the norm's kernel.
 const WIDEST_NORM: usize = 8 * 512 * 4;
 
+/// What is added to the residual stream on the way to a norm.
+pub(super) struct Addend<'a> {
+    pub(super) x: &'a CudaBuffer,
+    pub(super) scale: f32,
+    /// Weight and offset of a norm of x itself: root of the mean square, with the other norm's epsilon.
+    pub(super) post: Option<(DevicePtr, f32)>,
+}
+
 /// Threads for a norm of rows of `width`: two pieces of 16 bytes each where that is enough.
 fn norm_threads(width: usize) -> u32 {
     (width.div_ceil(16).next_multiple_of(32) as u32).clamp(32, 512)
@@ -66,32 +74,33 @@ impl CudaBackend {
         self.launch_rows(Kernel::AddPositionsBf16, self.rows(x.rows), &args)
     }
 
-    /// `residual += scale * x` where x is given, then `out = norm(residual)`.
+    /// Adds to the residual stream where something is given, then `out = norm(residual)`.
     pub(super) fn norm_rows(
         &mut self,
         residual: &CudaBuffer,
-        x: Option<(&CudaBuffer, f32)>,
+        add: Option<Addend<'_>>,
         norm: &Norm<CudaVector>,
         out: &mut CudaBuffer,
     ) -> Result<()> {
         let width = residual.width();
-        if let Some((x, _)) = x {
-            expect_width("add_norm", x.width(), width)?;
+        if let Some(add) = &add {
+            expect_width("add_norm", add.x.width(), width)?;
         }
         if width > WIDEST_NORM {
             return Err(device("norm", format!("rows of {width}, at most {WIDEST_NORM}")));
         }
         let parts = head_norm("norm", norm, width)?;
         out.write("norm", width)?;
+        let post = add.as_ref().and_then(|add| add.post);
         let norm = NormArgs {
             residual: residual.at,
-            x: x.map_or(DevicePtr::NULL, |(x, _)| x.at),
-            post_weight: DevicePtr::NULL,
+            x: add.as_ref().map_or(DevicePtr::NULL, |add| add.x.at),
+            post_weight: post.map_or(DevicePtr::NULL, |(weight, _)| weight),
             weight: parts.weight,
             bias: parts.bias,
-            x_scale: x.map_or(1.0, |(_, scale)| scale),
+            x_scale: add.map_or(1.0, |add| add.scale),
             offset: parts.offset,
-            post_offset: 0.0,
+            post_offset: post.map_or(0.0, |(_, offset)| offset),
             eps: parts.eps,
             width: width as i32,
             layer: i32::from(norm.kind == NormKind::Layer),

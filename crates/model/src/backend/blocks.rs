@@ -14,6 +14,18 @@ pub struct BlockIo<'a, T> {
     pub out: &'a mut T,
 }
 
+/// What a block gave, on its way to the residual stream through a norm of its own.
+pub struct PostNormed<'a, T, V> {
+    /// `[tokens, hidden]`: the block's output.
+    pub x: &'a T,
+    /// Its norm.
+    pub norm: &'a Norm<V>,
+    /// Multiplies what the norm gives.
+    pub scale: f32,
+    /// `[tokens, hidden]`; its contents mean nothing before and after.
+    pub scratch: &'a mut T,
+}
+
 /// Weights of an attention block.
 pub struct AttentionBlock<'a, B: Backend> {
     /// Shape.

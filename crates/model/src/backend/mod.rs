@@ -15,10 +15,10 @@ mod ops;
 
 use mirai_engine::{StepOutcome, StepPlan};
 
-pub use blocks::{AttentionBlock, BlockIo, DeltaBlock, LatentBlock, MlpBlock, MoeBlock};
+pub use blocks::{AttentionBlock, BlockIo, DeltaBlock, LatentBlock, MlpBlock, MoeBlock, PostNormed};
 pub use data::{
-    Batch, BatchRow, CacheDtype, CacheLayout, GroupLayout, HostTensor, Outline, PageLayout, Rows, ScaleValues,
-    Scales, StateLayout, StepLimits, StepShape, Storage, Stored,
+    Batch, BatchRow, CacheDtype, CacheLayout, GroupLayout, HostTensor, Outline, PageLayout, Rows,
+    ScaleValues, Scales, StateLayout, StepLimits, StepShape, Storage, Stored,
 };
 pub use ops::{
     Activation, AttentionSpec, DeltaRule, DeltaShape, Experts, HeadNorms, HeadView, LatentShape, LogitsHead,
@@ -354,6 +354,20 @@ pub trait Backend {
     fn is_asynchronous(&self) -> bool;
 
     // ---- composites: a device with fused kernels overrides them ----
+
+    /// `residual += add.scale * add.norm(add.x)`, then `out = norm(residual)`.
+    /// # Errors
+    /// The device failed.
+    fn add_post_norm(
+        &mut self,
+        residual: &mut Self::Buffer,
+        add: PostNormed<'_, Self::Buffer, Self::Vector>,
+        norm: &Norm<Self::Vector>,
+        out: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.norm(add.x, add.norm, add.scratch)?;
+        self.add_norm(residual, add.scratch, add.scale, norm, out)
+    }
 
     /// From normed rows to the attention block's output, before the residual. Uses three scratch buffers:
     /// `[q + k + v + gate]`, `[q_heads * value_dim]`, and `[q_heads * key_dim]` where keys are values.
