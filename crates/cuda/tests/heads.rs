@@ -97,10 +97,10 @@ fn share(shape: &Shape, options: &LoadOptions, cublaslt: bool) -> f32 {
     let exact = LoadOptions { cache_dtype: CacheDtype::F32, ..*options };
     let expected = driver(shape, &exact, Reference::default()).play(&scripts);
     let played = driver(shape, options, cuda(cublaslt)).play(&scripts);
-    let all: Vec<f32> = expected.iter().flat_map(|p| p.prompt_logprobs()).collect();
+    let all: Vec<f32> = expected.iter().flat_map(Played::prompt_logprobs).collect();
     let mean = all.iter().sum::<f32>() / all.len() as f32;
     let spread = (all.iter().map(|l| (l - mean).powi(2)).sum::<f32>() / all.len() as f32).sqrt();
-    let got = played.iter().flat_map(|p| p.prompt_logprobs());
+    let got = played.iter().flat_map(Played::prompt_logprobs);
     let worst = all.iter().zip(got).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     let share = worst / spread;
     let (cache, quantization) = (options.cache_dtype, options.quantization);
