@@ -33,6 +33,21 @@ fn nothing_leaves_before_the_opening_is_durable_and_no_more_than_a_window_after(
 }
 
 #[test]
+fn no_window_is_so_small_that_a_stream_waits_for_ever() {
+    for (window, checkpoint_every) in [(0, 8), (1, 0), (5, 100), (16, 16)] {
+        let mut rig = Rig::new(LedgerConfig { window, checkpoint_every, max_batch: 0, ..config() }, None);
+        let open = rig.open(1).unwrap();
+        rig.settle();
+        for tokens in 1..40 {
+            open.checkpoint(&counts(tokens));
+            rig.settle();
+            assert!(open.permitted().unwrap() >= tokens, "{window}, {checkpoint_every}: {tokens}");
+            assert!(rig.row(1).unwrap().completion_tokens + window >= tokens);
+        }
+    }
+}
+
+#[test]
 fn the_end_is_durable_before_it_is_told_and_the_first_end_counts() {
     let mut rig = Rig::new(config(), None);
     let open = rig.open(1).unwrap();
