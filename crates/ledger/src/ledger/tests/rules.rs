@@ -277,6 +277,16 @@ fn what_a_dead_process_spooled_is_stored_by_the_next() {
     assert_eq!(crashed, [true, false, true, true, true, false]);
     assert_eq!(rig.row(6).unwrap().state, State::Open);
     sound(&mut rig.db.connect());
+    // The store goes away again: what is spooled now is of the living.
+    rig.set(DOWN);
+    let later = rig.open(7).unwrap();
+    rig.turn();
+    assert_eq!(later.permitted(), Some(16));
+    rig.set(UP);
+    rig.pass(MINUTE);
+    rig.settle();
+    assert_eq!(rig.row(7).unwrap().state, State::Open);
+    later.close(&ended(2));
     // Once more, and nothing changes.
     after.close(&ended(3));
     rig.settle();
