@@ -46,7 +46,7 @@ pub struct LedgerConfig {
     pub lease: Duration,
     /// Tokens that may leave beyond the last durable checkpoint.
     pub window: u64,
-    /// Tokens after which a checkpoint is worth writing; less than `window`, or streams stop and go.
+    /// Tokens after which a checkpoint is worth writing: at most `window`, and less, or streams stop and go.
     pub checkpoint_every: u64,
     /// How long a checkpoint waits for others to share its commit. Openings and ends do not wait.
     pub gather: Duration,
@@ -236,7 +236,10 @@ pub enum StartError {
     Thread(#[from] std::io::Error),
 }
 
-fn shared(config: LedgerConfig, spool: Option<&Spool>) -> Arc<Shared> {
+fn shared(mut config: LedgerConfig, spool: Option<&Spool>) -> Arc<Shared> {
+    // A stream at the end of its window must have asked for a checkpoint, or it would wait for ever.
+    config.checkpoint_every = config.checkpoint_every.clamp(1, config.window.max(1));
+    config.max_batch = config.max_batch.max(1);
     Arc::new(Shared {
         queue: Mutex::default(),
         work: Condvar::new(),

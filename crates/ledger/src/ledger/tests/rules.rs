@@ -33,6 +33,21 @@ fn nothing_leaves_before_the_opening_is_durable_and_no_more_than_a_window_after(
 }
 
 #[test]
+fn no_window_is_so_small_that_a_stream_waits_for_ever() {
+    for (window, checkpoint_every) in [(0, 8), (1, 0), (5, 100), (16, 16)] {
+        let mut rig = Rig::new(LedgerConfig { window, checkpoint_every, max_batch: 0, ..config() }, None);
+        let open = rig.open(1).unwrap();
+        rig.settle();
+        for tokens in 1..40 {
+            open.checkpoint(&counts(tokens));
+            rig.settle();
+            assert!(open.permitted().unwrap() >= tokens, "{window}, {checkpoint_every}: {tokens}");
+            assert!(rig.row(1).unwrap().completion_tokens + window >= tokens);
+        }
+    }
+}
+
+#[test]
 fn the_end_is_durable_before_it_is_told_and_the_first_end_counts() {
     let mut rig = Rig::new(config(), None);
     let open = rig.open(1).unwrap();
@@ -262,6 +277,16 @@ fn what_a_dead_process_spooled_is_stored_by_the_next() {
     assert_eq!(crashed, [true, false, true, true, true, false]);
     assert_eq!(rig.row(6).unwrap().state, State::Open);
     sound(&mut rig.db.connect());
+    // The store goes away again: what is spooled now is of the living.
+    rig.set(DOWN);
+    let later = rig.open(7).unwrap();
+    rig.turn();
+    assert_eq!(later.permitted(), Some(16));
+    rig.set(UP);
+    rig.pass(MINUTE);
+    rig.settle();
+    assert_eq!(rig.row(7).unwrap().state, State::Open);
+    later.close(&ended(2));
     // Once more, and nothing changes.
     after.close(&ended(3));
     rig.settle();

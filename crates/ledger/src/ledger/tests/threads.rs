@@ -117,3 +117,78 @@ fn stopping_refuses_new_work_and_leaves_open_rows_to_recovery() {
     next.stop();
     assert!(db.connect().row("R000001").unwrap().unwrap().is_crashed());
 }
+
+/// One client after another until it is told to stop. Returns what they got: id and tokens of each end.
+#[cfg(feature = "postgres")]
+async fn clients(ledger: &Ledger, first: u64, stop: &AtomicBool) -> Vec<(String, u64)> {
+    let mut tape = Vec::new();
+    let mut n = first;
+    while !stop.load(Ordering::Acquire) {
+        n += 1;
+        let row = crate::store::tests::request(n);
+        let (id, tokens) = (row.id.clone(), 10 + n % 20);
+        let open = ledger.open(row, n).unwrap();
+        open.opened().await.unwrap();
+        for token in 1..=tokens {
+            open.checkpoint(&counts(token));
+            open.may_send(token).await.unwrap();
+        }
+        open.close(&ended(tokens));
+        open.closed().await.unwrap();
+        tape.push((id, tokens));
+        // A client thinks for a moment: what piles up while the server is away must be replayed.
+        tokio::time::sleep(Duration::from_millis(40)).await;
+    }
+    tape
+}
+
+#[cfg(feature = "postgres")]
+#[test]
+fn postgresql_killed_and_restarted_under_load_loses_and_doubles_nothing() {
+    use crate::store::tests::pg::Server;
+    let Some(server) = Server::start() else { return };
+    let schema = server.database();
+    let folder = SqliteFile::new();
+    let spool = Spool::open(&spool_path(&folder), 64 << 20).unwrap();
+    let config =
+        LedgerConfig { retry: Duration::from_millis(10), stall: Duration::from_secs(60), ..config() };
+    let ledger =
+        Arc::new(Ledger::start(Box::new(schema.connect()), Some(spool), config, Box::new(|_| {})).unwrap());
+    let stop = Arc::new(AtomicBool::new(false));
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap();
+    let tasks: Vec<_> = (0..8)
+        .map(|of| {
+            let (ledger, stop) = (ledger.clone(), stop.clone());
+            runtime.spawn(async move { clients(&ledger, of * 100_000, &stop).await })
+        })
+        .collect();
+    for _ in 0..2 {
+        let closed = ledger.counters().closed.get();
+        while ledger.counters().closed.get() < closed + 20 {
+            std::thread::yield_now();
+        }
+        server.down();
+        let spooled = ledger.counters().spooled_rows.get();
+        while ledger.counters().spooled_rows.get() < spooled + 20 {
+            std::thread::yield_now();
+        }
+        server.up();
+    }
+    stop.store(true, Ordering::Release);
+    let tapes: Vec<(String, u64)> =
+        tasks.into_iter().flat_map(|task| runtime.block_on(task).unwrap()).collect();
+    while ledger.health() != Health::Ok {
+        std::thread::yield_now();
+    }
+    assert_eq!(ledger.counters().closed.get(), tapes.len() as u64);
+    drop(ledger);
+    let mut store = schema.connect();
+    let rows = store.rows("", 1_000_000).unwrap();
+    assert_eq!(rows.len(), tapes.len(), "I1");
+    let rows: HashMap<String, Row> = rows.into_iter().map(|row| (row.id.clone(), row)).collect();
+    for (id, tokens) in tapes {
+        assert_eq!((rows[&id].completion_tokens, &rows[&id].finish), (tokens, &Finish::Stop), "I2: {id}");
+    }
+    sound(&mut store);
+}

@@ -116,6 +116,7 @@ fn the_suite_holds_on_postgresql() {
     let Some(server) = Server::start() else { return };
     rules::all(|| server.database());
     history::agrees_with_the_model(if cfg!(coverage) { 2 } else { 6 }, || server.database());
+    schema::two_versions(&server.database());
     two_start_at_once(&server);
     it_comes_back(&server);
 }

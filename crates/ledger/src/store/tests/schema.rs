@@ -19,7 +19,10 @@ fn next(needs: u32) -> Vec<Migration> {
 
 #[test]
 fn two_versions_run_side_by_side() {
-    let db = SqliteFile::new();
+    two_versions(&SqliteFile::new());
+}
+
+pub(super) fn two_versions(db: &impl Database) {
     let mut store = db.connect();
     let me = store.register("old", LEASE, false).unwrap();
     store.commit(&me, LEASE, &[new(request(1))]).unwrap();
