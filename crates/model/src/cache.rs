@@ -7,11 +7,11 @@
 use mirai_engine::{BLOCK_TOKENS, GroupKind};
 
 use crate::backend::{
-    AttentionSpec, CacheDtype, CacheLayout, DeltaShape, GroupLayout, PageLayout, StateLayout, Stored,
-    Visibility,
+    AttentionSpec, CacheDtype, CacheLayout, DeltaShape, ExpertOutline, GroupLayout, Outline, PageLayout,
+    StateLayout, Stored, Visibility,
 };
 use crate::error::{ModelError, Result};
-use crate::spec::{AttentionLayer, KvSource, Mixer, ModelSpec};
+use crate::spec::{AttentionLayer, Ffn, Head, KvSource, Mixer, ModelSpec};
 
 /// Most groups. Each costs the scheduler a block table for every sequence.
 const MAX_GROUPS: usize = 16;
@@ -239,6 +239,27 @@ impl Grouping {
                 soft_cap: None,
             },
             Mixer::Delta(_) => unreachable!("a delta net has no attention"),
+        }
+    }
+
+    /// What a device is told of the model.
+    #[must_use]
+    pub fn outline(&self, spec: &ModelSpec) -> Outline {
+        let layers = spec.layers.iter().enumerate();
+        let attends = layers.filter(|(_, layer)| !matches!(layer.mixer, Mixer::Delta(_)));
+        let experts = spec.layers.iter().filter_map(|layer| match &layer.ffn {
+            Ffn::Dense(_) => None,
+            Ffn::Moe(moe) | Ffn::DenseAndMoe(_, moe) => Some(ExpertOutline {
+                intermediate: moe.expert.intermediate,
+                gated: moe.expert.gated,
+                activation: moe.expert.activation,
+            }),
+        });
+        Outline {
+            attentions: attends.map(|(index, _)| self.attention(spec, index)).collect(),
+            hidden: spec.hidden,
+            vocab: if matches!(spec.head, Head::Logits { .. }) { spec.vocab } else { 0 },
+            experts: experts.collect(),
         }
     }
 }

@@ -10,7 +10,7 @@ use mirai_engine::{BLOCK_TOKENS, Geometry};
 use serde_json::{Map, Value};
 
 use crate::arch::{Description, describe};
-use crate::backend::{Backend, CacheDtype, CacheLayout, Outline, StepLimits, Storage};
+use crate::backend::{Backend, CacheDtype, CacheLayout, StepLimits, Storage};
 use crate::cache::{CacheBudget, CacheReport, CacheRequest, Grouping, plan_cache};
 use crate::config::{Config, MAX_CONFIG_BYTES, parse_object};
 use crate::convert::{Conversion, Quantization};
@@ -22,7 +22,7 @@ use crate::gguf::{GgufSource, GgufTokenizer};
 use crate::mmap::FileSource;
 use crate::pooling::{PublishedPooling, Task};
 use crate::safetensors::SafetensorsSource;
-use crate::spec::{Head, Mixer, ModelSpec};
+use crate::spec::{Head, ModelSpec};
 use crate::weights::WeightSource;
 
 /// Most entries of a model's directory.
@@ -240,7 +240,7 @@ pub fn load<B: Backend>(
     let failed = |what: &'static str| move |source| ModelError::Backend { what: what.into(), source };
     let limits = StepLimits { tokens: options.max_step_tokens, rows: options.max_slots };
     backend.limits(limits).map_err(failed("step limits"))?;
-    backend.outline(&outline(&spec, &grouping)).map_err(failed("model"))?;
+    backend.outline(&grouping.outline(&spec)).map_err(failed("model"))?;
     progress(Phase::Weights, 0.0);
     let conversion = Conversion { dtype: options.dtype, quantization: options.quantization };
     let model = Model::load(
@@ -310,16 +310,6 @@ pub fn load<B: Backend>(
         unused_tensors: opened.unused_tensors,
         pooling: opened.pooling,
     })
-}
-
-/// What the device is told of the model.
-fn outline(spec: &ModelSpec, grouping: &Grouping) -> Outline {
-    let layers = spec.layers.iter().enumerate();
-    let attends = layers.filter(|(_, layer)| !matches!(layer.mixer, Mixer::Delta(_)));
-    Outline {
-        attentions: attends.map(|(index, _)| grouping.attention(spec, index)).collect(),
-        vocab: if matches!(spec.head, Head::Logits { .. }) { spec.vocab } else { 0 },
-    }
 }
 
 /// Plans the cache in what the device has left.

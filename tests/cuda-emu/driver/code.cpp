@@ -289,7 +289,8 @@ CUresult cuFuncGetName(const char** name, CUfunction function) {
     });
 }
 CUresult cuFuncGetParamInfo(CUfunction function, size_t index, size_t* offset, size_t* bytes) {
-    return enter(__func__, Needs::Context, [&](Device& d) { return parameter_info(d, function, index, offset, bytes); });
+    return enter(__func__, Needs::Context,
+                 [&](Device& d) { return parameter_info(d, function, index, offset, bytes); });
 }
 
 CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CUfunction function, int threads, size_t shared) {

@@ -201,7 +201,8 @@ void test_refusals() {
         EXPECT(cublasLtMatmulDescSetAttribute(p.b, CUBLASLT_MATMUL_DESC_TRANSA, &rows, 4) ==
                CUBLAS_STATUS_INVALID_VALUE);
         size_t written = 0;
-        LT_MUST(cublasLtMatmulDescGetAttribute(p.description, CUBLASLT_MATMUL_DESC_BIAS_POINTER, nullptr, 0, &written));
+        LT_MUST(
+            cublasLtMatmulDescGetAttribute(p.description, CUBLASLT_MATMUL_DESC_BIAS_POINTER, nullptr, 0, &written));
         EXPECT(written == 8);
         int transposed = 0;
         LT_MUST(cublasLtMatmulDescGetAttribute(p.description, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, 4, nullptr));
@@ -228,7 +229,8 @@ void test_refusals() {
     {
         Problem p({4, 32, 64, CUDA_R_16BF, CUDA_R_16BF, false, false});
         const uint32_t two = 2;
-        LT_MUST(cublasLtMatmulPreferenceSetAttribute(p.preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &two, 4));
+        LT_MUST(cublasLtMatmulPreferenceSetAttribute(p.preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &two,
+                                                     4));
         EXPECT(p.candidates(found) == CUBLAS_STATUS_NOT_SUPPORTED);
     }
 }
@@ -248,7 +250,8 @@ void test_pointers(CUdeviceptr memory, CUstream stream) {
     EXPECT(run(at(memory, 0), &unknown, 0, stream) == CUBLAS_STATUS_NOT_SUPPORTED);
     for (const auto& result : found) {
         int splits = 0;
-        LT_MUST(cublasLtMatmulAlgoConfigGetAttribute(&result.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &splits, 4, nullptr));
+        LT_MUST(cublasLtMatmulAlgoConfigGetAttribute(&result.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &splits, 4,
+                                                     nullptr));
         if (splits > 1) {
             EXPECT(run(at(memory, 0), &result.algo, result.workspaceSize - 1, stream) == CUBLAS_STATUS_INVALID_VALUE);
         }

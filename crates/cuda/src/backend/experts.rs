@@ -23,7 +23,7 @@ const MOST_EXPERTS: usize = 512;
 const MOST_GROUPS: usize = 32;
 
 /// The gate that a matmul applies itself, where halves of its rows are multiples of 8.
-fn fused_gate(gated: bool, activation: Activation, inner: usize) -> Option<GateSpec> {
+pub(super) fn fused_gate(gated: bool, activation: Activation, inner: usize) -> Option<GateSpec> {
     (gated && inner.is_multiple_of(8)).then(|| gate_spec(activation)).flatten()
 }
 
@@ -184,7 +184,9 @@ impl CudaBackend {
         expect_width(NAME, up.shape.columns, x.width())?;
         expect_width(NAME, down.shape.columns, inner)?;
         let gated = up.shape.rows == 2 * inner;
-        let needs = [up.shape.out(), padded(inner), down.shape.out()];
+        let gate = fused_gate(gated, experts.activation, inner);
+        let wide = if gate.is_some() { 0 } else { up.shape.out() };
+        let needs = [wide, padded(inner), down.shape.out()];
         let room = needs.iter().zip(routing.widths).all(|(need, have)| *need <= have);
         if !(gated || up.shape.rows == inner)
             || experts.down.count != count
@@ -202,7 +204,6 @@ impl CudaBackend {
         }
         let tokens = self.rows(x.rows);
         let pairs = tokens * routing.top_k;
-        let gate = fused_gate(gated, experts.activation, inner);
         let first = Product {
             w: up,
             bias: experts.gate_up_bias.copied(),

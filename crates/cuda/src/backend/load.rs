@@ -61,8 +61,6 @@ impl CudaBackend {
             matrices = load(false)?;
         }
         let first = self.put_matrices(&matrices)?;
-        let widths = [first.shape.out(), first.shape.inner()];
-        self.widest_expert = self.widest_expert.max(widths[0]).max(widths[1]);
         self.most_experts = self.most_experts.max(matrices.len());
         Ok(CudaStack { first, count: matrices.len() })
     }
@@ -105,7 +103,7 @@ impl CudaBackend {
     pub(super) fn take_routing(&mut self, top_k: usize) -> Result<CudaRouting> {
         let (tokens, experts) = (self.capacity(), self.most_experts);
         let pairs = tokens * top_k;
-        let width = self.widest_expert;
+        let widths = self.expert_widths();
         let mut words = |count: usize| self.memory.take(Part::Activations, count as u64 * 4);
         let routing = CudaRouting {
             top_k,
@@ -119,10 +117,10 @@ impl CudaBackend {
             active: words(experts + 1)?,
             tiles: words(1 + 2 * (pairs / TILE_ROWS + experts))?,
             counter: words(1)?,
-            wide: words(pairs * width / 2)?,
-            inner: words(pairs * width / 2)?,
-            out: words(pairs * width / 2)?,
-            widths: [width; 3],
+            wide: words(pairs * widths[0] / 2)?,
+            inner: words(pairs * widths[1] / 2)?,
+            out: words(pairs * widths[2] / 2)?,
+            widths,
         };
         self.zero(routing.counter, 4)?;
         Ok(routing)

@@ -82,8 +82,7 @@ pub struct CudaBackend {
     /// Shapes of weights that cublasLt multiplies, and lengths of vectors that may be biases.
     products: BTreeSet<(usize, usize)>,
     vectors: BTreeSet<usize>,
-    /// Widest rows of experts, most experts, and widest rows of outputs so far.
-    widest_expert: usize,
+    /// Most experts, and widest rows of outputs so far.
     most_experts: usize,
     widest_output: usize,
 }

@@ -8,6 +8,7 @@ use mirai_model::backend::{CacheDtype, CacheLayout, GroupLayout, Outline, Result
 
 use super::attend::class_of;
 use super::begin::Rings;
+use super::experts::fused_gate;
 use super::linear::{SKINNY_ROWS, lt_buckets, lt_rows, lt_shape};
 use super::{CudaBackend, MAX_PENDING, Workspace};
 use crate::budget::CacheNeed;
@@ -24,7 +25,7 @@ use crate::records::SampleResult;
 use crate::sampling::MAX_TOP;
 use crate::slots::{GRANULE, Slots};
 use crate::steps::{StepBuilder, buckets};
-use crate::weights::{Kind, Shape};
+use crate::weights::{Kind, Shape, padded};
 use crate::work::{HEAD_TILE, WorkClass};
 
 /// Scratch of cublasLt.
@@ -70,7 +71,6 @@ impl CudaBackend {
             widened: Vec::new(),
             products: std::collections::BTreeSet::new(),
             vectors: std::collections::BTreeSet::new(),
-            widest_expert: 0,
             most_experts: 0,
             widest_output: 0,
         })
@@ -92,6 +92,21 @@ impl CudaBackend {
                 self.builder.classes.push((class, grid));
             }
         }
+    }
+
+    /// Elements of rows between and behind the products of experts: gates and ups, where a product does not apply the gate
+    /// itself; what comes of them; and the experts' output.
+    pub(super) fn expert_widths(&self) -> [usize; 3] {
+        let mut widths = [0; 3];
+        for expert in &self.outline.experts {
+            let inner = expert.intermediate;
+            if fused_gate(expert.gated, expert.activation, inner).is_none() {
+                widths[0] = widths[0].max(padded(if expert.gated { 2 * inner } else { inner }));
+            }
+            widths[1] = widths[1].max(padded(inner));
+            widths[2] = padded(self.outline.hidden);
+        }
+        widths
     }
 
     /// Blocks of a decode kernel that run at once.

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use half::bf16;
 use mirai_engine::{BLOCK_TOKENS, SlotId};
 
-use super::ops::{AttentionSpec, DeltaShape};
+use super::ops::{Activation, AttentionSpec, DeltaShape};
 
 /// How the numbers of a weight lie in the file, and in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -114,8 +114,23 @@ pub struct StepLimits {
 pub struct Outline {
     /// Attention of all layers, in their order.
     pub attentions: Vec<AttentionSpec>,
+    /// Width of the residual stream.
+    pub hidden: usize,
     /// Width of the logits; 0 in models that do not generate.
     pub vocab: usize,
+    /// Experts of all layers that have any.
+    pub experts: Vec<ExpertOutline>,
+}
+
+/// An expert's rows between its two products.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ExpertOutline {
+    /// Their width.
+    pub intermediate: usize,
+    /// Whether they are a gate's and an up's.
+    pub gated: bool,
+    /// How.
+    pub activation: Activation,
 }
 
 /// One sequence's part of a step.

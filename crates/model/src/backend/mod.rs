@@ -17,8 +17,8 @@ use mirai_engine::{StepOutcome, StepPlan};
 
 pub use blocks::{AttentionBlock, BlockIo, DeltaBlock, LatentBlock, MlpBlock, MoeBlock, PostNormed};
 pub use data::{
-    Batch, BatchRow, CacheDtype, CacheLayout, GroupLayout, HostTensor, Outline, PageLayout, Rows,
-    ScaleValues, Scales, StateLayout, StepLimits, StepShape, Storage, Stored,
+    Batch, BatchRow, CacheDtype, CacheLayout, ExpertOutline, GroupLayout, HostTensor, Outline, PageLayout,
+    Rows, ScaleValues, Scales, StateLayout, StepLimits, StepShape, Storage, Stored,
 };
 pub use ops::{
     Activation, AttentionSpec, DeltaRule, DeltaShape, Experts, HeadNorms, HeadView, LatentShape, LogitsHead,

@@ -83,8 +83,8 @@ impl Player {
         ((mixed >> 32) % u64::from(self.executor.geometry().vocab)) as u32
     }
 
-    /// Gives a slot a sequence, of which so many tokens are in its pages.
-    fn open(&mut self, slot: usize, computed: usize) -> SlotOpen {
+    /// Gives a slot a sequence with a prompt of some length, of which so many tokens are in its pages.
+    fn open(&mut self, slot: usize, prompt: usize, computed: usize) -> SlotOpen {
         self.positions[slot] = computed;
         let (first, pages) = self.room.pages(slot);
         let total = self.room.tokens() / BLOCK_TOKENS;
@@ -96,7 +96,7 @@ impl Player {
             seq: SeqId(slot as u64),
             choice: 0,
             sampling: Arc::new(SamplingParams::default()),
-            prompt: (0..=computed).map(|p| self.token(slot, p)).collect(),
+            prompt: (0..prompt).map(|p| self.token(slot, p)).collect(),
             output: Vec::new(),
             computed: computed as u32,
             blocks: groups.map(table).collect(),
@@ -122,7 +122,7 @@ impl Player {
             while left > 0 {
                 let mut plan = StepPlan { step: self.step, ..StepPlan::default() };
                 if !std::mem::replace(&mut opened[slot], true) {
-                    plan.opens.push(self.open(slot, 0));
+                    plan.opens.push(self.open(slot, tokens, 0));
                 }
                 let len = left.min(most);
                 left -= len;
@@ -139,7 +139,7 @@ impl Player {
         let mut plan = StepPlan { step: self.step, ..StepPlan::default() };
         for slot in slots {
             if let Some(context) = set_to {
-                plan.opens.push(self.open(slot, context));
+                plan.opens.push(self.open(slot, context + 1, context));
                 self.add_prompt(&mut plan, slot, 1, RowOutput::Sample);
             } else {
                 let start = self.positions[slot];
@@ -152,7 +152,7 @@ impl Player {
 
     /// A prompt from its start in slot 0, beside what the plan already has.
     pub(super) fn add_prefill(&mut self, plan: &mut StepPlan, tokens: usize, output: RowOutput) {
-        plan.opens.push(self.open(0, 0));
+        plan.opens.push(self.open(0, tokens, 0));
         self.add_prompt(plan, 0, tokens, output);
     }
 
