@@ -86,10 +86,12 @@ def steps(part):
                       number(row["floor_ms"], 4), row["bound"], f"{100 * row['fraction']:.0f} %",
                       f"{row['times_floor']:.2f} (bar {row['bar']})", number(row["tokens_per_s"]),
                       number(row["joules_per_token"]), number(row["sm_mhz"]), verdict(row)])
+    assumed = any(not row["measured"] for row in of(part, "rates"))
+    note = "\nFloors from rates of an H200 that were not measured here: run `ceilings` first.\n" if assumed else ""
     loads = [[row["shape"], number(row["load_s"]), number(row["weight_bytes"] / 1e9), row["graphs"]]
              for row in of(part, "loaded")]
     return table(["shape", "case", "step ms", "device ms", "floor ms", "bound by", "of floor", "times floor", "tokens/s",
-                  "J/token", "SM MHz", ""], lines) + "\n" + \
+                  "J/token", "SM MHz", ""], lines) + note + "\n" + \
         table(["shape", "load to ready s", "weights GB", "graphs"], loads)
 
 

@@ -119,6 +119,9 @@ class Tables(unittest.TestCase):
             widths = {line.count(" | ") for line in text.split("\n\n")[2].splitlines() if line.startswith("| ")}
             self.assertEqual(len(widths), 1, text)
         self.assertIn("| decode 1 | 2 | 1.8 | 1.5 | memory | 75 % | 1.33 (bar 1.45) |", tables.render(part("steps", ROWS["steps"])))
+        for measured in (True, False):
+            text = tables.render(part("steps", [STEP, {"row": "rates", "measured": measured}]))
+            self.assertEqual("not measured here" in text, not measured)
         self.assertIn("4.500 TB/s", tables.render(part("ceilings", ROWS["ceilings"])))
 
     def test_what_cannot_be_is_a_fault_and_a_missed_bar_is_a_result(self):

@@ -274,6 +274,31 @@ pub fn load<B: Backend>(
         whole_prompts: spec.whole_prompts(),
     };
     let weight_bytes = model.weight_bytes();
+    say(&spec, options, weight_bytes, &cache, &opened.unused_tensors);
+    let mut executor = ModelExecutor::new(backend, model, geometry);
+    executor.warm_up(&mut |share| progress(Phase::WarmUp, share)).map_err(failed("warm-up"))?;
+    Ok(LoadedModel {
+        weight_bytes,
+        executor,
+        spec,
+        cache,
+        tokenizer: opened.tokenizer,
+        chat_template: opened.chat_template,
+        generation_config: opened.generation_config,
+        eos_ids,
+        unused_tensors: opened.unused_tensors,
+        pooling: opened.pooling,
+    })
+}
+
+/// Says what was loaded, and what the user may not expect of it.
+fn say(
+    spec: &ModelSpec,
+    options: &LoadOptions,
+    weight_bytes: u64,
+    cache: &CacheReport,
+    unused_tensors: &[String],
+) {
     tracing::info!(
         architecture = spec.architecture,
         parameters = spec.parameters(),
@@ -293,23 +318,9 @@ pub fn load<B: Backend>(
             "prompts are computed whole: longer ones than a step are refused"
         );
     }
-    if !opened.unused_tensors.is_empty() {
-        tracing::warn!(tensors = ?opened.unused_tensors, "tensors that the model has no place for");
+    if !unused_tensors.is_empty() {
+        tracing::warn!(tensors = ?unused_tensors, "tensors that the model has no place for");
     }
-    let mut executor = ModelExecutor::new(backend, model, geometry);
-    executor.warm_up(&mut |share| progress(Phase::WarmUp, share)).map_err(failed("warm-up"))?;
-    Ok(LoadedModel {
-        weight_bytes,
-        executor,
-        spec,
-        cache,
-        tokenizer: opened.tokenizer,
-        chat_template: opened.chat_template,
-        generation_config: opened.generation_config,
-        eos_ids,
-        unused_tensors: opened.unused_tensors,
-        pooling: opened.pooling,
-    })
 }
 
 /// Plans the cache in what the device has left.
