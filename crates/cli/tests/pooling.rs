@@ -59,6 +59,11 @@ fn prompts(case: &str) -> Vec<(Vec<u64>, Vec<f64>)> {
     json["prompts"].as_array().unwrap().iter().map(prompt).collect()
 }
 
+/// Whether the servers of these tests compute on a GPU, in bf16.
+fn on_gpu() -> bool {
+    std::env::var("MIRAI__MODEL__DEVICE").is_ok_and(|device| device.starts_with("cuda"))
+}
+
 fn cosine(a: &[f64], b: &[f64]) -> f64 {
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
     dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
@@ -80,7 +85,7 @@ fn an_encoder_and_a_causal_model_embed_as_transformers_says() {
             let got: Vec<f64> =
                 item["embedding"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
             // KV memory of a causal model is in bf16 here.
-            let least = if case == "xlmr-embed" { 0.99999 } else { 0.999 };
+            let least = if case == "xlmr-embed" && !on_gpu() { 0.99999 } else { 0.999 };
             assert!(cosine(&got, expected) > least, "{case}: {}", cosine(&got, expected));
             let length: f64 = got.iter().map(|v| v * v).sum();
             assert!((length - 1.0).abs() < 1e-5, "{case}: length {length}");
@@ -109,7 +114,8 @@ fn a_cross_encoder_scores_the_pair_that_transformers_scored() {
         let results = json["results"].as_array().unwrap();
         let ours = results.iter().find(|r| r["index"] == 1).unwrap()["relevance_score"].as_f64().unwrap();
         let expected = 1.0 / (1.0 + (-logits[0]).exp());
-        assert!((ours - expected).abs() < 1e-4, "{ours}, transformers says {expected}");
+        let most = if on_gpu() { 0.02 } else { 1e-4 };
+        assert!((ours - expected).abs() < most, "{ours}, transformers says {expected}");
         tried += 1;
     }
     assert!(tried > 0, "no golden prompt has the form of a pair");

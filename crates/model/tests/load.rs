@@ -70,7 +70,8 @@ fn progress_goes_through_the_phases() {
     let source = ModelSource::memory("m", &[("config.json", CONFIG)]);
     load(&source, &options(), Reference::default(), &mut |phase, share| seen.push((phase, share))).unwrap();
     assert_eq!(seen.first(), Some(&(Phase::Opening, 0.0)));
-    assert_eq!(seen.last(), Some(&(Phase::Cache, 1.0)));
+    assert!(seen.contains(&(Phase::Cache, 1.0)));
+    assert_eq!(seen.last(), Some(&(Phase::WarmUp, 1.0)));
     let weights: Vec<f32> = seen.iter().filter(|(p, _)| *p == Phase::Weights).map(|(_, s)| *s).collect();
     assert!(weights.is_sorted() && weights.last() == Some(&1.0), "{weights:?}");
 }
