@@ -21,7 +21,7 @@ pub(crate) fn run() -> Result<()> {
     // The tests of the CUDA backend run on it; without it they are skipped.
     emulation::build_driver(None)?;
     test_under_coverage()?;
-    emulation::check(false)?;
+    emulation::check()?;
     kernels::run(kernels::Mode::Check)
 }
 

@@ -38,17 +38,23 @@ pub(crate) fn build_driver(sanitizer: Option<Sanitizer>) -> Result<()> {
     make("tests/cuda-emu/driver", &arguments)
 }
 
-/// Builds and runs the tests of kernels and libraries, and plays every golden case on them; with `faults` also proves
-/// that the tests notice faults.
-pub(crate) fn check(faults: bool) -> Result<()> {
+/// Builds and runs the tests of kernels and libraries.
+pub(crate) fn check() -> Result<()> {
     make("tests/cuda-emu", &[output("OUT", "cuda-emu")?, "check".to_owned()])?;
     let base = output("BASE", "cuda-emu/driver")?;
     make("tests/cuda-emu/driver", &[base.clone(), "check".to_owned()])?;
-    make("tests/cuda-emu/driver", &[base, "check".to_owned(), "SANITIZE=address".to_owned()])?;
+    make("tests/cuda-emu/driver", &[base, "check".to_owned(), "SANITIZE=address".to_owned()])
+}
+
+/// Plays the golden cases beyond those of each kind, which every run of the tests has.
+pub(crate) fn goldens() -> Result<()> {
     build_driver(None)?;
-    // Golden cases beyond those of each kind, which every run of the tests has.
-    shell::run("cargo", &["test", "--workspace", "--test", "golden", "--", "--ignored"])?;
-    if faults { shell::run("python3", &["tests/cuda-emu/faults.py"]) } else { Ok(()) }
+    shell::run("cargo", &["test", "--workspace", "--test", "golden", "--", "--ignored"])
+}
+
+/// Proves that the kernels' tests notice faults.
+pub(crate) fn faults() -> Result<()> {
+    shell::run("python3", &["tests/cuda-emu/faults.py"])
 }
 
 #[cfg(test)]

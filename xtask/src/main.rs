@@ -88,7 +88,9 @@ fn main() -> ExitCode {
             _ => kernels::Mode::Build,
         }),
         Task::CudaEmu { driver: true, sanitize, .. } => emulation::build_driver(sanitize),
-        Task::CudaEmu { faults, .. } => emulation::check(faults),
+        Task::CudaEmu { faults, .. } => emulation::check()
+            .and_then(|()| emulation::goldens())
+            .and_then(|()| if faults { emulation::faults() } else { Ok(()) }),
         Task::GpuSuite => gpu_suite::run(),
         Task::Golden { python } => shell::run(&python.to_string_lossy(), &["crates/model/golden/make.py"]),
     };
