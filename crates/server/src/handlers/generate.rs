@@ -12,13 +12,12 @@ use mirai_engine::{EngineRequest, RequestId, Task, TenantId};
 use tokio::sync::oneshot;
 
 use super::admission::{deadline, refusal, serving};
-use super::{on_worker, read_body};
+use super::judged;
 use crate::auth;
 use crate::demux::Registration;
 use crate::demux::sink::{LeaveGuard, Sink, StreamBuffer, Ticket};
 use crate::error::ApiError;
 use crate::http::reply::{JSON, Reply, Scope};
-use crate::parse::parse;
 use crate::state::{Live, State};
 use crate::validate::{self, Body, GenerationRequest, Kind};
 
@@ -31,24 +30,14 @@ pub(crate) async fn generate(
     scope: &mut Scope,
 ) -> Result<Reply, ApiError> {
     let live = serving(state)?.clone();
-    let body = read_body(state, request).await?;
-    let judged = {
-        let (state, live) = (state.clone(), live.clone());
-        on_worker(&state.clone(), move || {
-            let depth = state.config.limits.max_json_depth;
-            let (body, unknown) = match kind {
-                Kind::Chat => {
-                    parse(&body.bytes, depth).map(|p| (Body::Chat(Box::new(p.body)), p.unknown_fields))
-                }
-                Kind::Completion => {
-                    parse(&body.bytes, depth).map(|p| (Body::Completion(Box::new(p.body)), p.unknown_fields))
-                }
-            }?;
-            state.metrics.unknown_fields.add(unknown);
-            validate::validate(body, state.rules(&live.model))
-        })
-        .await?
-    };
+    let judged = judged(state, &live, request, move |judge| {
+        let body = match kind {
+            Kind::Chat => Body::Chat(Box::new(judge.parse()?)),
+            Kind::Completion => Body::Completion(Box::new(judge.parse()?)),
+        };
+        validate::validate(body, judge.rules())
+    })
+    .await?;
     // The drain may have begun while the body came.
     serving(state)?;
     observe(state, &judged);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use hyper::Request;
 use hyper::body::Incoming;
 
-use super::{on_worker, read_body};
+use super::judged;
 use crate::api::models::{ModelCard, ModelList, Version};
 use crate::api::tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
 use crate::error::ApiError;
@@ -13,7 +13,6 @@ use crate::http::reply::{JSON, Reply};
 use crate::metrics::{self, EngineView};
 use crate::model::ModelInfo;
 use crate::openapi;
-use crate::parse::parse;
 use crate::prompt;
 use crate::routes;
 use crate::state::{Drain, State};
@@ -49,15 +48,12 @@ pub(crate) fn model(state: &State, name: &str) -> Result<Reply, ApiError> {
 /// `POST /tokenize`.
 pub(crate) async fn tokenize(state: &Arc<State>, request: Request<Incoming>) -> Result<Reply, ApiError> {
     let live = state.serving()?.clone();
-    let body = read_body(state, request).await?;
-    let shared = state.clone();
-    on_worker(state, move || {
-        let parsed = parse::<TokenizeRequest>(&body.bytes, shared.config.limits.max_json_depth)?;
-        shared.metrics.unknown_fields.add(parsed.unknown_fields);
-        let model = &live.model;
-        resolve_model(parsed.body.model.as_deref(), model)?;
-        let strings = parsed.body.return_token_strs == Some(true);
-        let tokens = prompt::tokenize(parsed.body, shared.rules(model))?;
+    judged(state, &live, request, |judge| {
+        let body: TokenizeRequest = judge.parse()?;
+        let model = &judge.live.model;
+        resolve_model(body.model.as_deref(), model)?;
+        let strings = body.return_token_strs == Some(true);
+        let tokens = prompt::tokenize(body, judge.rules())?;
         let text =
             |id: &u32| String::from_utf8_lossy(model.tokenizer.token_bytes(*id).unwrap_or_default()).into();
         Ok(Reply::json(&TokenizeResponse {
@@ -73,16 +69,14 @@ pub(crate) async fn tokenize(state: &Arc<State>, request: Request<Incoming>) -> 
 /// `POST /detokenize`.
 pub(crate) async fn detokenize(state: &Arc<State>, request: Request<Incoming>) -> Result<Reply, ApiError> {
     let live = state.serving()?.clone();
-    let body = read_body(state, request).await?;
-    let shared = state.clone();
-    on_worker(state, move || {
-        let parsed = parse::<DetokenizeRequest>(&body.bytes, shared.config.limits.max_json_depth)?;
-        shared.metrics.unknown_fields.add(parsed.unknown_fields);
-        resolve_model(parsed.body.model.as_deref(), &live.model)?;
-        let Some(tokens) = parsed.body.tokens else {
+    judged(state, &live, request, |judge| {
+        let body: DetokenizeRequest = judge.parse()?;
+        let model = &judge.live.model;
+        resolve_model(body.model.as_deref(), model)?;
+        let Some(tokens) = body.tokens else {
             return Err(ApiError::missing_field("`tokens` is missing").param("tokens"));
         };
-        let text = live.model.tokenizer.decode(&tokens.0, false).map_err(|_| {
+        let text = model.tokenizer.decode(&tokens.0, false).map_err(|_| {
             ApiError::invalid_value("`tokens` has an id outside the vocabulary").param("tokens")
         })?;
         Ok(Reply::json(&DetokenizeResponse { prompt: text }))

@@ -15,6 +15,7 @@ use hyper::body::Incoming;
 use hyper::header::{HOST, HeaderMap};
 use hyper::{Method, Request, Response, Version};
 use mirai_engine::TenantId;
+use serde::de::DeserializeOwned;
 
 use crate::error::ApiError;
 use crate::handlers::pool::PoolKind;
@@ -24,9 +25,10 @@ use crate::http::io::ConnState;
 use crate::http::reply::{Body, Reply, Scope};
 use crate::ids;
 use crate::metrics::Refused;
+use crate::parse::parse;
 use crate::routes::{self, Access, Match, RouteId, Target};
-use crate::state::{Drain, State};
-use crate::validate::Kind;
+use crate::state::{Drain, Live, State};
+use crate::validate::{Kind, Rules};
 use crate::worker::JobError;
 
 /// Which listener a request came in on.
@@ -166,11 +168,38 @@ fn is_behind(state: &State, door: Door, route: RouteId) -> bool {
     }
 }
 
-/// Reads a JSON body.
-async fn read_body(state: &State, request: Request<Incoming>) -> Result<HeldBody, ApiError> {
+/// A call's JSON body on a worker, and what it is judged by.
+struct Judge {
+    state: Arc<State>,
+    live: Arc<Live>,
+    body: HeldBody,
+}
+
+impl Judge {
+    /// The body as a type; counts the fields that it does not know.
+    fn parse<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
+        let parsed = parse(&self.body.bytes, self.state.config.limits.max_json_depth)?;
+        self.state.metrics.unknown_fields.add(parsed.unknown_fields);
+        Ok(parsed.body)
+    }
+
+    fn rules(&self) -> Rules<'_> {
+        self.state.rules(&self.live.model)
+    }
+}
+
+/// Reads a JSON body and judges it on a worker.
+async fn judged<T: Send + 'static>(
+    state: &Arc<State>,
+    live: &Arc<Live>,
+    request: Request<Incoming>,
+    job: impl FnOnce(&Judge) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
     body::check_headers(request.headers())?;
     let config = &state.config;
-    body::read(request.into_body(), &config.limits, &config.timeouts, &state.metrics).await
+    let body = body::read(request.into_body(), &config.limits, &config.timeouts, &state.metrics).await?;
+    let judge = Judge { state: state.clone(), live: live.clone(), body };
+    on_worker(state, move || job(&judge)).await
 }
 
 /// Runs what reads a body's text on a worker.

@@ -12,13 +12,12 @@ use mirai_engine::{AdmissionError, EngineHandle, EngineRequest, RequestId, Sampl
 use tokio::sync::{oneshot, watch};
 
 use super::admission::{deadline, refusal, serving};
-use super::{on_worker, read_body};
+use super::judged;
 use crate::auth;
 use crate::demux::CallRegistration;
 use crate::demux::sink::Ticket;
 use crate::error::ApiError;
 use crate::http::reply::{Reply, Scope};
-use crate::parse::parse;
 use crate::pooling::answer::{self, Identity, Shape, Style};
 use crate::pooling::{self, Body, PoolingRequest};
 use crate::state::{Live, State};
@@ -46,26 +45,16 @@ pub(crate) async fn pool(
     scope: &mut Scope,
 ) -> Result<Reply, ApiError> {
     let live = serving(state)?.clone();
-    let body = read_body(state, request).await?;
-    let judged = {
-        let (state, live) = (state.clone(), live.clone());
-        on_worker(&state.clone(), move || {
-            let depth = state.config.limits.max_json_depth;
-            let (body, unknown) = match kind {
-                PoolKind::Embeddings => {
-                    parse(&body.bytes, depth).map(|p| (Body::Embeddings(p.body), p.unknown_fields))
-                }
-                PoolKind::Rerank => {
-                    parse(&body.bytes, depth).map(|p| (Body::Rerank(p.body), p.unknown_fields))
-                }
-                PoolKind::Score => parse(&body.bytes, depth).map(|p| (Body::Score(p.body), p.unknown_fields)),
-            }?;
-            state.metrics.unknown_fields.add(unknown);
-            let style = if state.config.rerank_documents_as_text { Style::Texts } else { Style::Objects };
-            pooling::judge(body, state.rules(&live.model), style)
-        })
-        .await?
-    };
+    let judged = judged(state, &live, request, move |judge| {
+        let body = match kind {
+            PoolKind::Embeddings => Body::Embeddings(judge.parse()?),
+            PoolKind::Rerank => Body::Rerank(judge.parse()?),
+            PoolKind::Score => Body::Score(judge.parse()?),
+        };
+        let texts = judge.state.config.rerank_documents_as_text;
+        pooling::judge(body, judge.rules(), if texts { Style::Texts } else { Style::Objects })
+    })
+    .await?;
     // The drain may have begun while the body came.
     serving(state)?;
     admit(state, &live, judged, tenant, scope).await
