@@ -1,11 +1,19 @@
 //! The real binary as a child process, and the smallest HTTP client that can talk to it.
 
-#![allow(dead_code, clippy::unwrap_used, clippy::print_stdout, reason = "each test file uses its part")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a test, of which each file uses its part"
+)]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// Longest that a test waits for anything.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
@@ -35,7 +43,37 @@ pub(crate) fn emulated_driver(test: &str) -> Option<std::path::PathBuf> {
 
 /// Runs to the end.
 pub(crate) fn run(args: &[&str]) -> Output {
-    mirai(args).stdin(Stdio::null()).output().unwrap()
+    let mut command = mirai(args);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    let _watch = Watch::over(&child);
+    child.wait_with_output().unwrap()
+}
+
+/// Kills a process that a test waits for longer than it has patience. Ends when dropped.
+struct Watch(Option<(Sender<()>, JoinHandle<()>)>);
+
+impl Watch {
+    fn over(child: &Child) -> Self {
+        let (end, ended) = channel();
+        let id = child.id().to_string();
+        let thread = std::thread::spawn(move || {
+            if ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                eprintln!("process {id} is killed: nothing for {PATIENCE:?}");
+                let _ = Command::new("kill").args(["-s", "KILL", &id]).status();
+            }
+        });
+        Self(Some((end, thread)))
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if let Some((end, thread)) = self.0.take() {
+            drop(end);
+            let _ = thread.join();
+        }
+    }
 }
 
 /// A server that is asked to end when the test ends, and killed where the test failed.
@@ -102,13 +140,11 @@ impl Server {
 
     /// Waits for the process to end.
     pub(crate) fn wait(mut self) -> ExitStatus {
-        let start = Instant::now();
+        let _watch = Watch::over(&self.child);
         // Reading to the end of its output blocks until it is gone, without polling.
         let mut rest = Vec::new();
         self.stdout.read_to_end(&mut rest).unwrap();
-        let status = self.child.wait().unwrap();
-        assert!(start.elapsed() < PATIENCE);
-        status
+        self.child.wait().unwrap()
     }
 
     pub(crate) fn get(&self, path: &str) -> Reply {
@@ -139,7 +175,8 @@ impl Drop for Server {
         if std::thread::panicking() {
             let _ = self.child.kill();
         } else {
-            // As an orchestrator does, so that every test also sees the server end in order. Its drain has a limit.
+            // As an orchestrator does, so that every test also sees the server end in order.
+            let _watch = Watch::over(&self.child);
             self.signal("TERM");
             let _ = self.stdout.read_to_end(&mut Vec::new());
         }
