@@ -125,18 +125,18 @@ def prometheus(folder, targets, job="mirai", rules=None, every="1s"):
 
 
 @contextlib.contextmanager
-def load(call, workers):
-    """Calls again and again from so many threads until the block ends; yields what the calls returned or raised."""
+def load(calls):
+    """Calls each function again and again in a thread of its own until the block ends; yields what they returned or raised."""
     results, stop = [], threading.Event()
 
-    def work():
+    def work(call):
         while not stop.is_set():
             try:
                 results.append(call())
             except Exception as error:  # noqa: BLE001 - a failed request is a result
                 results.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(workers)]
+    threads = [threading.Thread(target=work, args=(call,)) for call in calls]
     for thread in threads:
         thread.start()
     try:

@@ -87,7 +87,7 @@ class Live(unittest.TestCase):
             for address in addresses:
                 prompt = {"model": "mirai-demo", "prompt": "Comment compter les jetons ? " * 8, "max_tokens": 8}
                 call = lambda a=address, p=prompt: running.post(f"{a}/v1/completions", p)  # noqa: E731
-                stack.enter_context(running.load(call, 2))
+                stack.enter_context(running.load([call, call]))
             targets = [a.removeprefix("http://") for a in addresses]
             cls.query = staticmethod(stack.enter_context(running.prometheus(folder, targets, rules=FILE)))
             cls.addClassCleanup(stack.pop_all().close)
