@@ -244,6 +244,15 @@ class Pods(unittest.TestCase):
                 else:
                     self.assertLessEqual(selector.get("matchLabels", selector).items(), labels, f"{name} {manifest['kind']}")
 
+    def test_the_bundle_of_authorities_is_mounted(self):
+        spec = pod_of(chart.render(SETS["tls"]))[1]
+        server = spec["containers"][0]
+        self.assertIn({"name": "SSL_CERT_FILE", "value": "/etc/mirai/ca/bundle.pem"}, server["env"])
+        self.assertIn({"name": "ca", "mountPath": "/etc/mirai/ca", "readOnly": True}, server["volumeMounts"])
+        self.assertIn({"name": "ca", "configMap": {"name": "internal-ca"}}, spec["volumes"])
+        secret = {"secretKeyRef": {"name": "break-glass", "key": "bearer"}}
+        self.assertIn({"name": "MIRAI_API_KEY", "valueFrom": secret}, server["env"])
+
     def test_gpus_and_shared_memory(self):
         spec = pod_of(chart.render(SETS["gpu-four"]))[1]
         self.assertEqual(spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"], 4)
