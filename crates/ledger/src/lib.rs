@@ -18,7 +18,6 @@ pub use chain::{ChainKey, Epoch, Hash, Link, LinkKind, commitment, content_diges
 pub use error::StoreError;
 pub use ledger::{
     COMMIT_SECONDS, Counters, Counts, Health, Ledger, LedgerConfig, Open, Outcome, StartError, Unavailable,
-    Wake,
 };
 pub use row::{
     Anonymise, Class, Endpoint, EnergyMethod, FIELDS, Field, Finish, MAX_TEXT, Retention, Row, RowError,
