@@ -7,6 +7,7 @@ mod chain;
 mod error;
 pub mod identity;
 mod ledger;
+pub mod location;
 mod row;
 mod secret;
 mod spool;
