@@ -9,7 +9,7 @@ pub mod identity;
 mod ledger;
 pub mod location;
 mod row;
-mod secret;
+pub mod secret;
 mod spool;
 pub mod store;
 mod value;

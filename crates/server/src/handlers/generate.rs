@@ -70,13 +70,16 @@ async fn admit(
     // Room first: what is refused leaves no row.
     let admission = live.engine.reserve(requests).map_err(|error| refusal(state, live, &error))?;
     let id = scope.id.trim_start_matches("req-");
-    let account = account(state, &Charge {
-        id,
-        endpoint: if judged.kind == Kind::Chat { Endpoint::Chat } else { Endpoint::Completion },
-        model: &judged.model,
-        arrived: scope.arrived,
-        prompt_tokens,
-    })?;
+    let account = account(
+        state,
+        &Charge {
+            id,
+            endpoint: if judged.kind == Kind::Chat { Endpoint::Chat } else { Endpoint::Completion },
+            model: &judged.model,
+            arrived: scope.arrived,
+            prompt_tokens,
+        },
+    )?;
     let ticket = Arc::new(Ticket::new(prompt_tokens));
     let (sink, answer) = if judged.output.stream {
         let buffer = Arc::new(StreamBuffer::new(account.clone()));
