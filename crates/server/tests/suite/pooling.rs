@@ -449,6 +449,45 @@ async fn sizes_of_calls_are_limited() {
     server.stop().await;
 }
 
+/// What is beyond the limit is not even tokenized: the fault of a later item is never seen.
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_are_counted_while_items_are_made() {
+    let limited = |mut options: Options| {
+        options.config.limits.max_item_tokens = 20;
+        options
+    };
+    let server = TestServer::start(limited(embedder())).await;
+    let long = "a".repeat(STEP as usize + 1);
+    for input in [json!(["a".repeat(21), "b", long]), json!([vec![5; 21], [5], vec![5; STEP as usize + 1]])] {
+        let answer = post(server.address, "/v1/embeddings", &json!({"input": input})).await;
+        refused(&answer, "invalid_value", "input");
+        assert!(
+            answer.text().contains("3 items") && answer.text().contains("20 tokens"),
+            "{}",
+            answer.text()
+        );
+    }
+    // Cut before they are counted.
+    let body = json!({"input": [long, "a".repeat(10)], "truncate_prompt_tokens": 10});
+    assert_eq!(fine(&server, "/v1/embeddings", &body).await["usage"]["total_tokens"], 20);
+    server.stop().await;
+
+    let server = TestServer::start(limited(scorer())).await;
+    // Four special tokens and the query's three: three times that is too much, whatever the documents are.
+    let body = json!({"query": "qqq", "documents": [long, "", ""]});
+    refused(&post(server.address, "/v1/rerank", &body).await, "invalid_value", "documents");
+    let body = json!({"text_1": "qqq", "text_2": [long, "", ""]});
+    refused(&post(server.address, "/v1/score", &body).await, "invalid_value", "text_2");
+    // Twice that leaves six.
+    let body = json!({"query": "qqq", "documents": ["xxx", "xxx"]});
+    fine(&server, "/v1/rerank", &body).await;
+    let body = json!({"query": "qqq", "documents": ["x".repeat(14), long]});
+    refused(&post(server.address, "/v1/rerank", &body).await, "invalid_value", "documents");
+    let body = json!({"queries": ["q", "q", "q".repeat(600)], "documents": ["x".repeat(16), "x", "x"]});
+    refused(&post(server.address, "/v1/score", &body).await, "invalid_value", "documents");
+    server.stop().await;
+}
+
 /// (path, field, JSON text) that must be a 400.
 fn bad() -> Vec<(&'static str, &'static str, String)> {
     let mut list = Vec::new();
