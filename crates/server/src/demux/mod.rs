@@ -211,7 +211,7 @@ impl Thread {
         }
         if let Some(error) = abort {
             for group in self.groups.iter_mut().flatten() {
-                group.fail(&error, &self.context);
+                guarded(&mut **group, &self.context, |group, cx| group.fail(&error, cx));
             }
             self.calls.fail_all(&error, &self.context);
         }
@@ -244,7 +244,7 @@ impl Thread {
             };
             let Some(group) = &mut self.groups[index] else { continue };
             let was_dirty = group.dirty;
-            guarded(group, &self.context, |group, cx| group.on_event(prompt, event, cx, now));
+            guarded(&mut **group, &self.context, |group, cx| group.on_event(prompt, event, cx, now));
             if group.dirty && !was_dirty {
                 self.dirty.push(index);
             }
@@ -258,7 +258,7 @@ impl Thread {
         let mut dirty = std::mem::take(&mut self.dirty);
         for index in dirty.drain(..) {
             if let Some(group) = self.groups[index].as_mut().filter(|group| group.dirty) {
-                guarded(group, &self.context, |group, cx| group.flush(cx, now));
+                guarded(&mut **group, &self.context, |group, cx| group.flush(cx, now));
             }
         }
         self.dirty = dirty;
@@ -271,7 +271,7 @@ impl Thread {
             let Some(group) = &mut self.groups[index] else { continue };
             group.drop_refused();
             if let Some(every) = self.ping_every {
-                guarded(group, &self.context, |group, cx| group.ping(every, cx, now));
+                guarded(&mut **group, &self.context, |group, cx| group.ping(every, cx, now));
             }
             if group.is_over() {
                 self.remove(index);
@@ -299,7 +299,7 @@ impl Thread {
         let error = ApiError::engine_stopped("the engine stopped").retry_after(Duration::from_secs(10));
         for index in 0..self.groups.len() {
             if let Some(group) = &mut self.groups[index] {
-                group.fail(&error, &self.context);
+                guarded(&mut **group, &self.context, |group, cx| group.fail(&error, cx));
                 self.remove(index);
             }
         }
@@ -308,10 +308,18 @@ impl Thread {
     }
 }
 
+/// An open request, as the boundary around its code sees it.
+trait Fallible {
+    /// Ends it with an error, once; later calls do nothing.
+    fn fail(&mut self, error: &ApiError, cx: &Context);
+}
+
 /// Runs code of one request; a panic ends that request and nothing else.
-fn guarded(group: &mut Group, cx: &Context, code: impl FnOnce(&mut Group, &Context)) {
-    if catch_unwind(AssertUnwindSafe(|| code(group, cx))).is_err() {
+fn guarded<T: Fallible>(request: &mut T, cx: &Context, code: impl FnOnce(&mut T, &Context)) {
+    if catch_unwind(AssertUnwindSafe(|| code(request, cx))).is_err() {
         cx.metrics.panics.inc();
-        group.fail(&ApiError::internal("this request failed; others are not affected"), cx);
+        let error = ApiError::internal("this request failed; others are not affected");
+        // What panicked may be the very code that tells the client: then nothing more can be done for it.
+        let _ = catch_unwind(AssertUnwindSafe(|| request.fail(&error, cx)));
     }
 }

@@ -10,9 +10,9 @@ use std::time::Instant;
 use mirai_engine::{Event, FinishReason, RequestId, RowFault, SamplingParams, SeqUsage, Time};
 use tokio::sync::{oneshot, watch};
 
-use super::Context;
 use super::outcome::outcome;
 use super::sink::Ticket;
+use super::{Context, Fallible, guarded};
 use crate::error::ApiError;
 use crate::metrics::Ended;
 
@@ -110,7 +110,7 @@ impl Call {
             if self.items > 1 {
                 error.message = format!("item {index}: {}", error.message);
             }
-            self.fail(error, cx);
+            self.fail(&error, cx);
         }
         self.count_end(index, reason, usage, cx, now);
         if let Some(progress) = &self.progress {
@@ -151,17 +151,19 @@ impl Call {
         // A receiver that is gone was its client's.
         let _ = sink.send(values.ok_or_else(|| ApiError::internal("an item ended without its numbers")));
     }
+}
 
+impl Fallible for Call {
     /// Ends the call with an error, and its items with it.
-    fn fail(&mut self, error: ApiError, cx: &Context) {
+    fn fail(&mut self, error: &ApiError, cx: &Context) {
         let Some(sink) = self.sink.take() else { return };
-        self.progress = None;
         self.failed = true;
-        self.ticket.finish(if error.code == "deadline_exceeded" { 4 } else { 2 });
-        let _ = sink.send(Err(error));
         for item in 0..u64::from(self.items) {
             cx.engine.cancel(RequestId(self.first.0 + item));
         }
+        self.ticket.finish(if error.code == "deadline_exceeded" { 4 } else { 2 });
+        let _ = sink.send(Err(error.clone()));
+        self.progress = None;
     }
 }
 
@@ -188,7 +190,7 @@ impl Calls {
         if index >= u64::from(call.items) {
             return;
         }
-        call.on_event(index as usize, event, cx, now);
+        guarded(call, cx, |call, cx| call.on_event(index as usize, event, cx, now));
         if call.is_over() {
             self.remove(first, cx);
         }
@@ -206,7 +208,7 @@ impl Calls {
     /// Ends every call with this error.
     pub(super) fn fail_all(&mut self, error: &ApiError, cx: &Context) {
         for call in self.open.values_mut() {
-            call.fail(error.clone(), cx);
+            guarded(call, cx, |call, cx| call.fail(error, cx));
         }
     }
 
@@ -219,7 +221,12 @@ impl Calls {
     }
 
     fn remove(&mut self, first: RequestId, cx: &Context) {
-        let Some(call) = self.open.remove(&first) else { return };
+        let Some(mut call) = self.open.remove(&first) else { return };
+        // Whoever still waits is woken by this, which runs code that is not ours.
+        guarded(&mut call, cx, |call, _| {
+            call.progress = None;
+            call.sink = None;
+        });
         if call.ticket.is_gone() {
             cx.metrics.disconnects.inc();
         }
