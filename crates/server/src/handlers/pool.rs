@@ -5,6 +5,7 @@
 //! leaves.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use hyper::Request;
 use hyper::body::Incoming;
@@ -24,6 +25,9 @@ use crate::state::{Live, State};
 
 /// Items of one call that are with the engine at the same time.
 const WINDOW: u32 = 256;
+
+/// How long a call that has begun waits for room in a queue that others fill, before it looks again.
+const RETRY: Duration = Duration::from_millis(20);
 
 /// Numbers from which an answer is written off the network's threads.
 const LARGE_ANSWER: usize = 16_384;
@@ -150,7 +154,8 @@ struct Submission {
 
 impl Submission {
     /// Submits one item as soon as the window and the queue have room for it. A full queue refuses a call only
-    /// if none of its items is there already. False if the call has ended meanwhile.
+    /// if nothing of it was accepted, or if its time is over: what is computed already is not thrown away. False
+    /// if the call has ended meanwhile.
     async fn submit(
         &mut self,
         item: Arc<[u32]>,
@@ -166,22 +171,26 @@ impl Submission {
             if ended.has_changed().is_err() {
                 return Ok(false);
             }
-            let under_way = self.accepted - seen;
-            if under_way < WINDOW {
+            if self.accepted - seen < WINDOW {
                 match self.engine.submit(request.clone()) {
                     Ok(()) => {
                         self.accepted += 1;
                         return Ok(true);
                     }
                     Err(AdmissionError::QueueFull { .. } | AdmissionError::QueueTokensFull { .. })
-                        if under_way > 0 => {}
+                        if self.accepted > 0 && self.has_time() => {}
                     Err(error) => return Err(error),
                 }
             }
-            if ended.changed().await.is_err() {
+            // The call's own items tell of their end, those of others do not.
+            if let Ok(Err(_)) = tokio::time::timeout(RETRY, ended.changed()).await {
                 return Ok(false);
             }
         }
+    }
+
+    fn has_time(&self) -> bool {
+        self.template.deadline.is_none_or(|deadline| self.engine.now() < deadline)
     }
 }
 
@@ -195,5 +204,114 @@ impl Drop for Submission {
         for item in 0..u64::from(self.accepted) {
             self.engine.cancel(RequestId(self.template.id.0 + item));
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use mirai_engine::sim::{SimConfig, SimExecutor};
+    use mirai_engine::{EngineConfig, Geometry};
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// An engine that takes items and computes none, and a call that has submitted nothing yet.
+    async fn frozen(max_queued_requests: usize) -> (EngineHandle, Submission) {
+        let geometry = Geometry {
+            groups: Vec::new(),
+            blocks: 0,
+            slots: 4,
+            snapshots: 0,
+            max_step_tokens: 16,
+            max_context: 16,
+            vocab: 2,
+            generates: false,
+            pools: true,
+            whole_prompts: true,
+        };
+        let config = EngineConfig { max_queued_requests, ..EngineConfig::default() };
+        let make = move || Ok(Box::new(SimExecutor::new(SimConfig::new(geometry))) as _);
+        let (engine, events) = mirai_engine::start(config, make).unwrap();
+        std::thread::spawn(move || while events.recv().is_ok() {});
+        engine.hooks().freeze();
+        while !engine.hooks().is_frozen() {
+            tokio::task::yield_now().await;
+        }
+        let submission = Submission {
+            template: EngineRequest {
+                task: Task::Pool,
+                id: RequestId(1),
+                tenant: TenantId(0),
+                weight: 1,
+                cache_salt: 0,
+                priority: 0,
+                deadline: Some(engine.now() + PATIENCE),
+                prompt: Arc::default(),
+                max_tokens: 0,
+                choices: 1,
+                sampling: Arc::new(SamplingParams::default()),
+            },
+            engine: engine.clone(),
+            ticket: Arc::new(Ticket::new(0)),
+            accepted: 0,
+            done: false,
+        };
+        (engine, submission)
+    }
+
+    fn item() -> Arc<[u32]> {
+        [1].into()
+    }
+
+    #[tokio::test]
+    async fn a_call_that_has_begun_waits_for_a_queue_that_others_fill() {
+        let (engine, mut call) = frozen(1).await;
+        let (progress, ended) = watch::channel(0);
+        assert_eq!(call.submit(item(), ended.clone()).await, Ok(true));
+        // All of its own has ended, and yet the queue is full.
+        progress.send_replace(1);
+        let waits = tokio::time::timeout(RETRY * 5, call.submit(item(), ended.clone())).await;
+        assert!(waits.is_err(), "{waits:?}");
+        engine.hooks().thaw();
+        let goes_on = tokio::time::timeout(PATIENCE, call.submit(item(), ended.clone())).await;
+        assert_eq!(goes_on, Ok(Ok(true)));
+        assert_eq!(call.accepted, 2);
+        // The call was decided: whoever waits is told.
+        drop(progress);
+        assert_eq!(call.submit(item(), ended).await, Ok(false));
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_refuses_a_call_of_which_nothing_was_accepted_or_whose_time_is_over() {
+        let (engine, mut call) = frozen(1).await;
+        let (_progress, ended) = watch::channel(0);
+        assert_eq!(call.submit(item(), ended.clone()).await, Ok(true));
+        call.template.deadline = Some(engine.now());
+        let full = Err(AdmissionError::QueueFull { queued: 1, limit: 1 });
+        assert_eq!(call.submit(item(), ended.clone()).await, full);
+        call.template.deadline = None;
+        let accepted = std::mem::take(&mut call.accepted);
+        assert_eq!(call.submit(item(), ended).await, full);
+        call.accepted = accepted;
+        engine.hooks().thaw();
+    }
+
+    #[tokio::test]
+    async fn a_call_has_at_most_a_windows_items_with_the_engine() {
+        let (engine, mut call) = frozen(2 * WINDOW as usize).await;
+        let (progress, ended) = watch::channel(0);
+        for _ in 0..WINDOW {
+            assert_eq!(call.submit(item(), ended.clone()).await, Ok(true));
+        }
+        let waits = tokio::time::timeout(RETRY * 5, call.submit(item(), ended.clone())).await;
+        assert!(waits.is_err(), "{waits:?}");
+        assert_eq!(engine.counters().queued_requests, u64::from(WINDOW));
+        progress.send_replace(1);
+        assert_eq!(call.submit(item(), ended.clone()).await, Ok(true));
+        let waits = tokio::time::timeout(RETRY * 5, call.submit(item(), ended)).await;
+        assert!(waits.is_err(), "one place was free: {waits:?}");
+        engine.hooks().thaw();
     }
 }
