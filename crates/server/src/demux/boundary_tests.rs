@@ -155,7 +155,7 @@ fn call(demux: &Demux, first: u64, items: u32) -> CallEnds {
         progress,
         sink,
     };
-    demux.register_call(registration).unwrap();
+    demux.register(registration).unwrap();
     (ended, answer)
 }
 

@@ -330,9 +330,9 @@ impl Group {
     fn count_end(&self, index: usize, reason: &FinishReason, usage: &SeqUsage, cx: &Context, now: Instant) {
         let choice = &self.choices[index];
         let metrics = &cx.metrics;
-        let ended = if self.ticket.is_gone() {
+        let ended = if self.ticket.has_left() {
             Ended::Abort
-        } else if self.failed {
+        } else if self.failed || self.ticket.is_gone() {
             Ended::Error
         } else if choice.finish.as_ref().is_some_and(|f| f.reason == "stop") {
             Ended::Stop

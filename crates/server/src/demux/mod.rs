@@ -41,11 +41,41 @@ pub(crate) struct Context {
     pub(crate) error_message_copy: bool,
 }
 
+/// A request on its way into the demultiplexer.
+#[derive(Debug)]
+pub(crate) enum Announced {
+    /// Ends in text.
+    Group(Box<Registration>),
+    /// Ends in pooling.
+    Call(CallRegistration),
+}
+
+impl Announced {
+    /// The engine's id of its first part.
+    fn first(&self) -> RequestId {
+        match self {
+            Self::Group(registration) => registration.first,
+            Self::Call(registration) => registration.first,
+        }
+    }
+}
+
+impl From<Registration> for Announced {
+    fn from(registration: Registration) -> Self {
+        Self::Group(Box::new(registration))
+    }
+}
+
+impl From<CallRegistration> for Announced {
+    fn from(registration: CallRegistration) -> Self {
+        Self::Call(registration)
+    }
+}
+
 /// What the connections' side leaves for the thread.
 #[derive(Debug, Default)]
 struct Inbox {
-    registrations: Vec<Registration>,
-    calls: Vec<CallRegistration>,
+    announced: Vec<Announced>,
     /// Ends every request with this error.
     abort: Option<ApiError>,
     /// The thread is gone.
@@ -91,30 +121,19 @@ impl Demux {
         Ok(demux)
     }
 
-    /// Announces a request. Must come before its first prompt goes to the engine. Fails if the thread is gone.
-    pub(crate) fn register(&self, registration: Registration) -> Result<(), ApiError> {
+    /// Announces a request. Must come before the first part of it goes to the engine. Fails if the thread is gone.
+    pub(crate) fn register(&self, request: impl Into<Announced>) -> Result<(), ApiError> {
         let mut inbox = lock(&self.inbox);
         if inbox.closed {
             return Err(ApiError::engine_stopped("the engine stopped").retry_after(Duration::from_secs(10)));
         }
-        inbox.registrations.push(registration);
-        Ok(())
-    }
-
-    /// Announces a call that ends in pooling. Must come before its first item goes to the engine. Fails if the
-    /// thread is gone.
-    pub(crate) fn register_call(&self, registration: CallRegistration) -> Result<(), ApiError> {
-        let mut inbox = lock(&self.inbox);
-        if inbox.closed {
-            return Err(ApiError::engine_stopped("the engine stopped").retry_after(Duration::from_secs(10)));
-        }
-        inbox.calls.push(registration);
+        inbox.announced.push(request.into());
         Ok(())
     }
 
     /// Takes back a request of which the engine accepted nothing, if the thread has not seen it yet.
     pub(crate) fn withdraw(&self, first: RequestId) {
-        lock(&self.inbox).registrations.retain(|registration| registration.first != first);
+        lock(&self.inbox).announced.retain(|request| request.first() != first);
     }
 
     /// Ends all open requests with this error, at the thread's next tick.
@@ -198,16 +217,15 @@ impl Thread {
     }
 
     fn read_inbox(&mut self, now: Instant) {
-        let (registrations, calls, abort) = {
+        let (announced, abort) = {
             let mut inbox = lock(&self.inbox);
-            let Inbox { registrations, calls, abort, .. } = &mut *inbox;
-            (std::mem::take(registrations), std::mem::take(calls), abort.take())
+            (std::mem::take(&mut inbox.announced), inbox.abort.take())
         };
-        for registration in registrations {
-            self.insert(registration, now);
-        }
-        for registration in calls {
-            self.calls.insert(registration, &self.context);
+        for request in announced {
+            match request {
+                Announced::Group(registration) => self.insert(*registration, now),
+                Announced::Call(registration) => self.calls.insert(registration, &self.context),
+            }
         }
         if let Some(error) = abort {
             for group in self.groups.iter_mut().flatten() {
@@ -284,7 +302,7 @@ impl Thread {
         for request in group.requests() {
             self.requests.remove(&request);
         }
-        if group.ticket.is_gone() {
+        if group.ticket.has_left() {
             self.context.metrics.disconnects.inc();
         }
         self.context.metrics.streams.add(-1);

@@ -125,9 +125,9 @@ impl Call {
 
     fn count_end(&self, index: usize, reason: &FinishReason, usage: &SeqUsage, cx: &Context, now: Instant) {
         let metrics = &cx.metrics;
-        metrics.finished(if self.ticket.is_gone() {
+        metrics.finished(if self.ticket.has_left() {
             Ended::Abort
-        } else if self.failed {
+        } else if self.failed || self.ticket.is_gone() {
             Ended::Error
         } else {
             Ended::Stop
@@ -227,7 +227,7 @@ impl Calls {
             call.progress = None;
             call.sink = None;
         });
-        if call.ticket.is_gone() {
+        if call.ticket.has_left() {
             cx.metrics.disconnects.inc();
         }
         cx.metrics.streams.add(-1);

@@ -6,6 +6,7 @@ use std::time::Duration;
 use mirai_engine::{AdmissionError, Time};
 
 use crate::config::seconds;
+use crate::demux::sink::LeaveGuard;
 use crate::error::ApiError;
 use crate::http::reply::Scope;
 use crate::metrics::Refused;
@@ -25,8 +26,18 @@ pub(super) fn deadline(state: &State, live: &Live, scope: &Scope) -> Time {
     live.engine.now().saturating_add(left)
 }
 
+/// Takes back what the engine and the demultiplexer know of a request of which the engine refused a part, and
+/// says what that means for its client.
+pub(super) fn refused(state: &State, live: &Live, guard: LeaveGuard, error: &AdmissionError) -> ApiError {
+    let first = guard.first();
+    if guard.refuse() == 0 {
+        live.demux.withdraw(first);
+    }
+    refusal(state, live, error)
+}
+
 /// What the engine's refusal means for a client.
-pub(super) fn refusal(state: &State, live: &Live, error: &AdmissionError) -> ApiError {
+fn refusal(state: &State, live: &Live, error: &AdmissionError) -> ApiError {
     let waiting = live.engine.counters().queued_requests;
     let full = |reason| {
         state.metrics.refused(reason);

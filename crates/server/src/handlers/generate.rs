@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use mirai_engine::{EngineRequest, RequestId, Task, TenantId};
 use tokio::sync::oneshot;
 
-use super::admission::{deadline, refusal, serving};
+use super::admission::{deadline, refused, serving};
 use super::judged;
 use crate::auth;
 use crate::demux::Registration;
@@ -88,19 +88,13 @@ async fn admit(
         arrived: scope.arrived,
         arrived_engine: live.engine.now().saturating_sub(scope.arrived.elapsed()),
     })?;
-    let guard = LeaveGuard { ticket: ticket.clone(), engine: live.engine.clone(), first, prompts: count };
-    for (accepted, request) in (0..).zip(requests) {
-        if let Err(error) = live.engine.submit(request) {
-            ticket.set_submitted(accepted);
-            // Cancels what was accepted before, and tells the demultiplexer.
-            drop(guard);
-            if accepted == 0 {
-                live.demux.withdraw(first);
-            }
-            return Err(refusal(state, live, &error));
+    let mut guard = LeaveGuard::new(ticket.clone(), live.engine.clone(), first);
+    for request in requests {
+        if let Err(error) = guard.submit(request) {
+            return Err(refused(state, live, guard, &error));
         }
     }
-    ticket.set_submitted(count);
+    guard.complete();
     scope.ticket = Some(ticket);
     for length in lengths {
         state.metrics.prompt_tokens.add(length);

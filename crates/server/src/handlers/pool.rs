@@ -12,11 +12,11 @@ use hyper::body::Incoming;
 use mirai_engine::{AdmissionError, EngineHandle, EngineRequest, RequestId, SamplingParams, Task, TenantId};
 use tokio::sync::{oneshot, watch};
 
-use super::admission::{deadline, refusal, serving};
+use super::admission::{deadline, refused, serving};
 use super::judged;
 use crate::auth;
 use crate::demux::CallRegistration;
-use crate::demux::sink::Ticket;
+use crate::demux::sink::{LeaveGuard, Ticket};
 use crate::error::ApiError;
 use crate::http::reply::{Reply, Scope};
 use crate::pooling::answer::{self, Identity, Shape, Style};
@@ -79,7 +79,7 @@ async fn admit(
     let ticket = Arc::new(Ticket::new(tokens));
     let (sink, answer) = oneshot::channel();
     let (progress, ended) = watch::channel(0);
-    live.demux.register_call(CallRegistration {
+    live.demux.register(CallRegistration {
         first,
         items: count,
         ticket: ticket.clone(),
@@ -102,10 +102,8 @@ async fn admit(
             choices: 1,
             sampling: Arc::new(SamplingParams::default()),
         },
+        guard: LeaveGuard::new(ticket.clone(), live.engine.clone(), first),
         engine: live.engine.clone(),
-        ticket: ticket.clone(),
-        accepted: 0,
-        done: false,
     };
     for item in items {
         let length = item.len() as u64;
@@ -113,14 +111,13 @@ async fn admit(
             Ok(true) => {}
             // It has failed already; the answer says why.
             Ok(false) => break,
-            Err(error) => return Err(refusal(state, live, &error)),
+            Err(error) => return Err(refused(state, live, submission.guard, &error)),
         }
         scope.ticket.get_or_insert_with(|| ticket.clone());
         state.metrics.prompt_tokens.add(length);
         state.metrics.request_prompt_tokens.observe(length as f64);
     }
     let values = answer.await.unwrap_or_else(|_| Err(ApiError::internal("the answer was lost")))?;
-    submission.done = true;
     drop(submission);
     let id = scope.id.trim_start_matches("req-").to_owned();
     write(shape, values, id, model, tokens).await
@@ -142,14 +139,12 @@ async fn write(
     written.unwrap_or_else(|_| Err(ApiError::internal("this request failed; others are not affected")))
 }
 
-/// The items that the engine has taken. When it is dropped before the call is done, they are cancelled: the
-/// client has left, or the call has failed.
+/// A call's way into the engine, item by item.
 struct Submission {
+    /// Each item, but for its id and its prompt.
     template: EngineRequest,
+    guard: LeaveGuard,
     engine: EngineHandle,
-    ticket: Arc<Ticket>,
-    accepted: u32,
-    done: bool,
 }
 
 impl Submission {
@@ -161,24 +156,17 @@ impl Submission {
         item: Arc<[u32]>,
         mut ended: watch::Receiver<u32>,
     ) -> Result<bool, AdmissionError> {
-        let request = EngineRequest {
-            id: RequestId(self.template.id.0 + u64::from(self.accepted)),
-            prompt: item,
-            ..self.template.clone()
-        };
+        let request = EngineRequest { prompt: item, ..self.template.clone() };
         loop {
             let seen = *ended.borrow_and_update();
             if ended.has_changed().is_err() {
                 return Ok(false);
             }
-            if self.accepted - seen < WINDOW {
-                match self.engine.submit(request.clone()) {
-                    Ok(()) => {
-                        self.accepted += 1;
-                        return Ok(true);
-                    }
+            if self.guard.accepted() - seen < WINDOW {
+                match self.guard.submit(request.clone()) {
+                    Ok(()) => return Ok(true),
                     Err(AdmissionError::QueueFull { .. } | AdmissionError::QueueTokensFull { .. })
-                        if self.accepted > 0 && self.has_time() => {}
+                        if self.guard.accepted() > 0 && self.has_time() => {}
                     Err(error) => return Err(error),
                 }
             }
@@ -191,19 +179,6 @@ impl Submission {
 
     fn has_time(&self) -> bool {
         self.template.deadline.is_none_or(|deadline| self.engine.now() < deadline)
-    }
-}
-
-impl Drop for Submission {
-    fn drop(&mut self) {
-        self.ticket.set_submitted(self.accepted);
-        if self.done {
-            return;
-        }
-        self.ticket.leave();
-        for item in 0..u64::from(self.accepted) {
-            self.engine.cancel(RequestId(self.template.id.0 + item));
-        }
     }
 }
 
@@ -253,12 +228,14 @@ mod tests {
                 choices: 1,
                 sampling: Arc::new(SamplingParams::default()),
             },
+            guard: guard(&engine),
             engine: engine.clone(),
-            ticket: Arc::new(Ticket::new(0)),
-            accepted: 0,
-            done: false,
         };
         (engine, submission)
+    }
+
+    fn guard(engine: &EngineHandle) -> LeaveGuard {
+        LeaveGuard::new(Arc::new(Ticket::new(0)), engine.clone(), RequestId(1))
     }
 
     fn item() -> Arc<[u32]> {
@@ -277,7 +254,7 @@ mod tests {
         engine.hooks().thaw();
         let goes_on = tokio::time::timeout(PATIENCE, call.submit(item(), ended.clone())).await;
         assert_eq!(goes_on, Ok(Ok(true)));
-        assert_eq!(call.accepted, 2);
+        assert_eq!(call.guard.accepted(), 2);
         // The call was decided: whoever waits is told.
         drop(progress);
         assert_eq!(call.submit(item(), ended).await, Ok(false));
@@ -292,9 +269,8 @@ mod tests {
         let full = Err(AdmissionError::QueueFull { queued: 1, limit: 1 });
         assert_eq!(call.submit(item(), ended.clone()).await, full);
         call.template.deadline = None;
-        let accepted = std::mem::take(&mut call.accepted);
+        call.guard = guard(&engine);
         assert_eq!(call.submit(item(), ended).await, full);
-        call.accepted = accepted;
         engine.hooks().thaw();
     }
 

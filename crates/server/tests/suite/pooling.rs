@@ -410,6 +410,29 @@ async fn a_client_that_leaves_takes_its_items_along() {
     server.stop().await;
 }
 
+/// It was the server that ended it: no client has left.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_call_is_no_disconnect() {
+    let engine = EngineConfig { max_queued_requests: 1, ..EngineConfig::default() };
+    let server = TestServer::start(Options { engine, slots: 1, ..embedder() }).await;
+    server.engine.hooks().freeze();
+    let address = server.address;
+    let first = tokio::spawn(async move { post(address, "/v1/embeddings", &json!({"input": "a"})).await });
+    server
+        .until("the queue to fill", PATIENCE, async |s| s.metric("mirai_queued_requests").await == 1.0)
+        .await;
+    for _ in 0..5 {
+        let answer = post(address, "/v1/embeddings", &json!({"input": ["b", "c"]})).await;
+        assert_eq!((answer.status, &answer.json()["error"]["code"]), (503, &json!("overloaded")));
+    }
+    server.engine.hooks().thaw();
+    assert_eq!(first.await.unwrap().status, 200);
+    server.until("streams released", PATIENCE, async |s| s.metric("mirai_streams").await == 0.0).await;
+    assert_eq!(server.metric("mirai_disconnects_total").await, 0.0);
+    assert_eq!(server.metric("mirai_prompt_tokens_total").await, 1.0, "refused items are none");
+    server.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn drains_and_dead_engines_end_calls() {
     let mut options = Options { step: Duration::from_millis(50), slots: 1, ..embedder() };
