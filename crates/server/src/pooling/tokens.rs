@@ -107,8 +107,9 @@ fn text(
 ) -> Result<Vec<u32>, ApiError> {
     let tokenizer = &rules.model.tokenizer;
     let encode = |text: &str| tokenizer.encode(text, special, false);
-    let mut ids = encode(text).map_err(|error| at(index, encoding("input", &error)))?;
     let (limit, cuts) = truncation.limit(rules);
+    let text = if cuts { beginning(text, rules) } else { text };
+    let mut ids = encode(text).map_err(|error| at(index, encoding("input", &error)))?;
     if cuts && ids.len() > limit {
         let around = encode("").map_err(|error| at(index, encoding("input", &error)))?;
         ids = cut(ids, &around, limit).ok_or_else(|| {
@@ -130,6 +131,11 @@ fn ids(
         ids.truncate(limit);
     }
     check(index, "input", ids, rules)
+}
+
+/// As much of a text as the tokenizer takes: what is behind it would be cut anyway, in tokens.
+fn beginning<'t>(text: &'t str, rules: Rules<'_>) -> &'t str {
+    &text[..text.floor_char_boundary(rules.model.tokenizer.max_input_bytes())]
 }
 
 /// Cuts what lies between the special tokens `around` a text, of which some come before it and the rest after.
@@ -241,6 +247,11 @@ impl<'a> Pairs<'a> {
         ids.map_err(|error| at(index, encoding(param, &error)))
     }
 
+    /// The beginning of a text that ends in a document, if documents are cut.
+    fn cut<'t>(&self, text: &'t str) -> &'t str {
+        if self.cuts { beginning(text, self.rules) } else { text }
+    }
+
     /// Everything before the document, which is never cut. Where query and document are encoded together, the
     /// tokens at their seam may differ; only the length of this is used then.
     fn head(&self, index: usize, query: &str) -> Result<Vec<u32>, ApiError> {
@@ -272,13 +283,13 @@ impl<'a> Pairs<'a> {
         let mut ids = match self.format {
             PairFormat::Tokens { .. } => {
                 let mut ids = head.to_vec();
-                ids.extend(self.encode(index, param, document)?);
+                ids.extend(self.encode(index, param, self.cut(document))?);
                 ids
             }
             PairFormat::Text { query: query_label, document: document_label, .. } => {
                 let mut ids = self.before.clone();
                 let text = format!("{query_label}{query}{document_label}{document}");
-                ids.extend(self.encode(index, param, &text)?);
+                ids.extend(self.encode(index, param, self.cut(&text))?);
                 ids
             }
         };

@@ -183,6 +183,40 @@ async fn long_items_are_refused_or_cut() {
     server.stop().await;
 }
 
+/// The tokenizer's limit of bytes is no other limit for whoever wants long texts cut.
+#[tokio::test(flavor = "multi_thread")]
+async fn texts_beyond_the_limit_of_bytes_are_cut_too() {
+    // 64 bytes for each token of the context; its last byte is in the middle of a character.
+    let long = format!("a{}", "é".repeat(CONTEXT as usize * 33));
+    let limit = CONTEXT as usize * 64;
+    assert!(long.len() > limit && !long.is_char_boundary(limit));
+    let server = TestServer::start(embedder()).await;
+    let answer = post(server.address, "/v1/embeddings", &json!({"input": [long]})).await;
+    assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!("input[0]")));
+    let answer = fine(&server, "/v1/embeddings", &json!({"input": [long], "truncate": true})).await;
+    assert_eq!(answer["usage"]["prompt_tokens"], STEP);
+    let cut = &bytes(&long)[..STEP as usize];
+    assert!(close(&numbers(&answer["data"][0]["embedding"]), &expected(cut, 8)));
+    server.stop().await;
+
+    let texts = PairFormat::Text {
+        before: "<|im_start|>".to_owned(),
+        query: "Q".to_owned(),
+        document: "D".to_owned(),
+        after: "<|im_end|>".to_owned(),
+    };
+    let judge = Task::Score(ScoreSpec { pair: texts, rule: ScoreRule::Sigmoid });
+    for options in [scorer(), Options { task: judge, ..scorer() }] {
+        let server = TestServer::start(options).await;
+        let body = json!({"query": "q", "documents": [long], "truncate": true});
+        assert_eq!(fine(&server, "/v1/rerank", &body).await["usage"]["total_tokens"], STEP);
+        let body = json!({"query": long, "documents": ["x"], "truncate": true});
+        let answer = post(server.address, "/v1/rerank", &body).await;
+        assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!("query[0]")), "never cut");
+        server.stop().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn documents_are_ranked() {
     let server = TestServer::start(scorer()).await;
