@@ -323,7 +323,7 @@ impl Group {
         }
         if self.open == 0 {
             cx.metrics.e2e.observe_time(now.saturating_duration_since(self.arrived));
-            cx.metrics.request_ended();
+            cx.metrics.engine_requests_ended(self.prompts.len() as u64);
         }
     }
 

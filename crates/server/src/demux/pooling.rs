@@ -106,6 +106,7 @@ impl Call {
         now: Instant,
     ) {
         self.ended += 1;
+        cx.metrics.engine_requests_ended(1);
         if let Err(mut error) = outcome(reason, &SamplingParams::default(), cx, 0) {
             if self.items > 1 {
                 error.message = format!("item {index}: {}", error.message);
@@ -119,7 +120,6 @@ impl Call {
         if self.ended == self.items {
             self.complete();
             cx.metrics.e2e.observe_time(now.saturating_duration_since(self.arrived));
-            cx.metrics.request_ended();
         }
     }
 

@@ -41,7 +41,7 @@ fn refusal(state: &State, live: &Live, error: &AdmissionError) -> ApiError {
     let waiting = live.engine.counters().queued_requests;
     let full = |reason| {
         state.metrics.refused(reason);
-        ApiError::saturated("the queue is full").retry_after(state.metrics.drain_time(waiting))
+        ApiError::saturated("the queue is full").retry_after(state.metrics.queue_drain_time(waiting))
     };
     match error {
         AdmissionError::QueueFull { .. } => full(Refused::QueueRequests),

@@ -208,11 +208,14 @@ async fn on_worker<T: Send + 'static>(
     job: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
     match state.workers.run(job).await {
-        Ok(result) => result,
+        Ok(result) => {
+            state.metrics.job_ended();
+            result
+        }
         Err(JobError::Full) => {
             state.metrics.refused(Refused::Workers);
             Err(ApiError::saturated("too many requests wait to be tokenized")
-                .retry_after(state.metrics.drain_time(state.config.limits.max_queued_jobs as u64)))
+                .retry_after(state.metrics.jobs_drain_time(state.config.limits.max_queued_jobs as u64)))
         }
         Err(JobError::Panicked) => {
             state.metrics.panics.inc();
