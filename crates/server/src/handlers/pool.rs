@@ -29,8 +29,8 @@ const WINDOW: u32 = 256;
 /// How long a call that has begun waits for room in a queue that others fill, before it looks again.
 const RETRY: Duration = Duration::from_millis(20);
 
-/// Numbers from which an answer is written off the network's threads.
-const LARGE_ANSWER: usize = 16_384;
+/// Bytes from which an answer is written off the network's threads.
+const LARGE_ANSWER: usize = 128 << 10;
 
 /// Which body is to be parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,14 +49,18 @@ pub(crate) async fn pool(
     scope: &mut Scope,
 ) -> Result<Reply, ApiError> {
     let live = serving(state)?.clone();
-    let judged = judged(state, &live, request, move |judge| {
+    // What the answer repeats stays within the budget of bodies until it is written.
+    let (judged, _held) = judged(state, &live, request, move |judge| {
         let body = match kind {
             PoolKind::Embeddings => Body::Embeddings(judge.parse()?),
             PoolKind::Rerank => Body::Rerank(judge.parse()?),
             PoolKind::Score => Body::Score(judge.parse()?),
         };
         let texts = judge.state.config.rerank_documents_as_text;
-        pooling::judge(body, judge.rules(), if texts { Style::Texts } else { Style::Objects })
+        let style = if texts { Style::Texts } else { Style::Objects };
+        let request = pooling::judge(body, judge.rules(), style)?;
+        let held = judge.keep(request.shape.repeated_bytes());
+        Ok((request, held))
     })
     .await?;
     // The drain may have begun while the body came.
@@ -130,9 +134,17 @@ async fn write(
     model: Arc<str>,
     tokens: u64,
 ) -> Result<Reply, ApiError> {
-    let numbers: usize = values.iter().map(|values| values.len()).sum();
-    let job = move || answer::write(shape, &values, Identity { id: &id, model: &model, tokens });
-    if numbers < LARGE_ANSWER {
+    let bytes = shape.answer_bytes(&values);
+    written(bytes, move || answer::write(shape, &values, Identity { id: &id, model: &model, tokens })).await
+}
+
+/// Runs what writes an answer of about `bytes`: where it is called, or, if that would hold up other connections,
+/// on a thread that may be busy for long.
+async fn written<T: Send + 'static>(
+    bytes: usize,
+    job: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    if bytes < LARGE_ANSWER {
         return job();
     }
     let written = tokio::task::spawn_blocking(job).await;
@@ -191,6 +203,16 @@ mod tests {
     use super::*;
 
     const PATIENCE: Duration = Duration::from_secs(60);
+
+    #[tokio::test]
+    async fn large_answers_are_written_off_the_networks_threads() {
+        let thread = || Ok(std::thread::current().id());
+        let own = std::thread::current().id();
+        assert_eq!(written(LARGE_ANSWER - 1, thread).await.unwrap(), own);
+        assert_ne!(written(LARGE_ANSWER, thread).await.unwrap(), own);
+        let lost = written::<()>(LARGE_ANSWER, || panic!("injected into one answer")).await;
+        assert_eq!(lost.unwrap_err().code, "internal_error");
+    }
 
     /// An engine that takes items and computes none, and a call that has submitted nothing yet.
     async fn frozen(max_queued_requests: usize) -> (EngineHandle, Submission) {

@@ -444,6 +444,74 @@ async fn a_client_that_leaves_takes_its_items_along() {
     server.stop().await;
 }
 
+/// Documents outlive their body where the answer repeats them: they stay within the budget of bodies.
+#[tokio::test(flavor = "multi_thread")]
+async fn documents_that_an_answer_repeats_are_held_within_the_budget() {
+    let mut options = Options { slots: 1, ..scorer() };
+    (options.config.limits.max_body_bytes, options.config.limits.max_inflight_body_bytes) = (4096, 4096);
+    let server = TestServer::start(options).await;
+    let document = "x".repeat(300);
+    let body = |repeated: bool| json!({"query": "q", "documents": vec![&document; 10], "return_documents": repeated});
+    for (repeated, held, status) in [(false, 0.0, 200), (true, 3000.0, 503)] {
+        server.engine.hooks().freeze();
+        server.until("a standstill", PATIENCE, async |s| s.engine.hooks().is_frozen()).await;
+        let call = {
+            let (address, body) = (server.address, body(repeated));
+            tokio::spawn(async move { post(address, "/v1/rerank", &body).await })
+        };
+        server
+            .until("items with the engine", PATIENCE, async |s| {
+                s.metric("mirai_queued_requests").await == 10.0
+            })
+            .await;
+        assert_eq!(server.metric("mirai_http_body_bytes").await, held);
+        let beside = {
+            let (address, body) = (server.address, body(false));
+            tokio::spawn(async move { post(address, "/v1/rerank", &body).await })
+        };
+        if status == 503 {
+            // The engine stands still: only a refusal comes.
+            let answer = beside.await.unwrap();
+            assert_eq!((answer.status, &answer.json()["error"]["code"]), (503, &json!("overloaded")));
+            server.engine.hooks().thaw();
+        } else {
+            server.engine.hooks().thaw();
+            assert_eq!(beside.await.unwrap().status, 200);
+        }
+        let answer = call.await.unwrap().json();
+        assert_eq!(answer["results"][0].get("document").is_some(), repeated);
+        server
+            .until("the budget given back", PATIENCE, async |s| {
+                s.metric("mirai_http_body_bytes").await == 0.0
+            })
+            .await;
+    }
+    server.stop().await;
+}
+
+/// The queue counts items, so its rate must: a call of many items is not one request.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_of_items_is_not_said_to_drain_as_slowly_as_calls() {
+    let engine = EngineConfig { max_queued_requests: 200, ..EngineConfig::default() };
+    let server = TestServer::start(Options { engine, ..embedder() }).await;
+    let items = |count: usize| json!({"input": vec!["a"; count]});
+    fine(&server, "/v1/embeddings", &items(200)).await;
+    server.engine.hooks().freeze();
+    server.until("a standstill", PATIENCE, async |s| s.engine.hooks().is_frozen()).await;
+    let (address, body) = (server.address, items(200));
+    let waiting = tokio::spawn(async move { post(address, "/v1/embeddings", &body).await });
+    server
+        .until("the queue to fill", PATIENCE, async |s| s.metric("mirai_queued_requests").await == 200.0)
+        .await;
+    let refused = post(server.address, "/v1/embeddings", &items(1)).await;
+    let after: u64 = refused.header("retry-after").unwrap().parse().unwrap();
+    // 200 items ended within the last ten seconds, and a tenth of 200 has to. As calls: twenty seconds or more.
+    assert!(refused.status == 503 && after <= 2, "{after}");
+    server.engine.hooks().thaw();
+    assert_eq!(waiting.await.unwrap().status, 200);
+    server.stop().await;
+}
+
 /// It was the server that ended it: no client has left.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_call_is_no_disconnect() {
