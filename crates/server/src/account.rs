@@ -50,7 +50,7 @@ impl Accounting {
             prompt_tokens: charge.prompt_tokens,
             ..Row::default()
         };
-        match self.ledger.open(row) {
+        match self.ledger.open(row, charge.arrived) {
             Ok(open) => Ok(Account(Some(Arc::new(open)))),
             Err(fault) => Err(refusal(&fault)),
         }

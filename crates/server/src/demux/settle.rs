@@ -87,21 +87,19 @@ impl Settlement {
     pub(super) fn close(&self, usage: UsageCounts, ticket: &Ticket) {
         self.account.close(|| {
             let (finish, status) = self.end(ticket);
-            let status = if self.streams && status != CLIENT_CLOSED { 200 } else { status };
-            let status = ticket.failure().unwrap_or(status);
             Outcome { counts: self.counts(usage, ticket), finish, status, energy_method: EnergyMethod::None }
         });
     }
 
     fn end(&self, ticket: &Ticket) -> (Finish, u16) {
-        // What the server did to itself stands over what the client saw of it.
-        if ticket.failure().is_some() {
-            return (Finish::Error, 503);
+        if let Some(status) = ticket.given_up() {
+            return (Finish::Error, status);
         }
-        if ticket.is_gone() {
+        if ticket.has_left() {
             return (Finish::Abort, CLIENT_CLOSED);
         }
         match &self.failed {
+            Some(failure) if self.streams => (failure.finish.clone(), 200),
             Some(failure) => (failure.finish.clone(), failure.status),
             None => (self.worst.clone(), 200),
         }

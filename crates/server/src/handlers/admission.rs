@@ -7,6 +7,7 @@ use mirai_engine::{AdmissionError, Time};
 
 use crate::account::{Account, Charge};
 use crate::config::seconds;
+use crate::demux::sink::LeaveGuard;
 use crate::error::ApiError;
 use crate::http::reply::Scope;
 use crate::metrics::Refused;
@@ -36,12 +37,19 @@ pub(super) fn deadline(state: &State, live: &Live, scope: &Scope) -> Time {
     live.engine.now().saturating_add(left)
 }
 
+/// Gives up a request of which the engine refused a part, and says what that means for its client.
+pub(super) fn refused(state: &State, live: &Live, guard: &LeaveGuard, error: &AdmissionError) -> ApiError {
+    let error = refusal(state, live, error);
+    guard.give_up(error.status.as_u16());
+    error
+}
+
 /// What the engine's refusal means for a client.
 pub(super) fn refusal(state: &State, live: &Live, error: &AdmissionError) -> ApiError {
     let waiting = live.engine.counters().queued_requests;
     let full = |reason| {
         state.metrics.refused(reason);
-        ApiError::saturated("the queue is full").retry_after(state.metrics.drain_time(waiting))
+        ApiError::saturated("the queue is full").retry_after(state.metrics.queue_drain_time(waiting))
     };
     match error {
         AdmissionError::QueueFull { .. } => full(Refused::QueueRequests),
