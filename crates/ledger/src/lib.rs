@@ -13,7 +13,7 @@ mod ledger;
 pub mod location;
 pub mod price;
 mod row;
-mod secret;
+pub mod secret;
 mod spool;
 pub mod store;
 mod value;
@@ -23,7 +23,6 @@ pub use chain::{ChainKey, Epoch, Hash, Link, LinkKind, commitment, content_diges
 pub use error::StoreError;
 pub use ledger::{
     COMMIT_SECONDS, Counters, Counts, Health, Ledger, LedgerConfig, Open, Outcome, StartError, Unavailable,
-    Wake,
 };
 pub use row::{
     Anonymise, Class, Endpoint, EnergyMethod, FIELDS, Field, Finish, MAX_TEXT, Retention, Row, RowError,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc;
-use std::task::{Poll, Wake, Waker};
+use std::task::{Wake, Waker};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -11,8 +11,10 @@ use mirai_engine::{EngineConfig, Event, FinishReason, Geometry, GroupKind, Reque
 use mirai_text::Tokenizer;
 use serde_json::{Value, json};
 
-use super::sink::{Sink, StreamBuffer, Ticket};
+use super::sink::{Sink, Ticket};
+use super::stream::{Polled, StreamBuffer};
 use super::{Context, Demux, Registration};
+use crate::account::Account;
 use crate::metrics::Metrics;
 use crate::model::{GenerationDefaults, ModelInfo, ServedModel};
 use crate::task::Task;
@@ -47,6 +49,7 @@ fn served() -> ServedModel {
     .unwrap();
     ServedModel {
         names: vec!["m".to_owned()],
+        revision: String::new(),
         task: Task::Generate,
         max_model_len: 64,
         tokenizer: Tokenizer::from_json_bytes(tokenizer.to_string().as_bytes()).unwrap(),
@@ -76,6 +79,7 @@ fn stream(first: u64, buffer: &Arc<StreamBuffer>) -> Registration {
         output: OutputOptions { stream: true, ..OutputOptions::default() },
         sink: Sink::Stream(buffer.clone()),
         ticket: Arc::new(Ticket::new(1)),
+        account: Account::default(),
         arrived: Instant::now(),
         arrived_engine: Duration::ZERO,
     }
@@ -109,10 +113,11 @@ fn read(buffer: &StreamBuffer, least: Option<usize>) -> String {
     let start = Instant::now();
     let mut all = Vec::<u8>::new();
     while least.is_none_or(|least| all.len() < least) {
-        match buffer.poll(&mut std::task::Context::from_waker(&waker)) {
-            Poll::Ready(Some(bytes)) => all.extend_from_slice(&bytes),
-            Poll::Ready(None) => break,
-            Poll::Pending => std::thread::park_timeout(PATIENCE.saturating_sub(start.elapsed())),
+        match buffer.poll(&std::task::Context::from_waker(&waker)) {
+            Polled::Bytes(bytes) => all.extend_from_slice(&bytes),
+            Polled::End => break,
+            Polled::Held(_) => unreachable!("there is no row"),
+            Polled::Nothing => std::thread::park_timeout(PATIENCE.saturating_sub(start.elapsed())),
         }
         assert!(start.elapsed() < PATIENCE, "{}", String::from_utf8_lossy(&all));
     }
@@ -141,7 +146,7 @@ fn a_panic_in_one_request_ends_that_request_alone() {
     demux.register(stream(1, &victim)).unwrap();
     demux.register(stream(2, &neighbour)).unwrap();
     let bomb = Waker::from(Arc::new(Bomb));
-    assert!(victim.poll(&mut std::task::Context::from_waker(&bomb)).is_pending());
+    assert_eq!(victim.poll(&std::task::Context::from_waker(&bomb)), Polled::Nothing);
     // Both in one batch, the victim first: what comes after it in the same batch must not be lost either.
     events.send(vec![token(1, 0), token(2, 0)]).unwrap();
     let before = read(&neighbour, Some(1));
