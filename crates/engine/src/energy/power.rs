@@ -442,7 +442,7 @@ mod tests {
         }
         assert!(line.0.len() <= MAX_POINTS);
         let half = line.at(50_000 * MS).busy as f64;
-        assert!((half / 25e12 - 1.0).abs() < 1e-3, "{half}");
+        assert!((half / 25e9 - 1.0).abs() < 1e-3, "{half}");
     }
 
     /// One step after the other, with the counter read at the end of each.
