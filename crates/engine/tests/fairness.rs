@@ -104,7 +104,8 @@ impl World {
 
     fn ask(&mut self, tenant: usize) {
         let load = self.loads[tenant];
-        let (prompt, output) = (around(&mut self.rng, load.prompt), around(&mut self.rng, load.output).max(1));
+        let (prompt, output) =
+            (around(&mut self.rng, load.prompt), around(&mut self.rng, load.output).max(1));
         let id = RequestId(self.next);
         self.next += 1;
         // The first token keeps prompts from sharing blocks.
@@ -206,7 +207,9 @@ fn flood(name: &str, room: Room, first: Load, second: Load, share: f64) {
             later * 100.0,
             after.answers
         );
-        if std::env::var("DBG").is_ok() { continue; }
+        if std::env::var("DBG").is_ok() {
+            continue;
+        }
         assert!(moved.abs() < 0.05, "{name}, seed {seed}: the share moved by {moved}");
         assert!(later < 0.10, "{name}, seed {seed}: the first token comes later by {later}");
         assert!((after.share / share - 1.0).abs() < 0.05, "{name}, seed {seed}: {after:?}, not {share}");
