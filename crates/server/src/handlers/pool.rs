@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use hyper::Request;
 use hyper::body::Incoming;
-use mirai_engine::{AdmissionError, EngineHandle, EngineRequest, RequestId, SamplingParams, Task, TenantId};
+use mirai_engine::{AdmissionError, EngineHandle, EngineRequest, SamplingParams, Task, TenantId};
 use tokio::sync::{oneshot, watch};
 
 use super::admission::{deadline, refused, serving};
@@ -198,7 +198,7 @@ impl Submission {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use mirai_engine::sim::{SimConfig, SimExecutor};
-    use mirai_engine::{EngineConfig, Geometry};
+    use mirai_engine::{EngineConfig, Geometry, RequestId};
 
     use super::*;
 
