@@ -4,7 +4,7 @@
 //! answer tells nothing about any of them. Keys of a file change with the file; one that cannot be used leaves
 //! the old keys in place.
 
-use std::io::Read;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,19 +18,17 @@ use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
 use crate::config::key_problem;
 use crate::error::ApiError;
+use crate::files;
 use crate::metrics::{Metrics, Reloaded};
 use crate::reload::Watch;
 
 /// Most keys of a file: each of them is compared with every request's.
 pub const MAX_KEYS: usize = 1024;
 
-/// Most bytes of a file of keys.
-const MAX_FILE: u64 = 1 << 20;
-
 /// Why a file of keys cannot be used. Never repeats what is in it.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyFileError {
-    /// It cannot be read as text.
+    /// It is no regular file, or cannot be read as text.
     #[error("{}: {source}", path.display())]
     Read {
         /// The file.
@@ -78,13 +76,13 @@ pub enum KeyFileError {
 /// The file cannot be read, is too long, holds no key or too many, or one that could never be sent.
 pub fn read_keys(path: &Path) -> Result<Vec<String>, KeyFileError> {
     let owned = || path.to_owned();
-    let mut text = String::new();
-    std::fs::File::open(path)
-        .and_then(|file| file.take(MAX_FILE + 1).read_to_string(&mut text))
-        .map_err(|source| KeyFileError::Read { path: owned(), source })?;
-    if text.len() as u64 > MAX_FILE {
-        return Err(KeyFileError::TooLong { path: owned(), limit: MAX_FILE });
-    }
+    let unreadable = |source: std::io::Error| match source.kind() {
+        ErrorKind::FileTooLarge => KeyFileError::TooLong { path: owned(), limit: files::MAX_BYTES },
+        _ => KeyFileError::Read { path: owned(), source },
+    };
+    let bytes = files::read(path).map_err(unreadable)?;
+    let text = String::from_utf8(bytes)
+        .map_err(|_| unreadable(std::io::Error::new(ErrorKind::InvalidData, "not valid UTF-8")))?;
     let mut keys = Vec::new();
     for (number, line) in (1..).zip(text.lines().map(str::trim)) {
         if line.is_empty() || line.starts_with('#') {
@@ -147,7 +145,7 @@ pub(crate) struct Auth {
 }
 
 impl Auth {
-    /// Takes keys that stay, and those of a file.
+    /// Takes keys that stay, and those of a file. Blocks while it reads.
     ///
     /// # Errors
     /// The file cannot be used.
@@ -156,22 +154,24 @@ impl Auth {
         let watch = |path: &Path| KeyFile { path: path.to_owned(), watch: Watch::new(vec![path.to_owned()]) };
         let file = file.map(watch);
         let auth = Self { fixed: fixed.to_vec(), file, current: ArcSwap::default() };
-        auth.read()?;
+        let of_file = auth.file.as_ref().map_or_else(|| Ok(Vec::new()), |file| read_keys(&file.path))?;
+        auth.take(&of_file);
         Ok(auth)
     }
 
-    fn read(&self) -> Result<(), KeyFileError> {
-        let of_file = self.file.as_ref().map_or_else(|| Ok(Vec::new()), |file| read_keys(&file.path))?;
-        let next = self.current.load().renewed(self.fixed.iter().chain(&of_file));
+    /// Accepts the keys that stay and these, and no other.
+    fn take(&self, of_file: &[String]) {
+        let next = self.current.load().renewed(self.fixed.iter().chain(of_file));
         self.current.store(Arc::new(next));
-        Ok(())
     }
 
     /// Takes the keys of the file whenever it changes, if they can be used. Returns at once without a file,
     /// else never.
     pub(crate) async fn watch(&self, every: Duration, metrics: &Metrics) {
         if let Some(file) = &self.file {
-            file.watch.run(Reloaded::ApiKeys, every, metrics, || self.read()).await;
+            let path = file.path.clone();
+            let read = move || read_keys(&path);
+            file.watch.run(Reloaded::ApiKeys, every, metrics, read, |keys| self.take(&keys)).await;
         }
     }
 
@@ -303,6 +303,8 @@ mod tests {
         }
         std::fs::remove_file(&path).unwrap();
         assert!(matches!(Auth::load(&[], Some(&path)), Err(KeyFileError::Read { .. })));
+        let error = Auth::load(&[], Some(directory.path())).unwrap_err().to_string();
+        assert!(error.contains("not a regular file"), "{error}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -13,6 +13,7 @@ mod auth;
 pub mod config;
 mod demux;
 pub mod error;
+mod files;
 mod format;
 mod handlers;
 mod health;

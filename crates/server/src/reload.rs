@@ -1,10 +1,11 @@
 //! Files that are read again when they change: keys and certificates.
 //!
-//! Owns when the files are looked at and when a change counts. It never opens them: what is in a file, and what
-//! happens to a bad one, belongs to whoever watches it.
+//! Owns when the files are looked at, when a change counts, and on which threads that happens. It never opens
+//! them: what is in a file, and what happens to a bad one, belongs to whoever watches it.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::metrics::{Metrics, Reloaded};
@@ -26,51 +27,70 @@ fn stamp(path: &Path) -> Option<Stamp> {
 /// Some files, and how they looked before they were first read.
 #[derive(Debug)]
 pub(crate) struct Watch {
-    paths: Vec<PathBuf>,
+    paths: Arc<[PathBuf]>,
     first: Vec<Option<Stamp>>,
 }
 
 impl Watch {
-    /// To be called before the files are read: a change from now on is noticed.
+    /// To be called before the files are read: a change from now on is noticed. Blocks while it looks.
     pub(crate) fn new(paths: Vec<PathBuf>) -> Self {
-        let first = paths.iter().map(|path| stamp(path)).collect();
-        Self { paths, first }
+        let first = stamps(&paths);
+        Self { paths: paths.into(), first }
     }
 
-    /// Looks at the files `every` so often, and calls `reload` once for each change that has come to rest: two
-    /// looks agree, so a file that is being written, or a pair of which one half is there, is left alone. Counts
-    /// what `reload` says. Never returns.
-    pub(crate) async fn run<E: std::fmt::Display>(
+    /// Looks at the files `every` so often, and calls `read` once for each change that has come to rest: two
+    /// looks agree, so a file that is being written, or a pair of which one half is there, is left alone. Gives
+    /// `take` what was read, and counts. Looks and reads on threads that may block: a file system that hangs
+    /// holds up no request. Never returns.
+    pub(crate) async fn run<T, E>(
         &self,
         what: Reloaded,
         every: Duration,
         metrics: &Metrics,
-        mut reload: impl FnMut() -> Result<(), E>,
-    ) {
-        let mut read = self.first.clone();
-        let mut last = read.clone();
+        read: impl Fn() -> Result<T, E> + Send + Sync + 'static,
+        mut take: impl FnMut(T),
+    ) where
+        T: Send + 'static,
+        E: std::fmt::Display + Send + 'static,
+    {
+        let (read, name) = (Arc::new(read), what.name());
+        let mut taken = self.first.clone();
+        let mut last = taken.clone();
         loop {
             tokio::time::sleep(every).await;
-            let now: Vec<_> = self.paths.iter().map(|path| stamp(path)).collect();
-            if now != read && now == last {
-                read.clone_from(&now);
-                let result = reload();
-                let name = what.name();
-                match &result {
-                    Ok(()) => tracing::info!("{name} reloaded"),
-                    Err(error) => tracing::error!(%error, "{name} not reloaded; the old ones stay"),
+            let paths = self.paths.clone();
+            let Ok(now) = tokio::task::spawn_blocking(move || stamps(&paths)).await else { continue };
+            if now != taken && now == last {
+                taken.clone_from(&now);
+                let read = read.clone();
+                let result = tokio::task::spawn_blocking(move || read()).await;
+                match result.map_err(|e| e.to_string()).and_then(|r| r.map_err(|e| e.to_string())) {
+                    Ok(value) => {
+                        take(value);
+                        metrics.reloaded(what, true);
+                        tracing::info!("{name} reloaded");
+                    }
+                    Err(error) => {
+                        metrics.reloaded(what, false);
+                        tracing::error!(%error, "{name} not reloaded; the old ones stay");
+                    }
                 }
-                metrics.reloaded(what, result.is_ok());
             }
             last = now;
         }
     }
 }
 
+fn stamps(paths: &[PathBuf]) -> Vec<Option<Stamp>> {
+    paths.iter().map(|path| stamp(path)).collect()
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::cell::Cell;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::thread::ThreadId;
 
     use super::*;
 
@@ -83,39 +103,51 @@ mod tests {
         std::fs::write(&path, "one").unwrap();
         let watch = Watch::new(vec![path.clone(), directory.path().join("missing")]);
         std::fs::write(&path, "three").unwrap();
-        let (metrics, calls) = (Metrics::new(), Cell::new(0));
-        let reload = || {
-            calls.set(calls.get() + 1);
-            if calls.get() == 2 { Err("bad") } else { Ok(()) }
+        let metrics = Metrics::new();
+        let reads = Arc::new(AtomicU32::new(0));
+        let threads = Mutex::new(Vec::<ThreadId>::new());
+        let read = {
+            let reads = reads.clone();
+            move || {
+                let number = reads.fetch_add(1, Ordering::SeqCst) + 1;
+                if number == 2 { Err("bad") } else { Ok(std::thread::current().id()) }
+            }
         };
+        let calls = || reads.load(Ordering::SeqCst);
         let test = async {
             // Beside the watcher's looks, not at the same moments.
             tokio::time::sleep(EVERY / 2).await;
             tokio::time::sleep(EVERY).await;
-            assert_eq!(calls.get(), 0, "seen for the first time");
+            assert_eq!(calls(), 0, "seen for the first time");
             tokio::time::sleep(EVERY).await;
-            assert_eq!(calls.get(), 1);
+            assert_eq!(calls(), 1);
             tokio::time::sleep(EVERY * 10).await;
-            assert_eq!(calls.get(), 1, "nothing changed");
+            assert_eq!(calls(), 1, "nothing changed");
             for text in ["a", "ab", "abc", "abcd"] {
                 std::fs::write(&path, text).unwrap();
                 tokio::time::sleep(EVERY).await;
-                assert_eq!(calls.get(), 1, "still being written");
+                assert_eq!(calls(), 1, "still being written");
             }
             // The same length, and a name that now means another file.
             let other = directory.path().join("other");
             std::fs::write(&other, "abce").unwrap();
             std::fs::rename(&other, &path).unwrap();
             tokio::time::sleep(EVERY * 2).await;
-            assert_eq!(calls.get(), 2);
+            assert_eq!(calls(), 2);
             tokio::time::sleep(EVERY * 10).await;
-            assert_eq!(calls.get(), 2, "a bad file is complained of once");
+            assert_eq!(calls(), 2, "a bad file is complained of once");
         };
         tokio::select! {
-            () = watch.run(Reloaded::ApiKeys, EVERY, &metrics, reload) => unreachable!(),
+            () = watch.run(Reloaded::ApiKeys, EVERY, &metrics, read, |id| threads.lock().unwrap().push(id)) => {
+                unreachable!()
+            }
             () = test => {}
         }
         assert_eq!(metrics.reloads(Reloaded::ApiKeys), [1, 1]);
         assert_eq!(metrics.reloads(Reloaded::Certificates), [0, 0]);
+        // Only what was read well is taken, and it was read where waiting holds up nobody.
+        let threads = threads.into_inner().unwrap();
+        assert_eq!(threads.len(), 1);
+        assert_ne!(threads[0], std::thread::current().id());
     }
 }

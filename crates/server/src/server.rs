@@ -179,8 +179,7 @@ impl Server {
     /// had.
     pub async fn bind(config: ServerConfig) -> Result<Self, BindError> {
         config.validate()?;
-        let auth = Auth::load(&config.api_keys, config.api_key_file.as_deref())?;
-        let tls = config.tls.clone().map(Tls::load).transpose()?.map(Arc::new);
+        let (auth, tls) = read_files(&config).await?;
         let (listener, address) = bind_one(SocketAddr::new(config.host, config.port))?;
         let metrics = config.metrics_listen.map(bind_one).transpose()?;
         let state = Arc::new(State::new(config, auth).map_err(BindError::Thread)?);
@@ -261,6 +260,17 @@ impl Server {
         close_ledger(state).await;
         reason
     }
+}
+
+/// The keys and certificates that the configuration names, read where a file that does not answer holds up
+/// nothing else.
+async fn read_files(config: &ServerConfig) -> Result<(Auth, Option<Arc<Tls>>), BindError> {
+    let (keys, key_file, tls) = (config.api_keys.clone(), config.api_key_file.clone(), config.tls.clone());
+    let read = move || {
+        let auth = Auth::load(&keys, key_file.as_deref())?;
+        Ok((auth, tls.map(Tls::load).transpose()?.map(Arc::new)))
+    };
+    tokio::task::spawn_blocking(read).await.expect("keys and certificates are read without a panic")
 }
 
 fn bind_one(address: SocketAddr) -> Result<(TcpListener, SocketAddr), BindError> {
