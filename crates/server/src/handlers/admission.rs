@@ -31,10 +31,12 @@ pub(super) fn account(state: &State, charge: &Charge<'_>) -> Result<Account, Api
     accounting.open(charge).inspect_err(|_| state.metrics.refused(Refused::Ledger))
 }
 
-/// When the request ends whatever its state, on the engine's clock.
+/// When the request ends whatever its state, on the engine's clock: the caller's patience, but no longer than the
+/// server's own limit.
 pub(super) fn deadline(state: &State, live: &Live, scope: &Scope) -> Time {
-    let left = seconds(state.config.timeouts.request_seconds).saturating_sub(scope.arrived.elapsed());
-    live.engine.now().saturating_add(left)
+    let most = seconds(state.config.timeouts.request_seconds);
+    let whole = scope.patience.map_or(most, |patience| patience.min(most));
+    live.engine.now().saturating_add(whole.saturating_sub(scope.arrived.elapsed()))
 }
 
 /// Gives up a request of which the engine refused a part, and says what that means for its client.

@@ -9,7 +9,7 @@ mod info;
 mod pool;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hyper::body::Incoming;
 use hyper::header::{HOST, HeaderMap};
@@ -56,6 +56,7 @@ pub(crate) async fn handle(
         metrics: state.metrics.clone(),
         conn,
         arrived: Instant::now(),
+        patience: None,
         route: None,
         method: method_name(request.method()),
         id: format!("req-{}", state.ids.public()),
@@ -110,6 +111,21 @@ fn check_head(request: &Request<Incoming>) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// How long the caller says it will wait: `X-Request-Timeout`, in seconds.
+fn patience(headers: &HeaderMap) -> Result<Option<Duration>, ApiError> {
+    let mut values = headers.get_all("x-request-timeout").iter();
+    let seconds = match (values.next(), values.next()) {
+        (None, _) => return Ok(None),
+        (Some(value), None) => value.to_str().ok().and_then(|text| text.trim().parse::<f64>().ok()),
+        (Some(_), Some(_)) => None,
+    };
+    let patience = seconds.filter(|seconds| *seconds > 0.0).and_then(|s| Duration::try_from_secs_f64(s).ok());
+    patience.map(Some).ok_or_else(|| {
+        ApiError::invalid_value("`X-Request-Timeout` must be one number of seconds above 0")
+            .param("X-Request-Timeout")
+    })
+}
+
 async fn dispatch(
     state: &Arc<State>,
     door: Door,
@@ -138,6 +154,7 @@ async fn dispatch(
         Match::None => return Err(ApiError::not_found("no such path; GET /openapi.json lists them")),
     };
     scope.route = Some(route);
+    scope.patience = patience(request.headers())?;
     match route.route().target {
         Target::Chat => generate::generate(state, request, tenant, Kind::Chat, scope).await,
         Target::Completion => generate::generate(state, request, tenant, Kind::Completion, scope).await,

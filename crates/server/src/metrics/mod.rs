@@ -5,6 +5,7 @@
 
 mod device;
 mod histogram;
+mod ledger;
 mod render;
 
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
