@@ -12,7 +12,7 @@ use crate::buffer::{CudaBuffer, CudaLinear, CudaRouting, CudaStack, CudaVector};
 use crate::driver::{DevicePtr, LtOperands, LtOutput, LtShape, LtStorage};
 use crate::error::{device, driver};
 use crate::kernels::Kernel;
-use crate::weights::{Kind, padded};
+use crate::weights::{Kind, Shape};
 use crate::work::matmul_splits;
 
 /// Most rows of the kernels that stream weights.
@@ -175,9 +175,8 @@ impl CudaBackend {
     /// Through cublasLt, if it has a plan.
     fn lt_product(&mut self, p: &Product) -> Result<bool> {
         let Some(lt) = &self.lt else { return Ok(false) };
-        let Some(plan) = lt.plan(&lt_shape(&p.w, lt_rows(p.rows), p.single, p.bias.is_some())) else {
-            return Ok(false);
-        };
+        let shape = lt_shape(&p.w.shape, lt_rows(p.rows), p.single, p.bias.is_some());
+        let Some(plan) = shape.and_then(|shape| lt.plan(&shape)) else { return Ok(false) };
         let operands = LtOperands {
             x: p.x.0,
             weight: p.w.at,
@@ -286,16 +285,17 @@ impl CudaBackend {
     }
 }
 
-/// What cublasLt calls a product with a weight.
-pub(super) fn lt_shape(w: &CudaLinear, rows: usize, single: bool, bias: bool) -> LtShape {
-    LtShape {
+/// What cublasLt calls a product with a weight; none where it does not multiply such weights. Activations are bf16 and it
+/// wants both alike, so those of 8 bits are the crate's own kernels'.
+pub(super) fn lt_shape(w: &Shape, rows: usize, single: bool, bias: bool) -> Option<LtShape> {
+    (w.kind == Kind::Bf16).then(|| LtShape {
         rows: rows as u32,
-        outputs: padded(w.shape.rows) as u32,
-        inner: w.shape.inner() as u32,
+        outputs: w.out() as u32,
+        inner: w.inner() as u32,
         storage: LtStorage::Bf16,
         output: if single { LtOutput::F32 } else { LtOutput::Bf16 },
         bias,
-    }
+    })
 }
 
 #[cfg(test)]
@@ -313,6 +313,17 @@ mod tests {
         assert!(lt_buckets(8192).len() < 64);
         for rows in 65..3000 {
             assert!(lt_buckets(3000).contains(&lt_rows(rows)), "{rows}");
+        }
+    }
+
+    #[test]
+    fn a_weight_of_8_bits_has_no_plan_however_alike_its_shape() {
+        let bf16 = Shape { rows: 130, columns: 64, kind: Kind::Bf16 };
+        let found = lt_shape(&bf16, 80, true, false).map(|s| (s.rows, s.outputs, s.inner, s.output));
+        assert_eq!(found, Some((80, 136, 64, LtOutput::F32)));
+        for (scale_rows, blocks) in [(1, false), (136, false), (128, true)] {
+            let e4m3 = Shape { kind: Kind::E4m3 { scale_rows, blocks }, ..bf16 };
+            assert_eq!(lt_shape(&e4m3, 80, true, false), None);
         }
     }
 

@@ -12,7 +12,6 @@ use super::experts::fused_gate;
 use super::linear::{SKINNY_ROWS, lt_buckets, lt_rows, lt_shape};
 use super::{CudaBackend, MAX_PENDING, Workspace};
 use crate::budget::CacheNeed;
-use crate::buffer::CudaLinear;
 use crate::device::{Device, Sizes, page_bytes, state_bytes};
 use crate::driver::{
     CudaError, DevicePtr, Event, Gpu, Kernels, Lt, LtOptions, LtShape, Part, ReadBack, UploadRing,
@@ -241,15 +240,14 @@ impl CudaBackend {
     fn lt_shapes(&self, sizes: &Sizes) -> Vec<LtShape> {
         let mut shapes = Vec::new();
         for &(rows, columns) in &self.products {
-            let shape = Shape { rows, columns, kind: Kind::Bf16 };
-            let w = CudaLinear { at: DevicePtr::NULL, scales: DevicePtr::NULL, shape };
+            let w = Shape { rows, columns, kind: Kind::Bf16 };
             let logits = rows == sizes.vocab;
             let most = if logits { sizes.logit_rows().min(self.limits.tokens) } else { self.limits.tokens };
             let single = logits || rows == self.most_experts;
             for bucket in lt_buckets(most) {
-                shapes.push(lt_shape(&w, bucket, single, false));
+                shapes.extend(lt_shape(&w, bucket, single, false));
                 if !single && self.vectors.contains(&rows) {
-                    shapes.push(lt_shape(&w, bucket, single, true));
+                    shapes.extend(lt_shape(&w, bucket, single, true));
                 }
             }
         }
