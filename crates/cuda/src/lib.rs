@@ -34,3 +34,4 @@ pub use driver::{
 };
 pub use kernels::Kernel;
 pub use options::CudaOptions;
+pub use upload::EDITS_A_ROW;

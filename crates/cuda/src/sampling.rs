@@ -114,7 +114,7 @@ pub(crate) struct SampleLimits {
     pub(crate) vocab: usize,
     /// Rows of logits that exist at once.
     pub(crate) chunk: usize,
-    /// Edits of all rows together.
+    /// Edits of a row.
     pub(crate) edits: usize,
     /// Rows of masks.
     pub(crate) masks: usize,
@@ -188,8 +188,8 @@ impl Draws {
             let sample_row = &mut self.rows[output];
             let first = self.edits.len();
             history.edits(sample_row.position, &mut self.edits);
-            if self.edits.len() > limits.edits {
-                let why = format!("edits of logits: more than the {} that a step has room for", limits.edits);
+            if self.edits.len() - first > limits.edits {
+                let why = format!("edits of logits: more than the {} that a row has room for", limits.edits);
                 self.faults.push((index, why));
                 self.edits.truncate(first);
             }
@@ -206,8 +206,22 @@ impl Draws {
                 push_mask(allowed, limits, &mut self.masks);
             }
         }
+        let behind_masks = (self.mask_bytes() / Edit::BYTES) as u32;
+        for row in self.rows.iter_mut().filter(|row| row.edits_count > 0) {
+            row.edits_first += behind_masks;
+        }
         self.keep_raw(limits.chunk);
         Ok(())
+    }
+
+    /// Bytes of the masks, with which edits begin.
+    pub(crate) const fn mask_bytes(&self) -> usize {
+        (self.masks.len() * 4).next_multiple_of(Edit::BYTES)
+    }
+
+    /// Bytes of masks and edits.
+    pub(crate) const fn list_bytes(&self) -> usize {
+        self.mask_bytes() + self.edits.len() * Edit::BYTES
     }
 
     /// Rows that need their logits both edited and not get a copy, of which each chunk of rows has its own.

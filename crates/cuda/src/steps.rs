@@ -88,11 +88,9 @@ impl Step {
     pub(crate) fn samples(&self) -> DevicePtr {
         self.at(self.layout.samples)
     }
-    pub(crate) fn edits(&self) -> DevicePtr {
-        self.at(self.layout.edits)
-    }
-    pub(crate) fn masks(&self) -> DevicePtr {
-        self.at(self.layout.masks)
+    /// Masks, and edits behind them.
+    pub(crate) fn lists(&self) -> DevicePtr {
+        self.at(self.layout.lists)
     }
     /// Lists of the tables' granules: where from, where to, what.
     pub(crate) fn granules(&self, list: usize) -> DevicePtr {
@@ -159,9 +157,9 @@ impl StepBuilder {
         self.counts(0, rows, 0).granules()
     }
 
-    /// Room for edits likewise.
-    pub(crate) fn edits(&self, rows: usize) -> usize {
-        self.counts(0, rows, 0).edits()
+    /// Room for edits likewise, in bytes.
+    pub(crate) fn edit_bytes(&self, rows: usize) -> usize {
+        self.counts(0, rows, 0).edit_bytes()
     }
 
     /// The shape of a step on the device.
@@ -293,10 +291,10 @@ pub(crate) fn write_draws(layout: &Layout, outputs: usize, draws: &Draws, base: 
     let (from, to) = part(layout.samples, usize::MAX);
     let idle = (draws.rows.len()..outputs).map(|_| SampleRow::IDLE);
     write_records(&mut out[from..to], draws.rows.iter().copied().chain(idle));
-    let (from, to) = part(layout.edits, draws.edits.len() * 8);
-    write_records(&mut out[from..to], draws.edits.iter().copied());
-    let (from, to) = part(layout.masks, draws.masks.len() * 4);
-    write_records(&mut out[from..to], draws.masks.iter().copied());
+    let (from, to) = part(layout.lists, draws.list_bytes());
+    let (masks, edits) = out[from..to].split_at_mut(draws.mask_bytes());
+    write_records(masks, draws.masks.iter().copied());
+    write_records(edits, draws.edits.iter().copied());
 }
 
 /// Writes changed granules of the tables: where from and where to, in granules from the start of the tables, and what.

@@ -41,10 +41,13 @@ fn executor<B: Backend>(backend: B) -> ModelExecutor<B> {
     load(&source, &options(), backend, &mut |_, _| {}).unwrap().executor
 }
 
-fn cuda(graphs: bool) -> ModelExecutor<CudaBackend> {
+fn cuda_options(graphs: bool) -> CudaOptions {
     let memory = MemoryOptions { utilization: 0.95, cache: None };
-    let options = CudaOptions { memory, graphs, matmul_candidates: 1, ..CudaOptions::default() };
-    executor(CudaBackend::new(Gpu::open(0).unwrap(), options).unwrap())
+    CudaOptions { memory, graphs, matmul_candidates: 1, ..CudaOptions::default() }
+}
+
+fn cuda(graphs: bool) -> ModelExecutor<CudaBackend> {
+    executor(CudaBackend::new(Gpu::open(0).unwrap(), cuda_options(graphs)).unwrap())
 }
 
 fn prompt(seed: u32, len: u32) -> Vec<u32> {
@@ -311,6 +314,27 @@ fn requests_are_followed_as_on_the_cpu() {
                 assert_eq!((a.top.len(), b.top.len()), (3, 3));
             }
         }
+    });
+}
+
+/// As many biases as the server lets a request have, in each of three: none may take another's room.
+#[test]
+fn three_rows_with_a_thousand_biases_each_are_served() {
+    on_emulated_driver("three_rows_with_a_thousand_biases_each_are_served", &[MEMORY], || {
+        let config = String::from_utf8(CONFIG.to_vec()).unwrap();
+        let config: &str = Box::leak(config.replace("300", "1100").into_boxed_str());
+        let source = ModelSource::memory("dummy", &[("config.json", config.as_bytes())]);
+        let biased = |favourite: u32| {
+            let bias = |token| (token, if token == favourite { 50.0 } else { -50.0 });
+            SamplingParams { logit_bias: (0..1024).map(bias).collect(), ..Default::default() }
+        };
+        let masked = SamplingParams { allowed_token_ids: Some(vec![11, 900]), ..biased(900) };
+        let scripts = [biased(1000), masked, biased(3)].map(|params| drawing(20, 3, params));
+        let backend = CudaBackend::new(Gpu::open(0).unwrap(), cuda_options(true)).unwrap();
+        let executor = load(&source, &options(), backend, &mut |_, _| {}).unwrap().executor;
+        let played = Driver::new(executor).play(&scripts);
+        let tokens: Vec<_> = played.iter().map(|p| p.tokens.clone()).collect();
+        assert_eq!(tokens, [[1000; 3], [900; 3], [3; 3]]);
     });
 }
 

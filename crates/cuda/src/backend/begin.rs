@@ -16,6 +16,7 @@ use crate::records::write_records;
 use crate::sampling::SampleLimits;
 use crate::slots::{GRANULE, Opened};
 use crate::steps::{write_draws, write_granules};
+use crate::upload::EDITS_A_ROW;
 
 const NAME: &str = "begin";
 /// Bytes of a granule of a table.
@@ -68,7 +69,7 @@ impl CudaBackend {
         let sizes = self.device()?.sizes;
         let rows = batch.rows.len();
         let (vocab, chunk) = (sizes.vocab, sizes.logit_rows());
-        Ok(SampleLimits { vocab, chunk, edits: self.builder.edits(rows), masks: rows })
+        Ok(SampleLimits { vocab, chunk, edits: EDITS_A_ROW, masks: rows })
     }
 
     /// Holds a batch against the plan and the device.
@@ -166,7 +167,7 @@ impl CudaBackend {
             builder.write(step, batch, slots, piece)?;
             if let (false, Some(pending)) = (*late, pending.back()) {
                 write_draws(step.layout(), step.outputs, &pending.draws, 0, piece);
-                bytes = step.layout().edits.offset + pending.draws.edits.len() * 8;
+                bytes = step.layout().lists.offset + pending.draws.list_bytes();
             }
         }
         rings.step.send(d.upload, bytes).map_err(driver(NAME))?;
@@ -197,10 +198,7 @@ impl CudaBackend {
         let base = layout.samples.offset;
         let piece = rings.late.fill().map_err(driver(NAME))?;
         write_draws(layout, step.outputs, &pending.draws, base, piece);
-        let end = match pending.draws.masks.len() {
-            0 => layout.edits.offset + pending.draws.edits.len() * 8,
-            words => layout.masks.offset + words * 4,
-        };
+        let end = layout.lists.offset + pending.draws.list_bytes();
         let to: DevicePtr = step.samples();
         rings.late.send(to, end - base).map_err(driver(NAME))
     }

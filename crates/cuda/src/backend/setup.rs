@@ -199,10 +199,12 @@ impl CudaBackend {
         let (tokens, rows) = (self.limits.tokens, self.limits.rows.min(self.limits.tokens));
         let largest = self.builder.layout(tokens, rows, tokens);
         let late = largest.bytes - largest.samples.offset;
+        // Masks never go up with the rest.
+        let early = largest.lists.offset + self.builder.edit_bytes(rows);
         let open = || -> std::result::Result<Rings, CudaError> {
             let events = (0..MAX_PENDING).map(|_| Ok((Event::timed(&self.gpu)?, Event::timed(&self.gpu)?)));
             Ok(Rings {
-                step: UploadRing::new(&self.gpu, largest.masks.offset.max(16), MAX_PENDING)?,
+                step: UploadRing::new(&self.gpu, early.max(16), MAX_PENDING)?,
                 late: UploadRing::new(&self.gpu, late.max(16), MAX_PENDING)?,
                 counts: UploadRing::new(&self.gpu, sizes.count_tokens() * 4, 1)?,
                 results: ReadBack::new(&self.gpu, sizes.results.max(16), MAX_PENDING)?,

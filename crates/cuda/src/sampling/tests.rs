@@ -5,6 +5,7 @@ use mirai_model::backend::CacheLayout;
 
 use super::*;
 use crate::records::{SampleResult, write_records};
+use crate::upload::EDITS_A_ROW;
 
 const LIMITS: SampleLimits = SampleLimits { vocab: 70, chunk: 2, edits: 8, masks: 1 };
 
@@ -188,6 +189,36 @@ fn masks_and_edits_beyond_the_room_fail_their_rows() {
     assert_eq!((tokens.len(), rows[0].fault.is_some(), rows[3].tokens.clone()), (2, false, 1..2));
     assert!(matches!(&rows[1].fault, Some(RowFault::Panic(why)) if why.contains("masks")));
     assert!(matches!(&rows[2].fault, Some(RowFault::Panic(why)) if why.contains("edits")));
+}
+
+#[test]
+fn three_rows_with_a_thousand_biases_each_have_room() {
+    let biased = |seed: u32| SamplingParams {
+        logit_bias: (0..1024).map(|t| (t * 3 + seed, 1.0)).collect(),
+        stop_token_ids: (0..1024).map(|t| t * 3 + (seed + 1) % 3).collect(),
+        min_tokens: 9,
+        bad_words: (0..256).map(|t| vec![4000 + t]).collect(),
+        allowed_token_ids: (seed == 1).then(|| vec![5, 64]),
+        ..Default::default()
+    };
+    let limits = SampleLimits { vocab: 5000, chunk: 4, edits: EDITS_A_ROW, masks: 3 };
+    let slots = slots((0..3).map(biased).collect(), &[1]);
+    let batch = Batch {
+        ids: vec![0; 3],
+        positions: vec![1; 3],
+        rows: (0..3).map(|s| row(s, s as usize, 1, 1, (s as usize, s as usize + 1))).collect(),
+        outputs: vec![0, 1, 2],
+    };
+    let mut draws = Draws::default();
+    draws.plan(&batch, &slots, limits.vocab).unwrap();
+    draws.edit(&batch, &slots, limits).unwrap();
+    assert_eq!(draws.faults, []);
+    // 157 words of one mask, then edits on a multiple of 8 bytes.
+    assert_eq!((draws.masks.len(), draws.mask_bytes()), (157, 632));
+    let places: Vec<_> = draws.rows.iter().map(|row| (row.edits_first, row.edits_count)).collect();
+    let count = 1024 + 1024 + 256;
+    assert_eq!(places, [(79, count), (79 + count, count), (79 + 2 * count, count)]);
+    assert_eq!(draws.list_bytes(), 632 + 3 * count as usize * 8);
 }
 
 #[test]
