@@ -349,6 +349,41 @@ fn a_row_with_a_fault_fails_alone() {
     });
 }
 
+/// A layer that sees 32 tokens keeps no more: what the pages hold depends on it.
+#[test]
+fn a_length_that_fits_only_because_of_windows_is_served() {
+    on_emulated_driver("a_length_that_fits_only_because_of_windows_is_served", &[MEMORY], || {
+        let config = br#"{"architectures": ["Gemma2ForCausalLM"], "sliding_window": 32, "query_pre_attn_scalar": 64,
+            "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 64,
+            "max_position_embeddings": 4096, "dtype": "bfloat16"}"#;
+        // 140 pages of 4 KiB: seven for a window and the step, one for nobody, so 132 of 16 tokens.
+        let memory = MemoryOptions { utilization: 0.95, cache: Some(140 * 4096 + 256) };
+        let longest = |len| {
+            let source = ModelSource::memory("dummy", &[("config.json", &config[..])]);
+            let cache = CacheBudget::Device;
+            let options = LoadOptions {
+                cache,
+                max_model_len: Some(len),
+                max_step_tokens: 64,
+                max_slots: 1,
+                ..options()
+            };
+            let cuda = CudaOptions { memory, ..cuda_options(false) };
+            let backend = CudaBackend::new(Gpu::open(0).unwrap(), cuda).unwrap();
+            load(&source, &options, backend, &mut |_, _| {}).map(|loaded| loaded.cache.max_context)
+        };
+        let fits = 132 * 16;
+        assert_eq!(longest(fits).unwrap(), fits);
+        for more in [fits + 1, 4096] {
+            let error = longest(more).unwrap_err();
+            assert_eq!(error.exit_code(), 3, "{error}");
+            let words = [format!("use --max-model-len {fits}"), "\n  KV cache ".to_owned()];
+            assert!(words.iter().all(|words| error.to_string().contains(words)), "{error}");
+        }
+    });
+}
+
 #[test]
 fn plans_that_do_not_fit_are_refused() {
     on_emulated_driver("plans_that_do_not_fit_are_refused", &[MEMORY], || {

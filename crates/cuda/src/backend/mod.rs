@@ -196,8 +196,12 @@ impl Backend for CudaBackend {
         self.take_routing(top_k)
     }
 
-    fn cache_room(&mut self, draft: &CacheLayout, tokens: Option<usize>) -> Result<Option<u64>> {
-        self.room_for_cache(draft, tokens).map(Some)
+    fn cache_room(&mut self, draft: &CacheLayout) -> Result<Option<u64>> {
+        self.room_for_cache(draft).map(Some)
+    }
+
+    fn memory_table(&self) -> Option<String> {
+        Some(self.memory.table())
     }
 
     fn allocate_cache(&mut self, layout: &CacheLayout) -> Result<()> {

@@ -152,20 +152,16 @@ impl CudaBackend {
         self.sizes(layout).bytes() + workspace as u64 + lt + 16 * crate::ALIGNMENT
     }
 
-    pub(super) fn room_for_cache(&mut self, draft: &CacheLayout, tokens: Option<usize>) -> Result<u64> {
+    pub(super) fn room_for_cache(&mut self, draft: &CacheLayout) -> Result<u64> {
         self.prepare(draft);
         let fixed = self.fixed_bytes(draft);
         let paged = draft.groups.iter().filter(|group| matches!(group, GroupLayout::Paged(_))).count();
-        let need = CacheNeed {
-            fixed: state_bytes(draft),
-            page: page_bytes(draft),
-            groups: paged as u64,
-            tokens: tokens.map(|tokens| tokens as u64),
-        };
+        let need = CacheNeed { fixed: state_bytes(draft), page: page_bytes(draft), groups: paged as u64 };
         let bytes = self.memory.cache_room(fixed, need)?;
-        // The reserved slot has states too, and regions are rounded up.
+        // The reserved slot has states too. Regions are rounded up: all pages are one, states and snapshots of a group two.
         let reserved = state_bytes(&CacheLayout { slots: 0, snapshots: 0, ..draft.clone() });
-        Ok(bytes.saturating_sub(reserved + 64 * crate::ALIGNMENT))
+        let regions = 1 + 2 * (draft.groups.len() - paged) as u64;
+        Ok(bytes.saturating_sub(reserved + regions * crate::ALIGNMENT))
     }
 
     /// What layouts of the upload depend on.

@@ -132,12 +132,16 @@ pub trait Backend {
     }
     /// Bytes that the cache may take, now that weights and buffers are there: for
     /// [`CacheBudget::Device`](crate::cache::CacheBudget::Device). `draft` is the cache without its pages, with tables as
-    /// long as the context that was asked for, `tokens`, or the model's. None: the device does not manage its memory.
+    /// long as the context that was asked for, or the model's. None: the device does not manage its memory.
     /// # Errors
-    /// No memory for what the layout needs beside the pages, or for one sequence of `tokens`.
-    fn cache_room(&mut self, draft: &CacheLayout, tokens: Option<usize>) -> Result<Option<u64>> {
-        let _ = (draft, tokens);
+    /// No memory for what the layout needs beside the pages, or for a page of each group.
+    fn cache_room(&mut self, draft: &CacheLayout) -> Result<Option<u64>> {
+        let _ = draft;
         Ok(None)
+    }
+    /// How the device's memory is divided, in lines for people; none where it is not.
+    fn memory_table(&self) -> Option<String> {
+        None
     }
     /// Allocates pages, slot tables and sampling state. Called once, after the weights.
     /// # Errors

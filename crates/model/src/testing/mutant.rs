@@ -139,8 +139,8 @@ where
         let attentions = outline.attentions.iter().map(|spec| self.spec(spec)).collect();
         self.inner.outline(&Outline { attentions, ..outline.clone() })
     }
-    fn cache_room(&mut self, draft: &CacheLayout, tokens: Option<usize>) -> Result<Option<u64>> {
-        self.inner.cache_room(draft, tokens)
+    fn cache_room(&mut self, draft: &CacheLayout) -> Result<Option<u64>> {
+        self.inner.cache_room(draft)
     }
     fn load_linear(&mut self, mut parts: Vec<HostTensor<'_>>) -> Result<B::Linear> {
         if let (Mutation::RotatedKvHeads(head_dim), [_, k, v, ..]) = (self.mutation, &mut parts[..]) {
