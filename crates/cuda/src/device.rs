@@ -2,6 +2,8 @@
 //!
 //! Owns where all of it lies, and what of it is set when a sequence gets a slot. Never: which page belongs to whom.
 
+use std::ops::Range;
+
 use mirai_engine::{SlotId, SnapshotId};
 use mirai_model::backend::{
     AttentionSpec, CacheDtype, CacheLayout, DeltaRule, GroupLayout, PageLayout, Result, StateLayout,
@@ -278,6 +280,12 @@ impl Device {
             }
             .map_err(driver("open"))
         })
+    }
+
+    /// Sets entries of block tables to page 0, counted from the start of all tables.
+    pub(crate) fn clear_entries(&self, entries: Range<usize>) -> Result<()> {
+        let at = self.tables.add(entries.start as u64 * 4);
+        self.gpu.fill(at, 0, entries.len() as u64 * 4).map_err(driver("open"))
     }
 
     /// Bytes of a slot, states and snapshots of each recurrent group.

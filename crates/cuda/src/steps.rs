@@ -152,12 +152,7 @@ impl StepBuilder {
         Layout::new(&self.counts(tokens, rows, outputs), &self.classes)
     }
 
-    /// Room for granules of tables in a layout of so many rows.
-    pub(crate) fn granules(&self, rows: usize) -> usize {
-        self.counts(0, rows, 0).granules()
-    }
-
-    /// Room for edits likewise, in bytes.
+    /// Room for edits in a layout of so many rows, in bytes.
     pub(crate) fn edit_bytes(&self, rows: usize) -> usize {
         self.counts(0, rows, 0).edit_bytes()
     }

@@ -5,7 +5,10 @@
 //! together, unless sampling has to wait for tokens of the step before or for masks. Masks and edits, of which there may be
 //! many and mostly are none, share the end: as long as they are, so that only what is there is copied.
 
+use mirai_engine::BLOCK_TOKENS;
+
 use crate::records::Edit;
+use crate::slots::GRANULE;
 use crate::work::WorkClass;
 
 /// Lists start on a multiple of this.
@@ -13,8 +16,11 @@ const ALIGNMENT: usize = 16;
 /// Edits of logits that each row has room for: a bias of 1,024 tokens, 1,024 tokens that must not end the text yet, 128
 /// forbidden words in two spellings, and the model's own ends of a text. No request can take a neighbour's room.
 pub const EDITS_A_ROW: usize = 1024 + 1024 + 2 * 128 + 64;
-/// Granules of block tables: so many, and one for each row and group.
+/// Granules of block tables beside those that a step's tokens begin or fill in each group: for rows that touch one more, and
+/// for pages that a sequence had before it was opened.
 const GRANULES: usize = 64;
+/// Tokens whose pages are one granule.
+const GRANULE_TOKENS: usize = GRANULE * BLOCK_TOKENS;
 
 /// An output that is not the mean of a row.
 pub(crate) const NO_ROW: u32 = u32::MAX;
@@ -58,9 +64,10 @@ impl Counts {
         EDITS_A_ROW * self.rows * Edit::BYTES
     }
 
-    /// Granules of block tables that there is room for.
+    /// Granules of block tables that there is room for. More changes at once, as when a sequence begins behind a long prefix,
+    /// go up before the step in pieces of their own, which may wait for the step before.
     pub(crate) const fn granules(&self) -> usize {
-        GRANULES + self.rows * self.groups
+        GRANULES + self.groups * (self.rows + self.tokens.div_ceil(GRANULE_TOKENS))
     }
 }
 
@@ -136,6 +143,11 @@ impl Layout {
         layout.lists = section(masks + counts.edit_bytes(), 1);
         layout.bytes = end.next_multiple_of(ALIGNMENT);
         layout
+    }
+
+    /// Granules of tables that there is room for.
+    pub(crate) const fn granule_room(&self) -> usize {
+        self.granules[0].bytes / 4
     }
 
     /// Bytes of the part that the forward pass reads.

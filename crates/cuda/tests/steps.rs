@@ -322,7 +322,8 @@ fn requests_are_followed_as_on_the_cpu() {
 fn three_rows_with_a_thousand_biases_each_are_served() {
     on_emulated_driver("three_rows_with_a_thousand_biases_each_are_served", &[MEMORY], || {
         let config = String::from_utf8(CONFIG.to_vec()).unwrap();
-        let config: &str = Box::leak(config.replace("300", "1100").into_boxed_str());
+        let config = config.replace(r#""vocab_size": 300"#, r#""vocab_size": 1100"#).into_boxed_str();
+        let config: &str = Box::leak(config);
         let source = ModelSource::memory("dummy", &[("config.json", config.as_bytes())]);
         let biased = |favourite: u32| {
             let bias = |token| (token, if token == favourite { 50.0 } else { -50.0 });

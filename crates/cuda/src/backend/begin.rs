@@ -114,6 +114,9 @@ impl CudaBackend {
         }
         let mut opened = Vec::new();
         self.slots.apply(plan, &mut opened)?;
+        for stale in std::mem::take(&mut self.slots.stale) {
+            self.device()?.clear_entries(stale)?;
+        }
         for open in &opened {
             self.device()?.open(open.slot, open.restore)?;
         }
@@ -141,12 +144,12 @@ impl CudaBackend {
         self.launch(Kernel::CountsOpen, (1, 1, 1), 1024, 0, &args)
     }
 
-    /// One copy of everything, and the tables' changes to their places. Changes that have no room go up before, in steps of
+    /// One copy of everything, and the tables' changes to their places. Changes that have no room go up before, in copies of
     /// their own.
     fn upload_step(&mut self, batch: &Batch) -> Result<()> {
         let mut changes = Vec::new();
         self.slots.take_changes(&mut changes);
-        let room = self.builder.granules(self.step.sequences());
+        let room = self.step.layout().granule_room();
         while changes.len() > room {
             let rest = changes.split_off(room);
             self.send(&changes, None)?;
