@@ -31,9 +31,7 @@ use crate::work::{HEAD_TILE, WorkClass};
 const LT_WORKSPACE: u64 = 32 << 20;
 /// Counters that kernels share.
 const COUNTERS: usize = 8192;
-/// Shared memory of a multiprocessor, of which blocks of the decode kernel take their parts.
-const SHARED_A_MULTIPROCESSOR: u32 = 228 << 10;
-/// What a block takes beside what it asks for.
+/// Shared memory that a block takes beside what it asks for.
 const SHARED_A_BLOCK: u32 = 1 << 10;
 /// Most blocks of the decode kernel on a multiprocessor.
 const MOST_DECODE_BLOCKS: u32 = 4;
@@ -110,8 +108,8 @@ impl CudaBackend {
 
     /// Blocks of a decode kernel that run at once.
     fn decode_grid(&self, key: usize, value: usize) -> usize {
-        let shared = head_kernels(key, value, false).map_or(SHARED_A_MULTIPROCESSOR, |k| k.decode_shared);
-        let blocks = (SHARED_A_MULTIPROCESSOR / (shared + SHARED_A_BLOCK)).clamp(1, MOST_DECODE_BLOCKS);
+        let there = self.gpu.facts().multiprocessor_shared_memory;
+        let blocks = head_kernels(key, value, false).map_or(1, |k| decode_blocks(there, k.decode_shared));
         self.multiprocessors() * blocks as usize
     }
 
@@ -279,10 +277,33 @@ impl CudaBackend {
     }
 }
 
+/// Blocks of the decode kernel, each of which asks for `shared` bytes, on a multiprocessor that has `there`.
+fn decode_blocks(there: u32, shared: u32) -> u32 {
+    (there / (shared + SHARED_A_BLOCK)).clamp(1, MOST_DECODE_BLOCKS)
+}
+
 /// More groups of split rows than there are counters is a mistake in this module.
 fn check_counters(grid: usize) -> Result<()> {
     if WorkClass::most_groups(grid) <= COUNTERS {
         return Ok(());
     }
     Err(device("allocate_cache", format!("{grid} blocks of attention, {COUNTERS} counters")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_blocks_decode_as_the_multiprocessor_s_shared_memory_holds() {
+        // Heads of 64, 128 and 256 in bf16: of compute capability 9.0, 8.0, and 8.9 and 12.0.
+        for (there, blocks) in [(228 << 10, [3, 3, 1]), (164 << 10, [2, 2, 1]), (100 << 10, [1, 1, 1])] {
+            assert_eq!(
+                [57_600, 73_984, 143_616].map(|shared| decode_blocks(there, shared)),
+                blocks,
+                "{there}"
+            );
+        }
+        assert_eq!(decode_blocks(228 << 10, 1024), MOST_DECODE_BLOCKS);
+    }
 }
