@@ -55,9 +55,15 @@ impl Sizes {
         crate::weights::padded(self.vocab)
     }
 
-    /// Tokens whose counts are made in one launch: the longest sequence.
-    pub(crate) const fn count_tokens(&self) -> usize {
+    /// Tokens of the longest sequence.
+    pub(crate) const fn longest(&self) -> usize {
         self.table_len * mirai_engine::BLOCK_TOKENS
+    }
+
+    /// Tokens of new sequences that are sent together to be counted: as many prompts as a step computes, and one that it only
+    /// begins.
+    pub(crate) const fn count_tokens(&self) -> usize {
+        self.longest() + self.outputs
     }
 
     /// Regions of slots in bytes: tables and upload as one, then last drawn tokens, counts, and tokens to count.
@@ -197,7 +203,7 @@ impl Device {
     /// Tokens that a slot has room for.
     pub(crate) fn room(&self) -> usize {
         // Nothing is kept of a sequence that lies whole in its step.
-        if self.groups.is_empty() { usize::MAX } else { self.sizes.count_tokens() }
+        if self.groups.is_empty() { usize::MAX } else { self.sizes.longest() }
     }
 
     /// Where a layer's keys and values lie, and whether they have 8 bits.
@@ -320,6 +326,6 @@ mod tests {
         assert_eq!(sizes(100, 70).logit_rows(), 128);
         let s = sizes(1000, 100);
         assert!(s.bytes() >= (128 * 1000 * 8 + 8 * 1000 * 4 + 64 * 16 * 4) as u64);
-        assert_eq!((s.logit_stride(), s.count_tokens()), (1000, 1024));
+        assert_eq!((s.logit_stride(), s.longest(), s.count_tokens()), (1000, 1024, 1124));
     }
 }

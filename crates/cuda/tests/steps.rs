@@ -285,6 +285,24 @@ fn a_decode_step_costs_what_it_should() {
     assert!(of(&many, "kernels") > 0, "{many}");
 }
 
+/// However many sequences with penalties begin in a step, their tokens go up in one copy.
+#[test]
+fn sequences_with_penalties_begin_without_waiting_for_each_other() {
+    const NAME: &str = "sequences_with_penalties_begin_without_waiting_for_each_other";
+    let uploads = |penalty: &str| {
+        counts_on_emulated_driver(NAME, &[MEMORY, ("PENALTY", penalty)], || {
+            let frequency_penalty = std::env::var("PENALTY").unwrap().parse().unwrap();
+            let params = SamplingParams { frequency_penalty, ..SamplingParams::default() };
+            draw_ahead(&vec![params; 4], 2, true);
+        })
+        .map(|counts| counts["uploads"].as_i64().unwrap())
+    };
+    // Copies of their own would have waited for each other, behind the step that runs.
+    let Some(without) = uploads("0") else { return };
+    let Some(with) = uploads("0.5") else { return };
+    assert_eq!(with, without + 1);
+}
+
 /// Tokens as the CPU draws them, where a request says more about them than the model does.
 #[test]
 fn requests_are_followed_as_on_the_cpu() {

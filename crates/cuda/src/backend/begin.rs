@@ -3,7 +3,7 @@
 //! Owns the order of copies: snapshots before slots change hands, tables before anything reads them, what sampling reads
 //! with the rest unless it has to wait.
 
-use mirai_engine::StepPlan;
+use mirai_engine::{SlotOpen, StepPlan};
 use mirai_model::backend::{Batch, Result};
 
 use super::sample::Pending;
@@ -14,7 +14,7 @@ use crate::error::{device, driver};
 use crate::kernels::Kernel;
 use crate::records::write_records;
 use crate::sampling::SampleLimits;
-use crate::slots::{GRANULE, Opened};
+use crate::slots::GRANULE;
 use crate::steps::{write_draws, write_granules};
 use crate::upload::EDITS_A_ROW;
 
@@ -120,28 +120,44 @@ impl CudaBackend {
         for open in &opened {
             self.device()?.open(open.slot, open.restore)?;
         }
-        for (open, opened) in plan.opens.iter().zip(opened.iter()).filter(|(_, opened)| opened.counts) {
-            self.open_counts(opened, &open.prompt, &open.output)?;
+        let counting = plan.opens.iter().zip(&opened).filter(|(_, opened)| opened.counts);
+        let counting: Vec<&SlotOpen> = counting.map(|(open, _)| open).collect();
+        let mut rest = &counting[..];
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(fitting(rest, self.device()?.sizes.count_tokens()));
+            self.open_counts(now)?;
+            rest = later;
         }
         Ok(())
     }
 
-    /// Has the device count a sequence's tokens.
-    fn open_counts(&mut self, opened: &Opened, prompt: &[u32], output: &[u32]) -> Result<()> {
+    /// Has the device count the tokens of some sequences, which go up together: a copy for each would have the second wait
+    /// for the first, behind the step that is running.
+    fn open_counts(&mut self, opens: &[&SlotOpen]) -> Result<()> {
         let d = self.device()?;
-        let (room, vocab) = (d.sizes.count_tokens(), d.sizes.vocab);
-        let (counts, tokens) = (d.counts.add((opened.slot.0 as usize * vocab * 4) as u64), d.count_tokens);
-        let count = prompt.len() + output.len();
-        if count > room || vocab == 0 {
-            return Err(device(NAME, format!("{count} tokens of a sequence to count, room for {room}")));
+        let (longest, vocab) = (d.sizes.longest(), d.sizes.vocab);
+        let (counts, mut tokens) = (d.counts, d.count_tokens);
+        let most = opens.iter().map(|open| tokens_of(open)).max().unwrap_or(0);
+        if most > longest || vocab == 0 {
+            return Err(device(NAME, format!("{most} tokens of a sequence to count, room for {longest}")));
         }
         let rings = self.rings.as_mut().ok_or_else(|| device(NAME, "no cache was allocated"))?;
         let piece = rings.counts.fill().map_err(driver(NAME))?;
-        write_records(piece, prompt.iter().chain(output).copied());
-        rings.counts.send(tokens, count * 4).map_err(driver(NAME))?;
-        let (prompt, output) = (prompt.len() as u32, output.len() as u32);
-        let args = CountsArgs { counts, tokens, prompt, output, vocab: vocab as u32 };
-        self.launch(Kernel::CountsOpen, (1, 1, 1), 1024, 0, &args)
+        let all = || opens.iter().flat_map(|open| open.prompt.iter().chain(&open.output).copied());
+        write_records(piece, all());
+        rings.counts.send(tokens, all().count() * 4).map_err(driver(NAME))?;
+        for open in opens {
+            let args = CountsArgs {
+                counts: counts.add((open.slot.0 as usize * vocab * 4) as u64),
+                tokens,
+                prompt: open.prompt.len() as u32,
+                output: open.output.len() as u32,
+                vocab: vocab as u32,
+            };
+            self.launch(Kernel::CountsOpen, (1, 1, 1), 1024, 0, &args)?;
+            tokens = tokens.add(tokens_of(open) as u64 * 4);
+        }
+        Ok(())
     }
 
     /// One copy of everything, and the tables' changes to their places. Changes that have no room go up before, in copies of
@@ -204,5 +220,48 @@ impl CudaBackend {
         let end = layout.lists.offset + pending.draws.list_bytes();
         let to: DevicePtr = step.samples();
         rings.late.send(to, end - base).map_err(driver(NAME))
+    }
+}
+
+/// Tokens of a sequence's history.
+fn tokens_of(open: &SlotOpen) -> usize {
+    open.prompt.len() + open.output.len()
+}
+
+/// How many of the first of some sequences have together at most `room` tokens; at least one.
+fn fitting(opens: &[&SlotOpen], room: usize) -> usize {
+    let mut tokens = 0;
+    let fit = opens.iter().take_while(|open| {
+        tokens += tokens_of(open);
+        tokens <= room
+    });
+    fit.count().max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use mirai_engine::{SamplingParams, SeqId, SlotId};
+
+    use super::*;
+
+    #[test]
+    fn sequences_are_counted_together_as_far_as_there_is_room() {
+        let open = |prompt: usize, output: usize| SlotOpen {
+            slot: SlotId(0),
+            seq: SeqId(0),
+            choice: 0,
+            sampling: Arc::new(SamplingParams::default()),
+            prompt: vec![0; prompt].into(),
+            output: vec![0; output],
+            computed: 0,
+            blocks: vec![],
+            restore: None,
+        };
+        let all = [open(3, 1), open(4, 2), open(1, 0), open(9, 9)];
+        let all: Vec<&SlotOpen> = all.iter().collect();
+        assert_eq!([4, 9, 10, 11, 28, 29].map(|room| fitting(&all, room)), [1, 1, 2, 3, 3, 4]);
+        assert_eq!(fitting(&all[3..], 17), 1, "it is refused by itself");
     }
 }

@@ -200,7 +200,7 @@ impl CudaBackend {
             Ok(Rings {
                 step: UploadRing::new(&self.gpu, early.max(16), MAX_PENDING)?,
                 late: UploadRing::new(&self.gpu, late.max(16), MAX_PENDING)?,
-                counts: UploadRing::new(&self.gpu, sizes.count_tokens() * 4, 1)?,
+                counts: UploadRing::new(&self.gpu, sizes.count_tokens() * 4, MAX_PENDING)?,
                 results: ReadBack::new(&self.gpu, sizes.results.max(16), MAX_PENDING)?,
                 events: events.collect::<std::result::Result<_, CudaError>>()?,
             })
