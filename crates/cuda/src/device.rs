@@ -13,6 +13,7 @@ use crate::args::KvLayer;
 use crate::buffer::CudaVector;
 use crate::driver::{DevicePtr, Gpu, Part};
 use crate::error::{device, driver};
+use crate::lt_shapes::{lt_rows, lt_rows_within};
 use crate::memory::Memory;
 
 /// Bytes of `ChunkSums`, what the first sampling kernel leaves of 4,096 logits.
@@ -44,10 +45,11 @@ pub(crate) struct Sizes {
 }
 
 impl Sizes {
-    /// Rows of logits that exist at once.
+    /// Rows of logits that exist at once: a number of rows that products compute as it is, so that none is rounded up beyond
+    /// the logits' end.
     pub(crate) fn logit_rows(&self) -> usize {
-        let fit = LOGIT_BYTES / (self.vocab.max(1) * 4);
-        fit.clamp(LOGIT_ROWS.0, LOGIT_ROWS.1).min(self.outputs.next_multiple_of(LOGIT_ROWS.0)) / 64 * 64
+        let fit = (LOGIT_BYTES / (self.vocab.max(1) * 4)).clamp(LOGIT_ROWS.0, LOGIT_ROWS.1);
+        lt_rows_within(fit).min(lt_rows(self.outputs.max(LOGIT_ROWS.0)))
     }
 
     /// Logits from a row to the next.
@@ -308,6 +310,7 @@ impl Device {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lt_shapes::SKINNY_ROWS;
 
     #[test]
     fn logits_exist_for_as_many_rows_as_memory_allows() {
@@ -323,9 +326,36 @@ mod tests {
         assert_eq!(sizes(151_936, 8192).logit_rows(), 384);
         assert_eq!(sizes(32_000, 8192).logit_rows(), 1024);
         assert_eq!(sizes(2_000_000, 8192).logit_rows(), 64);
-        assert_eq!(sizes(100, 70).logit_rows(), 128);
+        assert_eq!(sizes(100, 70).logit_rows(), 80);
         let s = sizes(1000, 100);
-        assert!(s.bytes() >= (128 * 1000 * 8 + 8 * 1000 * 4 + 64 * 16 * 4) as u64);
+        assert!(s.bytes() >= (112 * 1000 * 8 + 8 * 1000 * 4 + 64 * 16 * 4) as u64);
         assert_eq!((s.logit_stride(), s.longest(), s.count_tokens()), (1000, 1024, 1124));
+    }
+
+    /// What is computed of a chunk of outputs lies in the logits, and what is read for it in the rows that buffers have.
+    #[test]
+    fn products_of_logits_are_not_rounded_up_beyond_their_region() {
+        for vocab in [100, 32_000, 65_536, 100_000, 116_500, 128_256, 151_936, 262_144, 1_000_000] {
+            for outputs in (1..2000).chain([4096, 8192]) {
+                let (slots, table_len, groups, upload, results) = (8, 64, 1, 0, 0);
+                let rows = Sizes { slots, table_len, groups, vocab, outputs, upload, results }.logit_rows();
+                for first in (0..outputs).step_by(rows) {
+                    let wanted = (outputs - first).min(rows);
+                    if wanted <= SKINNY_ROWS {
+                        continue;
+                    }
+                    let computed = lt_rows(wanted);
+                    assert!(
+                        computed <= rows,
+                        "{vocab} logits of {outputs} outputs: {computed} rows of {rows}"
+                    );
+                    let read = first + computed;
+                    assert!(
+                        read <= lt_rows(outputs),
+                        "{vocab} logits of {outputs} outputs: {read} rows read"
+                    );
+                }
+            }
+        }
     }
 }

@@ -14,6 +14,7 @@ pub mod driver;
 mod error;
 mod kernels;
 mod kernels_table;
+mod lt_shapes;
 mod memory;
 mod options;
 mod records;

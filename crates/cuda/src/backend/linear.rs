@@ -9,14 +9,13 @@ use mirai_model::backend::{Activation, HeadView, Result};
 use super::{CudaBackend, expect_width};
 use crate::args::{GateSpec, GroupedArgs, HeadLinearArgs, MatmulArgs};
 use crate::buffer::{CudaBuffer, CudaLinear, CudaRouting, CudaStack, CudaVector};
-use crate::driver::{DevicePtr, LtOperands, LtOutput, LtShape, LtStorage};
+use crate::driver::{DevicePtr, LtOperands};
 use crate::error::{device, driver};
 use crate::kernels::Kernel;
-use crate::weights::{Kind, Shape};
+use crate::lt_shapes::{SKINNY_ROWS, lt_rows, lt_shape};
+use crate::weights::Kind;
 use crate::work::matmul_splits;
 
-/// Most rows of the kernels that stream weights.
-pub(super) const SKINNY_ROWS: usize = 64;
 /// Outputs of a block.
 const TILE: usize = 128;
 /// Rows of a block of the tiled kernel.
@@ -34,30 +33,6 @@ fn skinny(kind: Kind, rows: usize) -> (Kernel, u32, u32) {
         (Kind::E4m3 { .. }, ..=32) => (Kernel::MatmulSkinnyE4m3X32, 256, 73_728),
         (Kind::E4m3 { .. }, _) => (Kernel::MatmulSkinnyE4m3X64, 128, 98_304),
     }
-}
-
-/// Rows that cublasLt computes for so many: what is added is written into rows that nobody reads.
-pub(super) fn lt_rows(rows: usize) -> usize {
-    let step = match rows {
-        0..=128 => 16,
-        129..=256 => 32,
-        257..=512 => 64,
-        513..=1024 => 128,
-        _ => 256,
-    };
-    rows.next_multiple_of(step)
-}
-
-/// All numbers of rows for which cublasLt has plans, where steps have at most `most`.
-pub(super) fn lt_buckets(most: usize) -> Vec<usize> {
-    let mut buckets = Vec::new();
-    let mut rows = SKINNY_ROWS + 1;
-    while rows <= most {
-        let bucket = lt_rows(rows);
-        buckets.push(bucket);
-        rows = bucket + 1;
-    }
-    buckets
 }
 
 /// A gate in the kernels' words, if they have it.
@@ -285,47 +260,9 @@ impl CudaBackend {
     }
 }
 
-/// What cublasLt calls a product with a weight; none where it does not multiply such weights. Activations are bf16 and it
-/// wants both alike, so those of 8 bits are the crate's own kernels'.
-pub(super) fn lt_shape(w: &Shape, rows: usize, single: bool, bias: bool) -> Option<LtShape> {
-    (w.kind == Kind::Bf16).then(|| LtShape {
-        rows: rows as u32,
-        outputs: w.out() as u32,
-        inner: w.inner() as u32,
-        storage: LtStorage::Bf16,
-        output: if single { LtOutput::F32 } else { LtOutput::Bf16 },
-        bias,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn rows_fall_into_buckets() {
-        assert_eq!(
-            [65, 80, 81, 129, 300, 513, 1025, 1300].map(lt_rows),
-            [80, 80, 96, 160, 320, 640, 1280, 1536]
-        );
-        assert_eq!(lt_buckets(64), [0; 0]);
-        assert_eq!(lt_buckets(130), [80, 96, 112, 128, 160]);
-        assert!(lt_buckets(8192).len() < 64);
-        for rows in 65..3000 {
-            assert!(lt_buckets(3000).contains(&lt_rows(rows)), "{rows}");
-        }
-    }
-
-    #[test]
-    fn a_weight_of_8_bits_has_no_plan_however_alike_its_shape() {
-        let bf16 = Shape { rows: 130, columns: 64, kind: Kind::Bf16 };
-        let found = lt_shape(&bf16, 80, true, false).map(|s| (s.rows, s.outputs, s.inner, s.output));
-        assert_eq!(found, Some((80, 136, 64, LtOutput::F32)));
-        for (scale_rows, blocks) in [(1, false), (136, false), (128, true)] {
-            let e4m3 = Shape { kind: Kind::E4m3 { scale_rows, blocks }, ..bf16 };
-            assert_eq!(lt_shape(&e4m3, 80, true, false), None);
-        }
-    }
 
     #[test]
     fn few_rows_have_kernels_of_their_own() {

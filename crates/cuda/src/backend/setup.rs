@@ -9,7 +9,6 @@ use mirai_model::backend::{CacheDtype, CacheLayout, GroupLayout, Outline, Result
 use super::attend::class_of;
 use super::begin::Rings;
 use super::experts::fused_gate;
-use super::linear::{SKINNY_ROWS, lt_buckets, lt_rows, lt_shape};
 use super::{CudaBackend, MAX_PENDING, Workspace};
 use crate::budget::CacheNeed;
 use crate::device::{Device, Sizes, page_bytes, state_bytes};
@@ -18,6 +17,7 @@ use crate::driver::{
 };
 use crate::error::{device, driver};
 use crate::kernels_table::head_kernels;
+use crate::lt_shapes::{SKINNY_ROWS, lt_buckets, lt_rows, lt_shape};
 use crate::memory::Memory;
 use crate::options::CudaOptions;
 use crate::records::SampleResult;
