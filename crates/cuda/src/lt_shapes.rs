@@ -3,6 +3,10 @@
 //! Owns the rounding of rows, which whoever gives a product its place needs to know: rows that are added are written too, and
 //! nobody reads them. Never: plans, which the driver makes of shapes.
 
+use std::collections::BTreeSet;
+
+use mirai_model::backend::LinearUse;
+
 use crate::driver::{LtOutput, LtShape, LtStorage};
 use crate::weights::{Kind, Shape};
 
@@ -55,9 +59,76 @@ pub(crate) fn lt_shape(w: &Shape, rows: usize, single: bool, bias: bool) -> Opti
     })
 }
 
+/// What will be multiplied: collected while a model is loaded.
+#[derive(Debug, Default)]
+pub(crate) struct Products {
+    /// Rows and columns of weights in bf16, and what for.
+    weights: BTreeSet<(usize, usize, LinearUse)>,
+    /// Lengths of vectors, any of which may be a bias.
+    vectors: BTreeSet<usize>,
+}
+
+impl Products {
+    /// A weight was loaded.
+    pub(crate) fn add_weight(&mut self, shape: Shape, purpose: LinearUse) {
+        if shape.kind == Kind::Bf16 && purpose != LinearUse::Table {
+            self.weights.insert((shape.rows, shape.columns, purpose));
+        }
+    }
+
+    /// A vector was loaded.
+    pub(crate) fn add_vector(&mut self, len: usize) {
+        self.vectors.insert(len);
+    }
+
+    /// Shapes of all products, where steps have `tokens` rows, and `logit_rows` rows of `vocab` logits exist at once. Logits
+    /// and routers' are in single precision; a router's bias is the crate's own kernel's.
+    pub(crate) fn shapes(&self, vocab: usize, logit_rows: usize, tokens: usize) -> Vec<LtShape> {
+        let mut shapes = Vec::new();
+        for &(rows, columns, purpose) in &self.weights {
+            let (rows, most, single) = match purpose {
+                LinearUse::Activations | LinearUse::Table => (rows, tokens, false),
+                // The weight may have rows beyond the vocabulary, which are not computed.
+                LinearUse::Logits => (vocab, tokens.min(logit_rows), true),
+                LinearUse::Router => (rows, tokens, true),
+            };
+            let w = Shape { rows, columns, kind: Kind::Bf16 };
+            for bucket in lt_buckets(most) {
+                shapes.extend(lt_shape(&w, bucket, single, false));
+                if !single && self.vectors.contains(&rows) {
+                    shapes.extend(lt_shape(&w, bucket, single, true));
+                }
+            }
+        }
+        shapes
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_layer_as_wide_as_there_are_experts_or_tokens_has_its_own_plans() {
+        let shape = |rows| Shape { rows, columns: 32, kind: Kind::Bf16 };
+        let mut products = Products::default();
+        products.add_weight(shape(128), LinearUse::Activations);
+        products.add_weight(shape(128), LinearUse::Router);
+        products.add_weight(shape(400), LinearUse::Activations);
+        // A head with padding, and tables of which rows are looked up alone.
+        products.add_weight(shape(416), LinearUse::Logits);
+        products.add_weight(shape(400), LinearUse::Table);
+        products.add_weight(shape(512), LinearUse::Table);
+        products.add_vector(128);
+        let shapes = products.shapes(400, 80, 100);
+        let found: Vec<_> = shapes.iter().map(|s| (s.rows, s.outputs, s.output, s.bias)).collect();
+        let (bf16, single) = (LtOutput::Bf16, LtOutput::F32);
+        let of = |rows| [(rows, 128, bf16, false), (rows, 128, bf16, true)];
+        let activations = [of(80), of(96), of(112)].concat();
+        let router = [80, 96, 112].map(|rows| (rows, 128, single, false));
+        let wide = [80, 96, 112].map(|rows| (rows, 400, bf16, false));
+        assert_eq!(found, [&activations[..], &router, &wide, &[(80, 400, single, false)]].concat());
+    }
 
     #[test]
     fn rows_fall_into_buckets() {

@@ -13,8 +13,8 @@ use mirai_engine::{
     Row, RowInput, RowOutput, SamplingParams, SeqId, SlotId, SlotOpen, StepOutcome, StepPlan,
 };
 use mirai_model::backend::{
-    Backend, Batch, BatchRow, CacheLayout, HostTensor, Outline, Rows, ScaleValues, Scales, StepLimits,
-    Storage,
+    Backend, Batch, BatchRow, CacheLayout, HostTensor, LinearUse, Outline, Rows, ScaleValues, Scales,
+    StepLimits, Storage,
 };
 use mirai_model::reference::Reference;
 use support::on_emulated_driver;
@@ -106,7 +106,7 @@ fn gpu() -> CudaBackend {
 /// One prompt through an embedding and a weight, and the mean of its rows.
 fn mean_product<B: Backend>(mut backend: B, weight: impl Fn(&mut B) -> B::Linear) -> Vec<f32> {
     outline(&mut backend);
-    let table = backend.load_linear(vec![bf16_tensor(1)]).unwrap();
+    let table = backend.load_linear_for(vec![bf16_tensor(1)], LinearUse::Table).unwrap();
     let weight = weight(&mut backend);
     let mut x = backend.buffer(Rows::Tokens, WIDTH).unwrap();
     let mut y = backend.buffer(Rows::Tokens, TOKENS).unwrap();

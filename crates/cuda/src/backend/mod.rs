@@ -13,13 +13,13 @@ mod rows;
 mod sample;
 mod setup;
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 
 use mirai_engine::{StepOutcome, StepPlan};
 use mirai_model::backend::{
     Activation, AttentionSpec, Backend, Batch, BlockIo, CacheLayout, DeltaRule, Experts, HeadNorms, HeadView,
-    HostTensor, LatentShape, LogitsHead, MlpBlock, MoeBlock, Norm, NormKind, Outline, PostNormed, Result,
-    RopeTable, RouteSpec, Rows, StepLimits, StepShape, Storage,
+    HostTensor, LatentShape, LinearUse, LogitsHead, MlpBlock, MoeBlock, Norm, NormKind, Outline, PostNormed,
+    Result, RopeTable, RouteSpec, Rows, StepLimits, StepShape, Storage,
 };
 
 use self::begin::Rings;
@@ -32,6 +32,7 @@ use crate::device::Device;
 use crate::driver::{DevicePtr, Gpu, Kernels, Lt};
 use crate::error::{device, driver};
 use crate::kernels::Kernel;
+use crate::lt_shapes::Products;
 use crate::memory::Memory;
 use crate::options::CudaOptions;
 use crate::sampling::Draws;
@@ -79,9 +80,8 @@ pub struct CudaBackend {
     spare: Option<Draws>,
     /// Storages that were widened at load.
     widened: Vec<Storage>,
-    /// Shapes of weights that cublasLt multiplies, and lengths of vectors that may be biases.
-    products: BTreeSet<(usize, usize)>,
-    vectors: BTreeSet<usize>,
+    /// What cublasLt multiplies.
+    products: Products,
     /// Most experts, and widest rows of outputs so far.
     most_experts: usize,
     widest_output: usize,
@@ -173,7 +173,11 @@ impl Backend for CudaBackend {
     }
 
     fn load_linear(&mut self, parts: Vec<HostTensor<'_>>) -> Result<CudaLinear> {
-        self.put_linear(&parts)
+        self.put_linear(&parts, LinearUse::Activations)
+    }
+
+    fn load_linear_for(&mut self, parts: Vec<HostTensor<'_>>, purpose: LinearUse) -> Result<CudaLinear> {
+        self.put_linear(&parts, purpose)
     }
 
     fn load_vector(&mut self, parts: Vec<HostTensor<'_>>) -> Result<CudaVector> {

@@ -12,19 +12,17 @@ use super::experts::fused_gate;
 use super::{CudaBackend, MAX_PENDING, Workspace};
 use crate::budget::CacheNeed;
 use crate::device::{Device, Sizes, page_bytes, state_bytes};
-use crate::driver::{
-    CudaError, DevicePtr, Event, Gpu, Kernels, Lt, LtOptions, LtShape, Part, ReadBack, UploadRing,
-};
+use crate::driver::{CudaError, DevicePtr, Event, Gpu, Kernels, Lt, LtOptions, Part, ReadBack, UploadRing};
 use crate::error::{device, driver};
 use crate::kernels_table::head_kernels;
-use crate::lt_shapes::{SKINNY_ROWS, lt_buckets, lt_rows, lt_shape};
+use crate::lt_shapes::{Products, SKINNY_ROWS, lt_rows};
 use crate::memory::Memory;
 use crate::options::CudaOptions;
 use crate::records::SampleResult;
 use crate::sampling::MAX_TOP;
 use crate::slots::{GRANULE, Slots};
 use crate::steps::{StepBuilder, buckets};
-use crate::weights::{Kind, Shape, padded};
+use crate::weights::padded;
 use crate::work::{HEAD_TILE, WorkClass};
 
 /// Scratch of cublasLt.
@@ -66,8 +64,7 @@ impl CudaBackend {
             pending: std::collections::VecDeque::new(),
             spare: None,
             widened: Vec::new(),
-            products: std::collections::BTreeSet::new(),
-            vectors: std::collections::BTreeSet::new(),
+            products: Products::default(),
             most_experts: 0,
             widest_output: 0,
         })
@@ -210,7 +207,7 @@ impl CudaBackend {
 
     /// cublasLt with a plan for each shape, or none where it is not wanted, not found, or not needed.
     fn open_lt(&mut self, sizes: &Sizes) -> Result<Option<Lt>> {
-        let shapes = self.lt_shapes(sizes);
+        let shapes = self.products.shapes(sizes.vocab, sizes.logit_rows(), self.limits.tokens);
         if !self.options.cublaslt || self.options.batch_invariant || shapes.is_empty() {
             return Ok(None);
         }
@@ -231,23 +228,6 @@ impl CudaBackend {
         };
         lt.tune(&shapes, self.memory.rest()).map_err(driver("cublasLt"))?;
         Ok(Some(lt))
-    }
-
-    fn lt_shapes(&self, sizes: &Sizes) -> Vec<LtShape> {
-        let mut shapes = Vec::new();
-        for &(rows, columns) in &self.products {
-            let w = Shape { rows, columns, kind: Kind::Bf16 };
-            let logits = rows == sizes.vocab;
-            let most = if logits { sizes.logit_rows().min(self.limits.tokens) } else { self.limits.tokens };
-            let single = logits || rows == self.most_experts;
-            for bucket in lt_buckets(most) {
-                shapes.extend(lt_shape(&w, bucket, single, false));
-                if !single && self.vectors.contains(&rows) {
-                    shapes.extend(lt_shape(&w, bucket, single, true));
-                }
-            }
-        }
-        shapes
     }
 
     /// Says in a line each what was widened, which heads have no tensor-core kernel, and how memory was divided.

@@ -17,8 +17,8 @@ use mirai_engine::{StepOutcome, StepPlan};
 
 pub use blocks::{AttentionBlock, BlockIo, DeltaBlock, LatentBlock, MlpBlock, MoeBlock, PostNormed};
 pub use data::{
-    Batch, BatchRow, CacheDtype, CacheLayout, ExpertOutline, GroupLayout, HostTensor, Outline, PageLayout,
-    Rows, ScaleValues, Scales, StateLayout, StepLimits, StepShape, Storage, Stored,
+    Batch, BatchRow, CacheDtype, CacheLayout, ExpertOutline, GroupLayout, HostTensor, LinearUse, Outline,
+    PageLayout, Rows, ScaleValues, Scales, StateLayout, StepLimits, StepShape, Storage, Stored,
 };
 pub use ops::{
     Activation, AttentionSpec, DeltaRule, DeltaShape, Experts, HeadNorms, HeadView, LatentShape, LogitsHead,
@@ -102,6 +102,13 @@ pub trait Backend {
     /// # Errors
     /// Storage or shape without a kernel, or no memory.
     fn load_linear(&mut self, parts: Vec<HostTensor<'_>>) -> Result<Self::Linear>;
+    /// Takes a weight whose product is for something else than rows of activations, or which is only looked up.
+    /// # Errors
+    /// As [`Backend::load_linear`].
+    fn load_linear_for(&mut self, parts: Vec<HostTensor<'_>>, purpose: LinearUse) -> Result<Self::Linear> {
+        let _ = purpose;
+        self.load_linear(parts)
+    }
     /// Takes a vector; several tensors are concatenated.
     /// # Errors
     /// As [`Backend::load_linear`].
