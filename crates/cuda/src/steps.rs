@@ -60,7 +60,6 @@ pub(crate) struct Step {
     pub(crate) bucket: Option<usize>,
     work: Vec<(WorkClass, StepWork)>,
     whole: bool,
-    positions_end: usize,
 }
 
 impl Step {
@@ -110,10 +109,6 @@ impl Step {
     /// Whether every sequence begins in this step.
     pub(crate) const fn is_whole(&self) -> bool {
         self.whole
-    }
-    /// One more than the largest position.
-    pub(crate) const fn positions_end(&self) -> usize {
-        self.positions_end
     }
     /// Work lists of a class.
     pub(crate) fn work(&self, class: WorkClass) -> Result<StepWork> {
@@ -169,7 +164,6 @@ impl StepBuilder {
             rows,
             outputs: batch.outputs.len(),
             whole: batch.rows.iter().all(|row| row.start == 0),
-            positions_end: batch.positions.iter().max().map_or(0, |p| *p as usize + 1),
             ..Step::default()
         };
         match bucket {
@@ -189,7 +183,7 @@ impl StepBuilder {
         let layout = Rc::clone(&self.buckets[index].1);
         let (tokens, rows, outputs) = (bucket, bucket, bucket);
         let bucket = Some(index);
-        Some(Step { upload, layout, tokens, rows, outputs, bucket, positions_end: 1, ..Step::default() })
+        Some(Step { upload, layout, tokens, rows, outputs, bucket, ..Step::default() })
     }
 
     /// Writes the lists of the forward pass, and notes in the step where its work is.

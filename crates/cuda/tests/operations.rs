@@ -13,8 +13,8 @@ use mirai_engine::{
     Row, RowInput, RowOutput, SamplingParams, SeqId, SlotId, SlotOpen, StepOutcome, StepPlan,
 };
 use mirai_model::backend::{
-    Backend, Batch, BatchRow, CacheLayout, HostTensor, LinearUse, Outline, Rows, ScaleValues, Scales,
-    StepLimits, Storage,
+    Backend, Batch, BatchRow, CacheLayout, HostTensor, LinearUse, Outline, Pairing, RopeTable, Rows,
+    ScaleValues, Scales, StepLimits, Storage,
 };
 use mirai_model::reference::Reference;
 use support::on_emulated_driver;
@@ -141,6 +141,27 @@ fn a_weight_of_8_bits_does_not_take_the_plan_of_its_neighbour_in_bf16() {
             let worst = exact.iter().zip(&got).map(|(e, g)| (e - g).abs()).fold(0.0, f32::max);
             println!("{storage:?}: {worst} of {largest}");
             assert!(got.len() == TOKENS && worst < 0.02 * largest, "{storage:?}: {worst} of {largest}");
+        }
+    });
+}
+
+/// A recorded step runs no operation that could look at its positions, so that whoever begins it does.
+#[test]
+fn a_step_beyond_the_rotary_tables_is_refused_where_it_begins() {
+    on_emulated_driver("a_step_beyond_the_rotary_tables_is_refused_where_it_begins", &[MEMORY], || {
+        for (positions, refused) in [(TOKENS, false), (TOKENS - 1, true)] {
+            let mut backend = gpu();
+            outline(&mut backend);
+            for positions in [positions, 2 * TOKENS] {
+                let (cos, sin) = (vec![1.0; 4 * positions], vec![0.0; 4 * positions]);
+                let (rotary_dim, pairing) = (8, Pairing::Halves);
+                backend.load_rope(&RopeTable { rotary_dim, pairing, cos, sin, q_scale: vec![] }).unwrap();
+            }
+            backend.allocate_cache(&no_cache()).unwrap();
+            let (plan, batch) = step();
+            let error = backend.begin(&plan, &batch).err().map(|error| error.to_string());
+            let words = "position 89 of a rotary table of 89";
+            assert_eq!(error.as_ref().is_some_and(|error| error.contains(words)), refused, "{error:?}");
         }
     });
 }

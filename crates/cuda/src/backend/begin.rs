@@ -90,6 +90,10 @@ impl CudaBackend {
         if let Some(output) = batch.outputs.iter().find(|o| **o as usize >= tokens) {
             return Err(device(NAME, format!("output of token {output} of {tokens}")));
         }
+        let most = self.rope_positions;
+        if let Some(position) = batch.positions.iter().find(|position| **position as usize >= most) {
+            return Err(device(NAME, format!("position {position} of a rotary table of {most}")));
+        }
         if self.pending.len() >= MAX_PENDING {
             return Err(device(NAME, format!("{} steps are not yet collected", self.pending.len())));
         }

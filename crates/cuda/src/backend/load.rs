@@ -87,7 +87,8 @@ impl CudaBackend {
         let q_scale = if table.q_scale.is_empty() { DevicePtr::NULL } else { put(&table.q_scale)? };
         let (step, distance) = CudaRope::pairs(table.pairing, table.rotary_dim);
         let rotation = Rotation { cos, sin, q_scale, rotary: table.rotary_dim as i32, step, distance };
-        Ok(CudaRope { rotation, positions })
+        self.rope_positions = self.rope_positions.min(positions);
+        Ok(CudaRope { rotation })
     }
 
     pub(super) fn take_buffer(&mut self, rows: Rows, width: usize) -> Result<CudaBuffer> {

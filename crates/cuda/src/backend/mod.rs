@@ -78,6 +78,9 @@ pub struct CudaBackend {
     pending: VecDeque<Pending>,
     /// Allocations that wait to be used again.
     spare: Option<Draws>,
+    /// Positions that every rotary table has. Held against a step where it begins: a recorded one runs no operation that
+    /// could.
+    rope_positions: usize,
     /// Storages that were widened at load.
     widened: Vec<Storage>,
     /// What cublasLt multiplies.

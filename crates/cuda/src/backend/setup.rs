@@ -63,6 +63,7 @@ impl CudaBackend {
             late: false,
             pending: std::collections::VecDeque::new(),
             spare: None,
+            rope_positions: usize::MAX,
             widened: Vec::new(),
             products: Products::default(),
             most_experts: 0,

@@ -55,7 +55,7 @@ fn a_decode_step_is_padded_to_its_bucket() {
     };
     let mut step = builder.shape(DevicePtr::default().add(4096), &batch);
     assert_eq!((step.bucket, step.tokens, step.outputs, step.sequences()), (Some(2), 4, 4, 4));
-    assert_eq!((step.positions_end(), step.is_whole()), (41, false));
+    assert!(!step.is_whole());
     let mut out = vec![0xee; step.layout().bytes];
     builder.write(&mut step, &batch, &slots(), &mut out).unwrap();
     let layout = step.layout().clone();
