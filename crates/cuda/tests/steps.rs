@@ -120,19 +120,17 @@ fn layers_have_no_more_kernels_than_promised() {
             one.iter().zip(two).map(|(a, b)| (a.0, b.1 - a.1)).collect()
         };
         let dense = a_layer(r#""architectures": ["LlamaForCausalLM"]"#, 66);
-        assert!(
-            dense.iter().all(|(rows, kernels)| *kernels <= if *rows <= 64 { 8 } else { 10 }),
-            "{dense:?}"
-        );
-        assert_eq!(dense.last().map(|(rows, _)| *rows), Some(66));
+        // Above 64 rows the gate is a kernel of its own.
+        let promised = |rows: usize| (rows, if rows <= 64 { 8 } else { 9 });
+        assert_eq!(dense, [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 66].map(promised));
         let gemma = r#""architectures": ["Gemma2ForCausalLM"], "sliding_window": 32, "query_pre_attn_scalar": 64,
             "hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0"#;
         let around = a_layer(gemma, 2);
-        assert!(around.iter().all(|(_, kernels)| *kernels <= 8), "norms behind blocks too: {around:?}");
+        assert_eq!(around, [(1, 8), (2, 8)], "norms behind blocks too");
         let moe =
             r#""architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2"#;
         let experts = a_layer(moe, 2);
-        assert!(experts.iter().all(|(_, kernels)| *kernels <= 11), "{experts:?}");
+        assert_eq!(experts, [(1, 11), (2, 11)]);
     });
 }
 
@@ -155,11 +153,12 @@ fn orders_and_laziness_change_no_bit() {
             let played = bits(&Driver::new(cuda(true)).play(&scripts()));
             std::fs::write(std::env::var("RESULT").unwrap(), format!("{played:?}")).unwrap();
         });
-        if support::is_inside() {
+        if support::is_inside() || !support::is_built(NAME) {
             return;
         }
-        seen.extend(std::fs::read_to_string(file));
+        seen.push(std::fs::read_to_string(file).unwrap());
     }
+    assert_eq!(seen.len(), 3);
     assert!(seen.windows(2).all(|w| w[0] == w[1]), "{seen:#?}");
 }
 
@@ -272,7 +271,7 @@ fn a_decode_step_costs_what_it_should() {
             draw_ahead(&vec![SamplingParams::default(); 3], steps, true);
         })
     };
-    // In the second process there is nothing to read, and the body runs once.
+    // The second process runs the body once and has nothing to judge.
     let Some(few) = run("2") else { return };
     let Some(many) = run("12") else { return };
     let of = |counts: &serde_json::Value, what: &str| counts[what].as_i64().unwrap_or(0);
