@@ -203,13 +203,15 @@ impl CudaBackend {
         self.launch(Kernel::CopyPages, (changes.len() as u32, 1, 1), 32, 0, &args)
     }
 
-    /// Sends what sampling reads, where it had to wait: for masks, which go up while the forward pass runs, or for the
-    /// tokens of the step before.
+    /// Sends what sampling reads where it does not go up with the rest: masks, behind the forward pass so that it need not wait
+    /// for them, and edits that depend on the tokens of the step before, for which the host waits here.
     pub(super) fn send_late(&mut self) -> Result<()> {
         if !std::mem::take(&mut self.late) {
             return Ok(());
         }
-        self.see_tokens()?;
+        if self.pending.back().is_some_and(|pending| pending.draws.follows_output) {
+            self.see_tokens()?;
+        }
         let limits = self.sample_limits(&self.batch)?;
         let Self { rings, step, slots, pending, batch, .. } = self;
         let rings = rings.as_mut().ok_or_else(|| device(NAME, "no cache was allocated"))?;
