@@ -13,8 +13,8 @@ use crate::args::KvLayer;
 use crate::buffer::CudaVector;
 use crate::driver::{DevicePtr, Gpu, Part};
 use crate::error::{device, driver};
-use crate::lt_shapes::{lt_rows, lt_rows_within};
 use crate::memory::Memory;
+use crate::products::{lt_rows, lt_rows_within};
 
 /// Bytes of `ChunkSums`, what the first sampling kernel leaves of 4,096 logits.
 const CHUNK_BYTES: usize = 24;
@@ -310,7 +310,7 @@ impl Device {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lt_shapes::SKINNY_ROWS;
+    use crate::products::SKINNY_ROWS;
 
     #[test]
     fn logits_exist_for_as_many_rows_as_memory_allows() {

@@ -10,7 +10,7 @@ use mirai_engine::{BlockAppend, SlotId, SlotOpen, SnapshotId, StepPlan, TokenId}
 use mirai_model::backend::{BackendError, CacheLayout, GroupLayout, Result};
 
 use crate::error::device;
-use crate::sampling::History;
+use crate::history::History;
 
 /// Entries of a table that are uploaded together: 16 bytes.
 pub(crate) const GRANULE: usize = 4;

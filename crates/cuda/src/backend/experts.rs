@@ -14,7 +14,7 @@ use crate::buffer::{CudaBuffer, CudaRouting, CudaStack, CudaVector};
 use crate::driver::DevicePtr;
 use crate::error::device;
 use crate::kernels::Kernel;
-use crate::lt_shapes::SKINNY_ROWS;
+use crate::products::SKINNY_ROWS;
 use crate::weights::padded;
 
 /// Tokens of a block of the router.

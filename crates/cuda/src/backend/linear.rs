@@ -12,7 +12,7 @@ use crate::buffer::{CudaBuffer, CudaLinear, CudaRouting, CudaStack, CudaVector};
 use crate::driver::{DevicePtr, LtOperands};
 use crate::error::{device, driver};
 use crate::kernels::Kernel;
-use crate::lt_shapes::{SKINNY_ROWS, lt_rows, lt_shape};
+use crate::products::{SKINNY_ROWS, lt_rows, lt_shape};
 use crate::weights::Kind;
 use crate::work::matmul_splits;
 

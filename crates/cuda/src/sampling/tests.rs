@@ -1,6 +1,8 @@
 #![allow(clippy::unwrap_used)]
 
-use mirai_engine::{BlockId, SeqId, SlotId, SlotOpen, StepPlan};
+use std::sync::Arc;
+
+use mirai_engine::{BlockId, SamplingParams, SeqId, SlotId, SlotOpen, StepPlan};
 use mirai_model::backend::CacheLayout;
 
 use super::*;
@@ -8,62 +10,6 @@ use crate::records::{SampleResult, write_records};
 use crate::upload::EDITS_A_ROW;
 
 const LIMITS: SampleLimits = SampleLimits { vocab: 70, chunk: 2, edits: 8, masks: 1 };
-
-fn history(params: SamplingParams, prompt: &[u32], output: &[u32]) -> History {
-    History::new(Arc::new(params), prompt.into(), 3, output)
-}
-
-fn edits(history: &History, position: u32) -> Vec<(u32, f32)> {
-    let mut out = Vec::new();
-    history.edits(position, &mut out);
-    out.iter().map(|e| (e.token, e.bias)).collect()
-}
-
-const OUT: f32 = f32::NEG_INFINITY;
-
-#[test]
-fn bad_words_forbid_their_last_token_after_the_ones_before() {
-    let bad_words = vec![vec![3], vec![0, 1, 2], vec![1, 0]];
-    let mut h = history(SamplingParams { bad_words, ..Default::default() }, &[0, 1], &[]);
-    assert!(h.follows_output());
-    assert_eq!(edits(&h, 2), [(3, OUT)]);
-    h.push(0);
-    assert_eq!(edits(&h, 3), [(3, OUT)]);
-    h.push(1);
-    assert_eq!(edits(&h, 4), [(0, OUT), (2, OUT), (3, OUT)]);
-    (0..100).for_each(|token| h.push(token));
-    assert_eq!(h.tail, [98, 99], "the tail is bounded");
-    let single = history(SamplingParams { bad_words: vec![vec![3]], ..Default::default() }, &[], &[]);
-    assert!(!single.follows_output());
-}
-
-#[test]
-fn a_token_has_one_edit_and_what_is_forbidden_stays_so() {
-    let params = SamplingParams {
-        stop_token_ids: vec![4, 9],
-        min_tokens: 2,
-        logit_bias: vec![(9, 5.0), (1, -2.0), (1, 0.5), (2, OUT)],
-        ..Default::default()
-    };
-    let h = history(params, &[0; 5], &[]);
-    assert_eq!(edits(&h, 5), [(1, -1.5), (2, f32::MIN), (4, OUT), (9, OUT)]);
-    assert_eq!(edits(&h, 7), [(1, -1.5), (2, f32::MIN), (9, 5.0)]);
-}
-
-#[test]
-fn a_history_resumes_with_what_was_drawn() {
-    let bad_words = vec![vec![7, 8, 1]];
-    let h = history(SamplingParams { bad_words, ..Default::default() }, &[0], &[5, 7, 8]);
-    assert_eq!(edits(&h, 4), [(1, OUT)]);
-    for (params, counts) in [
-        (SamplingParams::default(), false),
-        (SamplingParams { repetition_penalty: 1.5, ..Default::default() }, true),
-        (SamplingParams { presence_penalty: 0.5, ..Default::default() }, true),
-        (SamplingParams { frequency_penalty: 0.5, ..Default::default() }, true),
-    ] {
-        assert_eq!(history(params, &[], &[]).counts(), counts);
-    }
-}
 
 fn slots(params: Vec<SamplingParams>, prompt: &[u32]) -> Slots {
     let layout = CacheLayout { groups: vec![], blocks: 0, slots: params.len(), snapshots: 0, table_len: 0 };
