@@ -12,6 +12,7 @@ mod device;
 mod exit;
 #[cfg(feature = "test-hooks")]
 mod hooks;
+mod ledger;
 mod load;
 mod logging;
 mod pull;

@@ -20,7 +20,7 @@ use serde::de::DeserializeOwned;
 use crate::error::ApiError;
 use crate::handlers::pool::PoolKind;
 use crate::health::{self, Probe};
-use crate::http::body::{self, HeldBody};
+use crate::http::body::{self, HeldBody, Share};
 use crate::http::io::ConnState;
 use crate::http::reply::{Body, Reply, Scope};
 use crate::ids;
@@ -186,6 +186,11 @@ impl Judge {
     fn rules(&self) -> Rules<'_> {
         self.state.rules(&self.live.model)
     }
+
+    /// Keeps the budget of bodies for `bytes` of this one that are held until its answer is written.
+    fn keep(&mut self, bytes: usize) -> Share {
+        self.body.keep(bytes)
+    }
 }
 
 /// Reads a JSON body and judges it on a worker.
@@ -193,13 +198,13 @@ async fn judged<T: Send + 'static>(
     state: &Arc<State>,
     live: &Arc<Live>,
     request: Request<Incoming>,
-    job: impl FnOnce(&Judge) -> Result<T, ApiError> + Send + 'static,
+    job: impl FnOnce(&mut Judge) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
     body::check_headers(request.headers())?;
     let config = &state.config;
     let body = body::read(request.into_body(), &config.limits, &config.timeouts, &state.metrics).await?;
-    let judge = Judge { state: state.clone(), live: live.clone(), body };
-    on_worker(state, move || job(&judge)).await
+    let mut judge = Judge { state: state.clone(), live: live.clone(), body };
+    on_worker(state, move || job(&mut judge)).await
 }
 
 /// Runs what reads a body's text on a worker.
@@ -208,11 +213,14 @@ async fn on_worker<T: Send + 'static>(
     job: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
     match state.workers.run(job).await {
-        Ok(result) => result,
+        Ok(result) => {
+            state.metrics.job_ended();
+            result
+        }
         Err(JobError::Full) => {
             state.metrics.refused(Refused::Workers);
             Err(ApiError::saturated("too many requests wait to be tokenized")
-                .retry_after(state.metrics.drain_time(state.config.limits.max_queued_jobs as u64)))
+                .retry_after(state.metrics.jobs_drain_time(state.config.limits.max_queued_jobs as u64)))
         }
         Err(JobError::Panicked) => {
             state.metrics.panics.inc();

@@ -183,6 +183,7 @@ async fn a_full_queue_says_when_to_come_back() {
         assert_eq!(answer.await.unwrap().status, 200);
     }
     server.until("nothing held", PATIENCE, async |s| s.metric("mirai_streams").await == 0.0).await;
+    assert_eq!(server.metric("mirai_disconnects_total").await, 0.0, "who was refused has not left");
     server.stop().await;
 }
 
