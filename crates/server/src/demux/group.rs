@@ -12,7 +12,7 @@ use mirai_engine::{Event, FinishReason, RequestId, RowFault, SamplingParams, Seq
 use super::choice::{Choice, Pushed};
 use super::clock::Clock;
 use super::outcome::outcome;
-use super::settle::{self, Settlement};
+use super::settle::Settlement;
 use super::sink::{Sink, Ticket};
 use super::{Context, Fallible};
 use crate::account::Account;
@@ -358,12 +358,11 @@ impl Group {
         if *reason == FinishReason::Fault(RowFault::NonFinite) {
             metrics.corrupted.inc();
         }
-        let wasted = settle::wasted(usage, choice.tokens);
+        let wasted = self.settlement.part_ended(reason, ended == Ended::Stop, usage, choice.tokens);
         metrics.wasted_tokens.add(wasted);
         metrics.preemptions.observe(f64::from(usage.preemptions));
         metrics.request_generation_tokens.observe(f64::from(choice.tokens));
         self.clocks[index].end(choice.tokens, now, metrics);
-        self.settlement.part_ended(reason, ended == Ended::Stop, wasted);
     }
 
     /// The answer is complete.

@@ -11,7 +11,7 @@ use mirai_engine::{Event, FinishReason, RequestId, RowFault, SamplingParams, Seq
 use tokio::sync::{oneshot, watch};
 
 use super::outcome::outcome;
-use super::settle::{self, Settlement};
+use super::settle::Settlement;
 use super::sink::Ticket;
 use super::{Context, Fallible, guarded};
 use crate::account::Account;
@@ -155,9 +155,7 @@ impl Call {
         if *reason == FinishReason::Fault(RowFault::NonFinite) {
             metrics.corrupted.inc();
         }
-        let wasted = settle::wasted(usage, 0);
-        metrics.wasted_tokens.add(wasted);
-        self.settlement.part_ended(reason, true, wasted);
+        metrics.wasted_tokens.add(self.settlement.part_ended(reason, true, usage, 0));
         metrics.preemptions.observe(f64::from(usage.preemptions));
         if let Some(scheduled) = self.scheduled[index] {
             metrics.inference.observe_time(now.saturating_duration_since(scheduled));

@@ -215,7 +215,7 @@ impl Submission {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use mirai_engine::sim::{SimConfig, SimExecutor};
-    use mirai_engine::{EngineConfig, Geometry};
+    use mirai_engine::{EngineConfig, Geometry, RequestId};
 
     use super::*;
 
