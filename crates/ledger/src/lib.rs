@@ -8,7 +8,8 @@ mod error;
 pub mod identity;
 mod ledger;
 mod row;
-mod secret;
+mod scope;
+pub mod secret;
 mod spool;
 pub mod store;
 mod value;
@@ -24,6 +25,7 @@ pub use row::{
     Anonymise, Class, Endpoint, EnergyMethod, FIELDS, Field, Finish, MAX_TEXT, Retention, Row, RowError,
     SCHEMA_VERSION, Settled, State, UserKind, registry_json,
 };
+pub use scope::{Scope, Scopes};
 pub use secret::{MIN_SECRET, ShortSecret};
 pub use spool::{Spool, SpoolError};
 pub use value::{CellError, Hex, Value};
