@@ -27,7 +27,7 @@ mod thread;
 pub use config::EngineConfig;
 pub use door::{AdmissionError, MAX_CHOICES};
 pub use executor::{DeviceFault, Executor};
-pub use handle::{BoxError, EngineHandle, EngineHealth, StartError};
+pub use handle::{Admission, BoxError, EngineHandle, EngineHealth, StartError};
 pub use ids::{BLOCK_TOKENS, BlockId, RequestId, SeqId, SlotId, SnapshotId, TenantId, TokenId};
 pub use params::{SamplingParams, Task};
 pub use request::{EngineRequest, Event, FinishReason, SeqUsage, Time};

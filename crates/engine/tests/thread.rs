@@ -141,6 +141,35 @@ fn a_full_queue_refuses_at_once() {
 }
 
 #[test]
+fn room_is_held_for_all_or_for_none_and_comes_back() {
+    let config = EngineConfig { max_queued_requests: 4, ..EngineConfig::default() };
+    let (handle, events) = launch(config, |_| {});
+    freeze(&handle);
+    let batch = |ids: std::ops::Range<u64>| ids.map(|id| request(id, 10, 4)).collect::<Vec<_>>();
+    let held = handle.reserve(batch(0..3)).unwrap();
+    let full = |queued| Some(AdmissionError::QueueFull { queued, limit: 4 });
+    assert_eq!(handle.reserve(batch(3..5)).err(), full(3), "held room is taken");
+    let counters = handle.counters();
+    assert_eq!((counters.queued_requests, counters.queued_tokens), (3, 30), "a refusal leaves nothing behind");
+    drop(held);
+    let counters = handle.counters();
+    assert_eq!((counters.queued_requests, counters.queued_tokens), (0, 0));
+    let mut one_wrong = batch(0..2);
+    one_wrong[1].choices = 0;
+    assert!(handle.reserve(one_wrong).is_err(), "all or none");
+    handle.reserve(batch(0..4)).unwrap().submit().unwrap();
+    assert_eq!(handle.submit(request(9, 10, 4)).err(), full(4));
+    handle.hooks().thaw();
+    assert_eq!(listen(&events, 4).len(), 4);
+    until(&handle, "an empty queue", |handle| handle.counters().queued_tokens == 0);
+    let late = handle.reserve(batch(5..6)).unwrap();
+    handle.shutdown(Duration::ZERO);
+    until(&handle, "the end", |handle| handle.health() == EngineHealth::Stopped);
+    assert_eq!(late.submit(), Err(AdmissionError::Stopping));
+    assert_eq!(handle.counters().queued_requests, 0);
+}
+
+#[test]
 fn what_can_never_fit_is_refused_at_the_door() {
     let (handle, events) = launch(EngineConfig::default(), |sim| sim.geometry.blocks = 40);
     let long = AdmissionError::TooLong { prompt: 500, max_tokens: 13, limit: 512 };

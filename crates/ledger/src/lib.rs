@@ -7,6 +7,7 @@ mod chain;
 mod error;
 pub mod identity;
 mod ledger;
+pub mod location;
 mod row;
 mod scope;
 pub mod secret;
@@ -19,7 +20,6 @@ pub use chain::{ChainKey, Epoch, Hash, Link, LinkKind, commitment, content_diges
 pub use error::StoreError;
 pub use ledger::{
     COMMIT_SECONDS, Counters, Counts, Health, Ledger, LedgerConfig, Open, Outcome, StartError, Unavailable,
-    Wake,
 };
 pub use row::{
     Anonymise, Class, Endpoint, EnergyMethod, FIELDS, Field, Finish, MAX_TEXT, Retention, Row, RowError,

@@ -94,6 +94,8 @@ table! {
     draining = SERVICE_UNAVAILABLE, "unavailable_error", "draining";
     /// The device or the engine is gone.
     engine_stopped = SERVICE_UNAVAILABLE, "unavailable_error", "engine_stopped";
+    /// What this request uses could not be written down.
+    ledger_unavailable = SERVICE_UNAVAILABLE, "unavailable_error", "ledger_unavailable";
     /// The engine makes no progress.
     unhealthy = SERVICE_UNAVAILABLE, "unavailable_error", "unhealthy";
     /// The time for this request ended before its first token.

@@ -7,6 +7,7 @@
 //!
 //! [`GenerationRequest`]: validate::GenerationRequest
 
+mod account;
 pub mod api;
 mod auth;
 pub mod config;
@@ -32,6 +33,7 @@ mod unsupported;
 mod validate;
 mod worker;
 
+pub use account::Accounting;
 pub use auth::{KeyFileError, MAX_KEYS, read_keys};
 pub use config::{ConfigError, Limits, ServerConfig, Timeouts, TlsConfig};
 pub use http::tls::TlsError;

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
+use crate::account::Accounting;
 use crate::auth::{Auth, KeyFileError};
 use crate::config::{ConfigError, ServerConfig, seconds};
 use crate::demux::{Context, Demux};
@@ -55,6 +56,9 @@ pub enum ReadyError {
     /// A server serves one model.
     #[error("a model is served already")]
     Twice,
+    /// Rows have one place.
+    #[error("there is a ledger already")]
+    TwoLedgers,
     /// There must be a name to ask for.
     #[error("the model has no name")]
     NoName,
@@ -74,6 +78,9 @@ pub enum ExitReason {
     Forced,
     /// The engine is dead: the process should exit with an error.
     EngineDied(String),
+    /// The ledger's store must not be asked again: the process should exit with an error, and recover when it is
+    /// started anew.
+    LedgerBroken,
 }
 
 /// A bound server that does not serve yet.
@@ -136,6 +143,15 @@ impl ServerHandle {
         let demux = Demux::start(context, events, ping)?;
         self.loading("ready", 100);
         if self.state.set_live(Live { model, engine, demux }) { Ok(()) } else { Err(ReadyError::Twice) }
+    }
+
+    /// Takes the ledger. To be called before [`ServerHandle::ready`]: from then on every request that the engine
+    /// takes has its row.
+    ///
+    /// # Errors
+    /// There is one already.
+    pub fn account(&self, accounting: Accounting) -> Result<(), ReadyError> {
+        if self.state.set_accounting(accounting) { Ok(()) } else { Err(ReadyError::TwoLedgers) }
     }
 
     /// Takes a figure of the device that computes, for `/metrics`; none is "not known".
@@ -225,15 +241,25 @@ impl Server {
             handlers::handle(for_requests.clone(), Door::Main, conn, request)
         }));
         let mut signals = handle.signals.subscribe();
-        tokio::select! {
-            () = asked(&mut signals, 1) => {}
+        let reason = tokio::select! {
+            () = asked(&mut signals, 1) => drain(&state, &mut signals, &close).await,
             reason = engine_end(&state) => {
                 close.send_replace(true);
                 settle(&state, Duration::from_secs(2)).await;
-                return ExitReason::EngineDied(reason);
+                ExitReason::EngineDied(reason)
             }
-        }
-        drain(&state, &mut signals, &close).await
+            () = ledger_end(&state) => {
+                close.send_replace(true);
+                if let Some(live) = state.live() {
+                    live.demux.abort_all(ApiError::ledger_unavailable("requests cannot be accounted for"));
+                    settle(&state, Duration::from_secs(2)).await;
+                    live.engine.shutdown(Duration::ZERO);
+                }
+                ExitReason::LedgerBroken
+            }
+        };
+        close_ledger(state).await;
+        reason
     }
 }
 
@@ -259,6 +285,40 @@ async fn engine_end(state: &State) -> String {
     match live.engine.health() {
         EngineHealth::Dead(reason) => reason,
         _ => "the engine ended".to_owned(),
+    }
+}
+
+/// Returns when the ledger must not be used any more.
+async fn ledger_end(state: &State) {
+    loop {
+        match state.accounting() {
+            Some(accounting) => return accounting.ledger.broken().await,
+            None => tokio::time::sleep(LOOK).await,
+        }
+    }
+}
+
+/// How long the last rows have to reach their store. What does not is recovered by the next start.
+const LAST_ROWS: Duration = Duration::from_secs(5);
+
+/// Closes what is still open, and ends this process's run in the ledger.
+async fn close_ledger(state: Arc<State>) {
+    if state.accounting().is_none() {
+        return;
+    }
+    let until = Instant::now() + LAST_ROWS;
+    if let Some(live) = state.live() {
+        // The demultiplexer ends rows when the engine's events end.
+        live.engine.shutdown(Duration::ZERO);
+        let _ = tokio::time::timeout_at(until, live.demux.ended()).await;
+    }
+    let stop = tokio::task::spawn_blocking(move || {
+        if let Some(accounting) = state.accounting() {
+            accounting.ledger.stop();
+        }
+    });
+    if tokio::time::timeout_at(until, stop).await.is_err() {
+        tracing::warn!("the ledger's last rows are left to recovery");
     }
 }
 

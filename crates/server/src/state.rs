@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use mirai_engine::{EngineHandle, EngineHealth};
 
+use crate::account::Accounting;
 use crate::auth::Auth;
 use crate::config::{ServerConfig, seconds};
 use crate::demux::Demux;
@@ -53,6 +54,7 @@ pub(crate) struct State {
     loading: Mutex<Loading>,
     failed: OnceLock<String>,
     live: OnceLock<Arc<Live>>,
+    accounting: OnceLock<Accounting>,
     drain: AtomicU8,
 }
 
@@ -66,6 +68,7 @@ impl State {
             loading: Mutex::new(Loading { phase: "starting".to_owned(), percent: 0 }),
             failed: OnceLock::new(),
             live: OnceLock::new(),
+            accounting: OnceLock::new(),
             drain: AtomicU8::new(0),
             config,
         })
@@ -95,6 +98,15 @@ impl State {
 
     pub(crate) fn live(&self) -> Option<&Arc<Live>> {
         self.live.get()
+    }
+
+    /// Returns false if there is a ledger already.
+    pub(crate) fn set_accounting(&self, accounting: Accounting) -> bool {
+        self.accounting.set(accounting).is_ok()
+    }
+
+    pub(crate) fn accounting(&self) -> Option<&Accounting> {
+        self.accounting.get()
     }
 
     pub(crate) fn drain(&self) -> Drain {

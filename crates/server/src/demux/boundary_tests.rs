@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc;
-use std::task::{Poll, Wake, Waker};
+use std::task::{Wake, Waker};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -11,8 +11,10 @@ use mirai_engine::{EngineConfig, Event, FinishReason, Geometry, GroupKind, Reque
 use mirai_text::Tokenizer;
 use serde_json::{Value, json};
 
-use super::sink::{Sink, StreamBuffer, Ticket};
+use super::sink::{Sink, Ticket};
+use super::stream::{Polled, StreamBuffer};
 use super::{Context, Demux, Registration};
+use crate::account::Account;
 use crate::metrics::Metrics;
 use crate::model::{GenerationDefaults, ModelInfo, ServedModel};
 use crate::task::Task;
@@ -76,6 +78,7 @@ fn stream(first: u64, buffer: &Arc<StreamBuffer>) -> Registration {
         output: OutputOptions { stream: true, ..OutputOptions::default() },
         sink: Sink::Stream(buffer.clone()),
         ticket: Arc::new(Ticket::new(1)),
+        account: Account::default(),
         arrived: Instant::now(),
         arrived_engine: Duration::ZERO,
     }
@@ -109,10 +112,11 @@ fn read(buffer: &StreamBuffer, least: Option<usize>) -> String {
     let start = Instant::now();
     let mut all = Vec::<u8>::new();
     while least.is_none_or(|least| all.len() < least) {
-        match buffer.poll(&mut std::task::Context::from_waker(&waker)) {
-            Poll::Ready(Some(bytes)) => all.extend_from_slice(&bytes),
-            Poll::Ready(None) => break,
-            Poll::Pending => std::thread::park_timeout(PATIENCE.saturating_sub(start.elapsed())),
+        match buffer.poll(&std::task::Context::from_waker(&waker)) {
+            Polled::Bytes(bytes) => all.extend_from_slice(&bytes),
+            Polled::End => break,
+            Polled::Held(_) => unreachable!("there is no row"),
+            Polled::Nothing => std::thread::park_timeout(PATIENCE.saturating_sub(start.elapsed())),
         }
         assert!(start.elapsed() < PATIENCE, "{}", String::from_utf8_lossy(&all));
     }

@@ -13,7 +13,9 @@ use super::Context;
 use super::choice::{Choice, Pushed};
 use super::clock::Clock;
 use super::outcome::outcome;
+use super::settle::{self, Settlement};
 use super::sink::{Sink, Ticket};
+use crate::account::Account;
 use crate::error::ApiError;
 use crate::format::chunk::{self, Events, Finish, Piece, UsageCounts, UsageField};
 use crate::format::logprobs::{self, Names};
@@ -37,6 +39,8 @@ pub(crate) struct Registration {
     pub(crate) output: OutputOptions,
     pub(crate) sink: Sink,
     pub(crate) ticket: Arc<Ticket>,
+    /// The request's row.
+    pub(crate) account: Account,
     /// When the head of the request arrived.
     pub(crate) arrived: Instant,
     /// The same on the engine's clock.
@@ -70,6 +74,7 @@ pub(crate) struct Group {
     events: Events,
     sink: Sink,
     pub(crate) ticket: Arc<Ticket>,
+    settlement: Settlement,
     arrived: Instant,
     arrived_engine: Time,
     /// Bytes of this batch.
@@ -118,6 +123,7 @@ impl Group {
             events,
             sink: r.sink,
             ticket: r.ticket,
+            settlement: Settlement::new(r.account, streams),
             arrived: r.arrived,
             arrived_engine: r.arrived_engine,
             out: Vec::new(),
@@ -141,14 +147,16 @@ impl Group {
         self.open == 0
     }
 
-    /// Forgets prompts that the engine never accepted.
-    pub(crate) fn drop_refused(&mut self) {
-        let (true, Some(accepted)) = (self.ticket.is_gone(), self.ticket.submitted()) else { return };
-        for choice in self.choices.iter_mut().skip((accepted * self.n) as usize).filter(|c| !c.ended) {
-            choice.ended = true;
-            self.open -= 1;
+    /// Ends the request's row.
+    pub(crate) fn settle(&self) {
+        self.settlement.close(self.usage, &self.ticket);
+    }
+
+    /// Ends the row of a request that has failed, if the engine does not confirm its end.
+    pub(crate) fn settle_late(&self, now: Instant) {
+        if self.settlement.is_overdue(now) {
+            self.settle();
         }
-        self.closed = true;
     }
 
     /// Takes one event of prompt `prompt`.
@@ -327,7 +335,7 @@ impl Group {
         }
     }
 
-    fn count_end(&self, index: usize, reason: &FinishReason, usage: &SeqUsage, cx: &Context, now: Instant) {
+    fn count_end(&mut self, index: usize, reason: &FinishReason, usage: &SeqUsage, cx: &Context, now: Instant) {
         let choice = &self.choices[index];
         let metrics = &cx.metrics;
         let ended = if self.ticket.is_gone() {
@@ -343,11 +351,12 @@ impl Group {
         if *reason == FinishReason::Fault(RowFault::NonFinite) {
             metrics.corrupted.inc();
         }
-        let beyond = usage.completion_tokens.saturating_sub(choice.tokens);
-        metrics.wasted_tokens.add(u64::from(usage.wasted_tokens) + u64::from(beyond));
+        let wasted = settle::wasted(usage, choice.tokens);
+        metrics.wasted_tokens.add(wasted);
         metrics.preemptions.observe(f64::from(usage.preemptions));
         metrics.request_generation_tokens.observe(f64::from(choice.tokens));
         self.clocks[index].end(choice.tokens, now, metrics);
+        self.settlement.part_ended(reason, ended == Ended::Stop, wasted);
     }
 
     /// The answer is complete.
@@ -402,6 +411,7 @@ impl Group {
         }
         self.closed = true;
         self.failed = true;
+        self.settlement.failed(error);
         self.ticket.finish(if error.code == "deadline_exceeded" { 4 } else { 2 });
         match &mut self.sink {
             Sink::Stream(buffer) => {
@@ -427,7 +437,8 @@ impl Group {
         self.dirty = false;
         let Sink::Stream(buffer) = &self.sink else { return };
         self.last_sent = now;
-        if !buffer.push(&mut self.out, cx.max_stream_buffer) {
+        self.settlement.checkpoint(self.usage, &self.ticket);
+        if !buffer.push(&mut self.out, self.usage.completion, cx.max_stream_buffer) {
             self.out.clear();
             cx.metrics.slow_readers.inc();
             self.fail(&ApiError::slow_reader("the client reads its stream too slowly"), cx);

@@ -11,7 +11,9 @@ mod clock;
 mod group;
 mod outcome;
 mod pooling;
+mod settle;
 pub(crate) mod sink;
+pub(crate) mod stream;
 mod text;
 
 use std::collections::HashMap;
@@ -110,11 +112,6 @@ impl Demux {
         }
         inbox.calls.push(registration);
         Ok(())
-    }
-
-    /// Takes back a request of which the engine accepted nothing, if the thread has not seen it yet.
-    pub(crate) fn withdraw(&self, first: RequestId) {
-        lock(&self.inbox).registrations.retain(|registration| registration.first != first);
     }
 
     /// Ends all open requests with this error, at the thread's next tick.
@@ -264,12 +261,12 @@ impl Thread {
         self.dirty = dirty;
     }
 
-    /// Pings, and forgets requests that were refused half way.
+    /// Pings, and looks after requests and calls whose engine is silent.
     fn tick(&mut self, now: Instant) {
         self.calls.tick(&self.context);
         for index in 0..self.groups.len() {
             let Some(group) = &mut self.groups[index] else { continue };
-            group.drop_refused();
+            group.settle_late(now);
             if let Some(every) = self.ping_every {
                 guarded(group, &self.context, |group, cx| group.ping(every, cx, now));
             }
@@ -281,6 +278,7 @@ impl Thread {
 
     fn remove(&mut self, index: usize) {
         let Some(group) = self.groups[index].take() else { return };
+        group.settle();
         for request in group.requests() {
             self.requests.remove(&request);
         }

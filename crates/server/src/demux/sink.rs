@@ -1,85 +1,16 @@
 //! Where an answer goes: a stream's buffer or a waiting handler; and what both sides know of the request.
 //!
-//! Owns the bounded buffer between the demultiplexer's thread and a connection's task. Each side holds the
-//! lock for a copy of a pointer, never across I/O.
+//! Owns the ticket, and the cancelling of what a client no longer waits for.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use bytes::Bytes;
 use mirai_engine::{EngineHandle, RequestId};
 use tokio::sync::oneshot;
 
+use super::stream::StreamBuffer;
 use crate::error::ApiError;
-
-/// Bytes on their way to one client.
-#[derive(Debug, Default)]
-pub(crate) struct StreamBuffer {
-    state: Mutex<StreamState>,
-}
-
-#[derive(Debug, Default)]
-struct StreamState {
-    bytes: Vec<u8>,
-    finished: bool,
-    waker: Option<Waker>,
-}
-
-impl StreamBuffer {
-    fn lock(&self) -> MutexGuard<'_, StreamState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Moves `bytes` over. Returns false, and takes nothing, if more than `max` would wait.
-    pub(crate) fn push(&self, bytes: &mut Vec<u8>, max: usize) -> bool {
-        let waker = {
-            let mut state = self.lock();
-            if state.bytes.len() + bytes.len() > max {
-                return false;
-            }
-            if state.bytes.is_empty() {
-                std::mem::swap(&mut state.bytes, bytes);
-            } else {
-                state.bytes.extend_from_slice(bytes);
-            }
-            bytes.clear();
-            state.waker.take()
-        };
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-        true
-    }
-
-    /// Adds the last bytes, whatever waits already, and ends the stream.
-    pub(crate) fn finish(&self, last: &[u8]) {
-        let waker = {
-            let mut state = self.lock();
-            state.bytes.extend_from_slice(last);
-            state.finished = true;
-            state.waker.take()
-        };
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-
-    /// Everything that waits, as one frame.
-    pub(crate) fn poll(&self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
-        let mut state = self.lock();
-        if !state.bytes.is_empty() {
-            return Poll::Ready(Some(std::mem::take(&mut state.bytes).into()));
-        }
-        if state.finished {
-            return Poll::Ready(None);
-        }
-        if !state.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
-            state.waker = Some(cx.waker().clone());
-        }
-        Poll::Pending
-    }
-}
 
 /// Where an answer goes.
 #[derive(Debug)]
@@ -100,6 +31,8 @@ pub(crate) struct Ticket {
     gone: AtomicBool,
     /// The answer is complete.
     finished: AtomicBool,
+    /// The status under which we gave it up, before its connection lets go of it; 0 if we did not.
+    failed: AtomicU16,
     /// Prompts that the engine has accepted.
     submitted: AtomicU32,
     pub(crate) prompt_tokens: AtomicU64,
@@ -118,6 +51,7 @@ impl Ticket {
         Self {
             gone: AtomicBool::new(false),
             finished: AtomicBool::new(false),
+            failed: AtomicU16::new(0),
             submitted: AtomicU32::new(UNKNOWN),
             prompt_tokens: AtomicU64::new(prompt_tokens),
             cached_tokens: AtomicU64::new(0),
@@ -129,6 +63,17 @@ impl Ticket {
 
     pub(crate) fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Acquire)
+    }
+
+    /// Gives the request up: what follows is not the client's doing. `status` is what it has heard.
+    pub(crate) fn fail(&self, status: u16) {
+        self.failed.store(status, Ordering::Release);
+    }
+
+    /// The status under which it was given up, if it was.
+    pub(crate) fn failure(&self) -> Option<u16> {
+        let status = self.failed.load(Ordering::Acquire);
+        (status != 0).then_some(status)
     }
 
     /// How many prompts the engine has accepted, once that is known.
@@ -184,41 +129,6 @@ impl Drop for LeaveGuard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::task::Wake;
-
-    struct Count(AtomicU32);
-    impl Wake for Count {
-        fn wake(self: Arc<Self>) {
-            self.0.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    #[test]
-    fn what_waits_leaves_as_one_frame_and_wakes_once() {
-        let buffer = StreamBuffer::default();
-        let count = Arc::new(Count(AtomicU32::new(0)));
-        let waker = Waker::from(count.clone());
-        let mut cx = Context::from_waker(&waker);
-        assert!(buffer.poll(&mut cx).is_pending());
-        assert!(buffer.push(&mut b"ab".to_vec(), 10));
-        assert!(buffer.push(&mut b"cd".to_vec(), 10));
-        assert_eq!(count.0.load(Ordering::Relaxed), 1);
-        assert!(matches!(buffer.poll(&mut cx), Poll::Ready(Some(bytes)) if bytes == "abcd"));
-        buffer.finish(b"z");
-        assert!(matches!(buffer.poll(&mut cx), Poll::Ready(Some(bytes)) if bytes == "z"));
-        assert!(matches!(buffer.poll(&mut cx), Poll::Ready(None)));
-    }
-
-    #[test]
-    fn a_full_buffer_takes_nothing_but_the_end() {
-        let buffer = StreamBuffer::default();
-        let mut bytes = b"abc".to_vec();
-        assert!(!buffer.push(&mut bytes, 2));
-        assert_eq!(bytes, b"abc");
-        buffer.finish(b"end");
-        let waker = Waker::noop();
-        assert!(matches!(buffer.poll(&mut Context::from_waker(waker)), Poll::Ready(Some(b)) if b == "end"));
-    }
 
     #[test]
     fn a_ticket_tells_how_it_ended() {

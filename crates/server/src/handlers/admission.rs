@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use mirai_engine::{AdmissionError, Time};
 
+use crate::account::{Account, Charge};
 use crate::config::seconds;
 use crate::error::ApiError;
 use crate::http::reply::Scope;
@@ -16,7 +17,17 @@ pub(super) fn serving(state: &State) -> Result<&Arc<Live>, ApiError> {
     state.serving().inspect_err(|error| {
         let draining = error.code == "draining";
         state.metrics.refused(if draining { Refused::Draining } else { Refused::Loading });
-    })
+    })?;
+    if let Some(accounting) = state.accounting() {
+        accounting.takes_more().inspect_err(|_| state.metrics.refused(Refused::Ledger))?;
+    }
+    state.loaded()
+}
+
+/// Opens the request's row, if rows are written.
+pub(super) fn account(state: &State, charge: &Charge<'_>) -> Result<Account, ApiError> {
+    let Some(accounting) = state.accounting() else { return Ok(Account::default()) };
+    accounting.open(charge).inspect_err(|_| state.metrics.refused(Refused::Ledger))
 }
 
 /// When the request ends whatever its state, on the engine's clock.

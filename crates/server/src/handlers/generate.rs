@@ -1,7 +1,7 @@
 //! Chat and completion requests.
 //!
-//! Owns the way of a request into the engine: judged on a worker, announced to the demultiplexer, submitted;
-//! and what undoes each step when the next one fails or the client leaves.
+//! Owns the way of a request into the engine: judged on a worker, given room and a row, announced to the
+//! demultiplexer, submitted; and what undoes each step when the next one fails or the client leaves.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -9,13 +9,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use hyper::Request;
 use hyper::body::Incoming;
 use mirai_engine::{EngineRequest, RequestId, Task, TenantId};
+use mirai_ledger::Endpoint;
 use tokio::sync::oneshot;
 
-use super::admission::{deadline, refusal, serving};
+use super::admission::{account, deadline, refusal, serving};
 use super::judged;
+use crate::account::{Charge, Needs};
 use crate::auth;
 use crate::demux::Registration;
-use crate::demux::sink::{LeaveGuard, Sink, StreamBuffer, Ticket};
+use crate::demux::sink::{LeaveGuard, Sink, Ticket};
+use crate::demux::stream::{StreamBuffer, StreamReader};
 use crate::error::ApiError;
 use crate::http::reply::{JSON, Reply, Scope};
 use crate::state::{Live, State};
@@ -62,11 +65,21 @@ async fn admit(
     let count = judged.prompts.len() as u32;
     let first = state.ids.engine(count);
     let lengths: Vec<u64> = judged.prompts.iter().map(|prompt| prompt.ids.len() as u64).collect();
-    let ticket = Arc::new(Ticket::new(lengths.iter().sum()));
+    let prompt_tokens = lengths.iter().sum();
     let requests = engine_requests(state, live, &judged, tenant, first, scope);
-    let stream = judged.output.stream;
-    let (sink, answer) = if stream {
-        let buffer = Arc::new(StreamBuffer::default());
+    // Room first: what is refused leaves no row.
+    let admission = live.engine.reserve(requests).map_err(|error| refusal(state, live, &error))?;
+    let id = scope.id.trim_start_matches("req-");
+    let account = account(state, &Charge {
+        id,
+        endpoint: if judged.kind == Kind::Chat { Endpoint::Chat } else { Endpoint::Completion },
+        model: &judged.model,
+        arrived: scope.arrived,
+        prompt_tokens,
+    })?;
+    let ticket = Arc::new(Ticket::new(prompt_tokens));
+    let (sink, answer) = if judged.output.stream {
+        let buffer = Arc::new(StreamBuffer::new(account.clone()));
         (Sink::Stream(buffer.clone()), Answer::Stream(buffer))
     } else {
         let (sender, receiver) = oneshot::channel();
@@ -75,7 +88,7 @@ async fn admit(
     let prefix = if judged.kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
     live.demux.register(Registration {
         kind: judged.kind,
-        id: format!("{prefix}-{}", scope.id.trim_start_matches("req-")),
+        id: format!("{prefix}-{id}"),
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         model: judged.model,
         first,
@@ -85,31 +98,30 @@ async fn admit(
         output: judged.output,
         sink,
         ticket: ticket.clone(),
+        account: account.clone(),
         arrived: scope.arrived,
         arrived_engine: live.engine.now().saturating_sub(scope.arrived.elapsed()),
     })?;
     let guard = LeaveGuard { ticket: ticket.clone(), engine: live.engine.clone(), first, prompts: count };
-    for (accepted, request) in (0..).zip(requests) {
-        if let Err(error) = live.engine.submit(request) {
-            ticket.set_submitted(accepted);
-            // Cancels what was accepted before, and tells the demultiplexer.
-            drop(guard);
-            if accepted == 0 {
-                live.demux.withdraw(first);
-            }
-            return Err(refusal(state, live, &error));
-        }
+    if let Err(error) = admission.submit() {
+        // The engine has ended, and with it the demultiplexer will: it closes what was announced.
+        ticket.fail(503);
+        return Err(refusal(state, live, &error));
     }
-    ticket.set_submitted(count);
-    scope.ticket = Some(ticket);
+    scope.ticket = Some(ticket.clone());
     for length in lengths {
         state.metrics.prompt_tokens.add(length);
         state.metrics.request_prompt_tokens.observe(length as f64);
     }
     match answer {
-        Answer::Stream(buffer) => Ok(Reply::stream(buffer, guard)),
+        Answer::Stream(buffer) => {
+            // The head of a 200 tells that there is a row.
+            account.wait(Needs::Tokens(0)).await.inspect_err(|_| ticket.fail(503))?;
+            Ok(Reply::stream(StreamReader::new(buffer, state.config.error_message_copy, guard)))
+        }
         Answer::Whole(receiver) => {
             let bytes = receiver.await.unwrap_or_else(|_| Err(ApiError::internal("the answer was lost")))?;
+            account.wait(Needs::Closed).await?;
             drop(guard);
             Ok(Reply::new(hyper::StatusCode::OK, JSON, bytes))
         }

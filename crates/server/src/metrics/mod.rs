@@ -73,10 +73,11 @@ pub(crate) enum Refused {
     Loading,
     Draining,
     EngineStopped,
+    Ledger,
 }
 
 impl Refused {
-    pub(crate) const ALL: [(Self, &'static str); 7] = [
+    pub(crate) const ALL: [(Self, &'static str); 8] = [
         (Self::QueueRequests, "max_num_queued_reqs"),
         (Self::QueueTokens, "max_num_queued_tokens"),
         (Self::Workers, "worker_queue"),
@@ -84,6 +85,7 @@ impl Refused {
         (Self::Loading, "loading"),
         (Self::Draining, "draining"),
         (Self::EngineStopped, "engine_stopped"),
+        (Self::Ledger, "ledger"),
     ];
 }
 
@@ -135,7 +137,7 @@ pub(crate) struct Metrics {
     /// Answers by route (the last row: no route) and status class.
     http: Vec<[Counter; 4]>,
     finished: [Counter; 4],
-    refused: [Counter; 7],
+    refused: [Counter; 8],
     /// By [`Reloaded`]: taken, and refused because the files are not usable.
     reloads: [[Counter; 2]; 2],
     /// Open connections.
