@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use mirai_server::ServerConfig;
+use mirai_server::{IdentityConfig, ServerConfig};
 
 pub(crate) use device::Device;
 pub(crate) use layers::{ConfigError, Flag, load};
@@ -26,6 +26,8 @@ pub(crate) struct Config {
     pub(crate) engine: EngineConfig,
     /// The HTTP surface.
     pub(crate) server: ServerConfig,
+    /// Who may call.
+    pub(crate) identity: IdentityConfig,
     /// What is written about it.
     pub(crate) log: LogConfig,
 }

@@ -12,6 +12,7 @@ mod device;
 mod exit;
 #[cfg(feature = "test-hooks")]
 mod hooks;
+mod keys;
 mod load;
 mod logging;
 mod pull;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(*options),
         Command::CheckConfig(args) => serve::check_config(&args),
         Command::Pull(args) => pull::run(&args),
+        Command::Keys(args) => keys::run(&args.command),
         Command::Verify(args) => verify::run(&args),
     };
     match result {

@@ -335,7 +335,14 @@ impl Group {
         }
     }
 
-    fn count_end(&mut self, index: usize, reason: &FinishReason, usage: &SeqUsage, cx: &Context, now: Instant) {
+    fn count_end(
+        &mut self,
+        index: usize,
+        reason: &FinishReason,
+        usage: &SeqUsage,
+        cx: &Context,
+        now: Instant,
+    ) {
         let choice = &self.choices[index];
         let metrics = &cx.metrics;
         let ended = if self.ticket.is_gone() {

@@ -8,12 +8,12 @@ use std::sync::Arc;
 
 use hyper::Request;
 use hyper::body::Incoming;
-use mirai_engine::{AdmissionError, EngineHandle, EngineRequest, RequestId, SamplingParams, Task, TenantId};
+use mirai_engine::{AdmissionError, EngineHandle, EngineRequest, RequestId, SamplingParams, Task};
 use tokio::sync::{oneshot, watch};
 
 use super::admission::{deadline, refusal, serving};
 use super::judged;
-use crate::auth;
+use crate::auth::{self, Caller};
 use crate::demux::CallRegistration;
 use crate::demux::sink::Ticket;
 use crate::error::ApiError;
@@ -40,7 +40,7 @@ pub(crate) enum PoolKind {
 pub(crate) async fn pool(
     state: &Arc<State>,
     request: Request<Incoming>,
-    tenant: TenantId,
+    caller: Caller,
     kind: PoolKind,
     scope: &mut Scope,
 ) -> Result<Reply, ApiError> {
@@ -57,7 +57,9 @@ pub(crate) async fn pool(
     .await?;
     // The drain may have begun while the body came.
     serving(state)?;
-    admit(state, &live, judged, tenant, scope).await
+    let caller = state.auth.attributed(caller, &judged.attribution)?;
+    scope.tenant = caller.tenant.0;
+    admit(state, &live, judged, &caller, scope).await
 }
 
 /// Hands a judged call over, and answers.
@@ -65,10 +67,10 @@ async fn admit(
     state: &State,
     live: &Live,
     judged: PoolingRequest,
-    tenant: TenantId,
+    caller: &Caller,
     scope: &mut Scope,
 ) -> Result<Reply, ApiError> {
-    let PoolingRequest { model, items, shape } = judged;
+    let PoolingRequest { model, items, shape, .. } = judged;
     let count = items.len() as u32;
     let first = state.ids.engine(count);
     let tokens = items.iter().map(|item| item.len() as u64).sum();
@@ -88,9 +90,9 @@ async fn admit(
         template: EngineRequest {
             task: Task::Pool,
             id: first,
-            tenant,
-            weight: 1,
-            cache_salt: auth::cache_salt(tenant, None),
+            tenant: caller.tenant,
+            weight: caller.weight,
+            cache_salt: auth::cache_salt(caller, None),
             priority: 0,
             deadline: Some(deadline(state, live, scope)),
             prompt: Arc::default(),

@@ -65,8 +65,9 @@ impl Tls {
     }
 
     /// Takes what the files hold whenever they change, if it is usable. Never returns.
-    pub(crate) async fn watch(&self, every: Duration, metrics: &Metrics) {
-        let reload = || build(&self.config).map(|config| self.current.store(Arc::new(config)));
+    pub(crate) async fn watch(self: Arc<Self>, every: Duration, metrics: &Metrics) {
+        let this = self.clone();
+        let reload = move || build(&this.config).map(|config| this.current.store(Arc::new(config)));
         self.watch.run(Reloaded::Certificates, every, metrics, reload).await;
     }
 }
