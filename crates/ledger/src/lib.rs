@@ -4,11 +4,17 @@
 //! answer, knows no HTTP and no model.
 
 mod chain;
+pub mod date;
 mod error;
+pub mod event;
+pub mod export;
 pub mod identity;
 mod ledger;
+pub mod location;
+pub mod price;
 mod row;
-mod secret;
+mod scope;
+pub mod secret;
 mod spool;
 pub mod store;
 mod value;
@@ -18,12 +24,12 @@ pub use chain::{ChainKey, Epoch, Hash, Link, LinkKind, commitment, content_diges
 pub use error::StoreError;
 pub use ledger::{
     COMMIT_SECONDS, Counters, Counts, Health, Ledger, LedgerConfig, Open, Outcome, StartError, Unavailable,
-    Wake,
 };
 pub use row::{
     Anonymise, Class, Endpoint, EnergyMethod, FIELDS, Field, Finish, MAX_TEXT, Retention, Row, RowError,
     SCHEMA_VERSION, Settled, State, UserKind, registry_json,
 };
+pub use scope::{Scope, Scopes};
 pub use secret::{MIN_SECRET, ShortSecret};
 pub use spool::{Spool, SpoolError};
 pub use value::{CellError, Hex, Value};
