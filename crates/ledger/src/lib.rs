@@ -7,6 +7,7 @@ mod chain;
 mod error;
 pub mod identity;
 mod ledger;
+pub mod quota;
 mod row;
 mod secret;
 mod spool;
@@ -17,7 +18,7 @@ mod verify;
 pub use chain::{ChainKey, Epoch, Hash, Link, LinkKind, commitment, content_digest, open_digest};
 pub use error::StoreError;
 pub use ledger::{
-    COMMIT_SECONDS, Counters, Counts, Health, Ledger, LedgerConfig, Open, Outcome, StartError, Unavailable,
+    COMMIT_SECONDS, Counter, Counters, Counts, Health, Ledger, LedgerConfig, Open, Outcome, StartError, Unavailable,
     Wake,
 };
 pub use row::{

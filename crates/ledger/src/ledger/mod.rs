@@ -21,7 +21,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-pub use counters::{COMMIT_SECONDS, Counters};
+pub use counters::{COMMIT_SECONDS, Counter, Counters};
 pub use slot::{Counts, Open, Outcome};
 
 use tokio::sync::Notify;

@@ -10,10 +10,14 @@ fn next_statements() -> Vec<String> {
     vec!["ALTER TABLE mirai_request ADD COLUMN tool_calls BIGINT NOT NULL DEFAULT 0".into()]
 }
 
+/// This build's version of the schema, and the next one.
+const OURS: u32 = 2;
+const NEXT: u32 = OURS + 1;
+
 /// What the next release might add.
 fn next(needs: u32) -> Vec<Migration> {
     let mut all = MIGRATIONS.to_vec();
-    all.push(Migration { version: 2, needs, statements: next_statements });
+    all.push(Migration { version: NEXT, needs, statements: next_statements });
     all
 }
 
@@ -30,11 +34,11 @@ pub(super) fn two_versions(db: &impl Database) {
     let mut newer = db.connect();
     newer.migrate(&next(1)).unwrap();
     newer.migrate(&next(1)).unwrap();
-    assert_eq!(newer.schema().unwrap(), 2);
+    assert_eq!(newer.schema().unwrap(), NEXT);
     store.commit(&me, LEASE, &[old(closed(&request(1), 5)), new(request(2))]).unwrap();
     // An old one that starts later leaves it as it is.
     let mut later = db.connect();
-    assert_eq!(later.schema().unwrap(), 2);
+    assert_eq!(later.schema().unwrap(), NEXT);
     let other = later.register("later", LEASE, false).unwrap();
     later.commit(&other, LEASE, &[new(request(3))]).unwrap();
     // A row with a word and a version that the old one does not know is read, counted, and let be.
@@ -49,12 +53,30 @@ pub(super) fn two_versions(db: &impl Database) {
 #[test]
 fn a_schema_that_needs_a_newer_build_is_refused() {
     let db = SqliteFile::new();
-    db.connect().migrate(&next(2)).unwrap();
+    db.connect().migrate(&next(NEXT)).unwrap();
     let options = SqliteOptions { exclusive: false, ..SqliteOptions::default() };
-    let refused = StoreError::Newer { found: 2, needs: 2, ours: 1 };
+    let refused = StoreError::Newer { found: NEXT, needs: NEXT, ours: OURS };
     assert_eq!(SqlStore::open(&db.path(), None, &options).unwrap_err(), refused);
     assert_eq!(SqlStore::open_reading(&db.path()).unwrap_err(), refused);
-    assert!(refused.to_string().contains("this build is 1"));
+    assert!(refused.to_string().contains("this build is 2"));
+}
+
+/// The first release on a database that this one has brought up to date: it finds all it knows as it was.
+#[test]
+fn the_first_release_runs_beside_this_one() {
+    let db = SqliteFile::new();
+    let connection = rusqlite::Connection::open(db.path()).unwrap();
+    connection.execute_batch(include_str!("../../../tests/golden/ledger-v1.sql")).unwrap();
+    let first = &MIGRATIONS[..1];
+    let mut old = SqlStore::reading(Sqlite::new(connection, 64, None).unwrap()).unwrap();
+    assert_eq!(old.check_schema(first, false).unwrap(), 1);
+    let mut ours = db.connect();
+    assert_eq!(ours.schema().unwrap(), OURS);
+    old.migrate(first).unwrap();
+    assert_eq!(old.check_schema(first, false).unwrap(), OURS, "and it may go on");
+    let me = old.register("old", LEASE, false).unwrap();
+    old.commit(&me, LEASE, &[new(request(9))]).unwrap();
+    sound(&mut ours);
 }
 
 /// A database as the first release wrote it, as SQL text: today's build reads it, verifies it and goes on.
@@ -65,6 +87,7 @@ fn a_database_of_the_first_release_is_read() {
     connection.execute_batch(include_str!("../../../tests/golden/ledger-v1.sql")).unwrap();
     drop(connection);
     let mut store = db.connect();
+    assert_eq!(store.schema().unwrap(), OURS);
     let report = sound(&mut store);
     assert_eq!((report.rows, report.open, report.links, report.unsigned), (3, 1, 5, 0));
     let rows = store.rows("", 10).unwrap();
@@ -107,10 +130,10 @@ fn golden_files_are_what_this_release_writes() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/");
     if std::env::var_os("LEDGER_GOLDEN").is_some() {
         std::fs::write(format!("{folder}rows-v1.jsonl"), &json).unwrap();
-        std::fs::write(format!("{folder}ledger-v1.sql"), &dump).unwrap();
+        std::fs::write(format!("{folder}ledger-v2.sql"), &dump).unwrap();
     }
     assert_eq!(json, include_str!("../../../tests/golden/rows-v1.jsonl"));
-    assert_eq!(dump, include_str!("../../../tests/golden/ledger-v1.sql"));
+    assert_eq!(dump, include_str!("../../../tests/golden/ledger-v2.sql"));
 }
 
 fn dump(store: &mut SqlStore<Sqlite>) -> String {
