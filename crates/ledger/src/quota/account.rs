@@ -86,14 +86,19 @@ pub(crate) struct Answer {
     pub(super) headroom: PerKind<u64>,
     /// What is taken by all, by bucket: those that count now.
     pub(super) seen: PerKind<Vec<(i64, u64)>>,
+    /// What of that is spent for good: the rest may yet come back.
+    pub(super) spent: PerKind<u64>,
 }
 
 impl State {
-    /// What is taken of a kind now.
-    pub(super) fn taken(&self, kind: Kind, at: &Moment) -> u64 {
+    /// The cells of a kind that count now.
+    fn counting<'a>(&'a self, kind: Kind, at: &'a Moment) -> impl Iterator<Item = (i64, &'a Cell)> {
         let all = self.cells.range((kind, i64::MIN)..=(kind, i64::MAX));
-        let counts = all.filter(|((_, bucket), _)| at.counts(kind, *bucket));
-        counts.fold(0, |sum, (_, cell)| sum.saturating_add(cell.taken()))
+        all.map(|((_, bucket), cell)| (*bucket, cell)).filter(move |(bucket, _)| at.counts(kind, *bucket))
+    }
+
+    fn sum(&self, kind: Kind, at: &Moment, of: impl Fn(&Cell) -> u64) -> u64 {
+        self.counting(kind, at).fold(0, |sum, (_, cell)| sum.saturating_add(of(cell)))
     }
 
     /// Applies reports, then grants what there is room for.
@@ -103,7 +108,7 @@ impl State {
         }
         let mut room = Kind::ALL.map(|kind| {
             let limit = item.limits[kind.index()];
-            limit.map_or(u64::MAX, |limit| limit.saturating_sub(self.taken(kind, &at)))
+            limit.map_or(u64::MAX, |limit| limit.saturating_sub(self.sum(kind, &at, Cell::taken)))
         });
         let mut granted = [0u64; Kind::ALL.len()];
         let mut lacking = Vec::with_capacity(item.asks.len());
@@ -122,7 +127,9 @@ impl State {
             self.grant(kind, granted[kind.index()].saturating_add(headroom[kind.index()]), &at);
         }
         self.forget(&at);
-        Answer { at, lacking, headroom, seen: Kind::ALL.map(|kind| self.seen(kind, &at)) }
+        let seen = Kind::ALL.map(|kind| self.seen(kind, &at));
+        let spent = Kind::ALL.map(|kind| self.sum(kind, &at, |cell| cell.used));
+        Answer { at, lacking, headroom, seen, spent }
     }
 
     fn grant(&mut self, kind: Kind, amount: u64, at: &Moment) {
@@ -174,8 +181,6 @@ impl State {
     }
 
     fn seen(&self, kind: Kind, at: &Moment) -> Vec<(i64, u64)> {
-        let all = self.cells.range((kind, i64::MIN)..=(kind, i64::MAX));
-        let counts = all.filter(|((_, bucket), _)| at.counts(kind, *bucket));
-        counts.map(|((_, bucket), cell)| (*bucket, cell.taken())).collect()
+        self.counting(kind, at).map(|(bucket, cell)| (bucket, cell.taken())).collect()
     }
 }

@@ -14,7 +14,7 @@ use super::calendar::{Moment, SECOND};
 use super::kind::{Kind, PerKind, Span};
 use super::refusal::{Exceeded, Level, Refusal, Standing};
 use super::reservation::Unclaimed;
-use crate::identity::Application;
+use crate::identity::Quota;
 
 /// A share of a limit, up to which a replica holds more than its requests need: a twentieth.
 const SHARE: u64 = 20;
@@ -34,7 +34,7 @@ pub(super) enum Verdict {
 /// A request that waits for the store.
 #[derive(Debug)]
 pub(super) struct Waiter {
-    pub(super) application: Arc<Application>,
+    pub(super) quota: Quota,
     pub(super) needs: PerKind<u64>,
     /// What it has already, from what was at hand.
     pub(super) has: Charges,
@@ -72,6 +72,8 @@ pub(super) struct Meter {
     pub(super) reports: BTreeMap<i64, Report>,
     /// Taken by all, by bucket, when the store was last asked.
     pub(super) seen: Vec<(i64, u64)>,
+    /// What of that was spent for good.
+    pub(super) spent: u64,
     /// A need that the store had no room for, and until when that is believed.
     denied: Option<(u64, Duration)>,
     /// What was reserved in this second and in the one before.
@@ -168,7 +170,14 @@ impl Local {
     }
 
     /// Notes that a request has reserved.
-    pub(super) fn charge(&mut self, kind: Kind, bucket: i64, amount: u64, now: Duration, charges: &mut Charges) {
+    pub(super) fn charge(
+        &mut self,
+        kind: Kind,
+        bucket: i64,
+        amount: u64,
+        now: Duration,
+        charges: &mut Charges,
+    ) {
         let meter = &mut self.meters[kind.index()];
         if kind.is_leased() {
             *meter.reserved.entry(bucket).or_default() += amount;
@@ -212,12 +221,7 @@ impl Local {
     }
 
     /// What is to be said to the store, and the requests for which it asks.
-    pub(super) fn plan(
-        &mut self,
-        application: &Arc<str>,
-        at: &Moment,
-        now: Duration,
-    ) -> (Item, Vec<Waiter>) {
+    pub(super) fn plan(&mut self, application: &Arc<str>, at: &Moment, now: Duration) -> (Item, Vec<Waiter>) {
         let at = at.ahead_by(self.ahead);
         let mut waiters: Vec<Waiter> = self.waiting.drain(..).filter(|w| !w.tell.is_closed()).collect();
         let again = waiters.iter().any(|waiter| waiter.again);
@@ -263,9 +267,11 @@ impl Local {
 
     /// Whether a plan would have nothing to say.
     pub(super) fn is_quiet(&mut self, now: Duration) -> bool {
-        let quiet =
-            |meter: &mut Meter| meter.free == 0 && meter.reports.is_empty() && meter.target(now) == 0;
-        self.waiting.is_empty() && self.asked == 0 && self.sent.is_empty() && self.meters.iter_mut().all(quiet)
+        let quiet = |meter: &mut Meter| meter.free == 0 && meter.reports.is_empty() && meter.target(now) == 0;
+        self.waiting.is_empty()
+            && self.asked == 0
+            && self.sent.is_empty()
+            && self.meters.iter_mut().all(quiet)
     }
 
     /// Whether nothing would be lost if it were forgotten.
@@ -429,14 +435,15 @@ impl Local {
         all.max_by_key(|exceeded| exceeded.retry_after).map(Refusal::Exceeded)
     }
 
-    /// Until there will be room, if nobody takes more and nobody gives back.
+    /// Until there will be room, if nobody takes more: soon, where what is reserved now may come back.
     fn retry_after(&self, kind: Kind, need: u64, at: &Moment) -> Duration {
         let meter = &self.meters[kind.index()];
+        let limit = meter.limit.unwrap_or(u64::MAX);
         let micros = match kind.span() {
             Span::Always => SECOND,
+            Span::Day | Span::Month if meter.spent.saturating_add(need) <= limit => SECOND,
             Span::Day | Span::Month => at.usable(kind),
             Span::Window => {
-                let limit = meter.limit.unwrap_or(u64::MAX);
                 let mut taken = meter.seen.iter().fold(0u64, |sum, (_, taken)| sum.saturating_add(*taken));
                 let mut ends = SECOND;
                 for (bucket, amount) in &meter.seen {

@@ -54,7 +54,7 @@ pub use refusal::{Exceeded, Level, Refusal, Standing};
 pub use reservation::Reservation;
 
 use crate::error::StoreError;
-use crate::identity::Application;
+use crate::identity::Quota;
 use crate::store::SqlStore;
 use crate::store::sql::Sql;
 use calendar::Calendar;
@@ -208,18 +208,19 @@ impl Quotas {
         Ok(quotas)
     }
 
-    /// Takes what a request may use from its application's limits. Returns at once while the replica's lease
-    /// lasts, and within `max_wait` otherwise. An application without limits is never counted.
+    /// Takes what a request may use from its application's limits, as they are now. Returns at once while the
+    /// replica's lease lasts, and within `max_wait` otherwise. An application without limits is never counted.
     ///
     /// # Errors
     /// The request must not be served.
     pub async fn reserve(
         &self,
-        application: &Arc<Application>,
+        application: &Arc<str>,
+        quota: &Quota,
         demand: Demand,
     ) -> Result<Reservation, Refusal> {
         let shared = &self.shared;
-        let waits = match shared.begin(application, &demand) {
+        let waits = match shared.begin(application, quota, &demand) {
             Step::Done(done) => return shared.counted(done),
             Step::Wait(waits) => waits,
         };
@@ -229,14 +230,16 @@ impl Quotas {
             Ok(Ok(local::Verdict::Go(unclaimed))) => unclaimed.claim().ok_or_else(|| shared.lost()),
             Ok(Ok(local::Verdict::No(refusal))) => Err(refusal),
             // It said so, it is gone, or it takes too long.
-            Ok(Ok(local::Verdict::Lost) | Err(_)) | Err(_) => shared.without_store(application, &demand),
+            Ok(Ok(local::Verdict::Lost) | Err(_)) | Err(_) => {
+                shared.without_store(application, quota, &demand)
+            }
         };
         shared.counted(done)
     }
 
     /// How an application stands. `None` of both where it has no such limit.
-    pub fn standing(&self, application: &Arc<Application>) -> Standing {
-        self.shared.standing(application)
+    pub fn standing(&self, application: &str, quota: &Quota) -> Standing {
+        self.shared.standing(application, quota)
     }
 
     /// How quotas are.

@@ -92,10 +92,7 @@ mod tests {
         assert_eq!(after(Some(Duration::from_millis(1001))).retry_after_seconds(), Some(2));
         assert_eq!(after(Some(Duration::ZERO)).retry_after_seconds(), Some(1));
         assert_eq!(after(None).retry_after_seconds(), None);
-        assert_eq!(
-            after(None).to_string(),
-            "tokens_per_day of this application: limit 9, 1 left, 2 needed"
-        );
+        assert_eq!(after(None).to_string(), "tokens_per_day of this application: limit 9, 1 left, 2 needed");
         let long = Refusal::OutputTooLong { limit: 1, requested: 2 };
         assert_eq!(long.retry_after_seconds(), None);
         let lost = Refusal::Unavailable { retry_after: Duration::from_secs(1) };

@@ -8,21 +8,23 @@ use std::sync::Arc;
 use super::Shared;
 use super::local::Charges;
 use super::refusal::Standing;
-use crate::identity::Application;
+use crate::identity::Quota;
 
 /// The most that a request may use, taken from its application's limits.
 #[must_use = "a reservation that is dropped counts as used to the last token"]
 #[derive(Debug)]
 pub struct Reservation {
     shared: Arc<Shared>,
-    application: Arc<Application>,
+    application: Arc<str>,
+    quota: Quota,
     /// `None` once it is over.
-    charges: Option<Charges>,
+    pub(super) charges: Option<Charges>,
 }
 
 impl Reservation {
-    pub(super) fn new(shared: &Arc<Shared>, application: &Arc<Application>, charges: Charges) -> Self {
-        Self { shared: shared.clone(), application: application.clone(), charges: Some(charges) }
+    pub(super) fn new(shared: &Arc<Shared>, application: &Arc<str>, quota: &Quota, charges: Charges) -> Self {
+        let application = application.clone();
+        Self { shared: shared.clone(), application, quota: *quota, charges: Some(charges) }
     }
 
     /// The request is over and used so many tokens, of its prompt and of all its answers. What it did not use is
@@ -52,7 +54,7 @@ impl Reservation {
 
     /// How its application stands, for the headers of the answer.
     pub fn standing(&self) -> Standing {
-        self.shared.standing(&self.application)
+        self.shared.standing(&self.application, &self.quota)
     }
 }
 

@@ -3,7 +3,6 @@
 //! Owns the lock, under which nothing ever waits, and the way a request takes through it.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -17,7 +16,7 @@ use super::local::{Charges, Local, StoreTime, Verdict, Waiter};
 use super::refusal::{Exceeded, Refusal, Standing};
 use super::reservation::Reservation;
 use super::{Clock, OnStoreLoss, QuotaConfig, QuotaHealth};
-use crate::identity::Application;
+use crate::identity::Quota;
 
 /// How long an application stays remembered of which nothing is left to say, where room is short.
 const REMEMBERED: Duration = Duration::from_secs(60);
@@ -103,14 +102,13 @@ impl Shared {
     }
 
     /// Admits or refuses a request from what is at hand, or lets it wait.
-    pub(super) fn begin(self: &Arc<Self>, application: &Arc<Application>, demand: &Demand) -> Step {
-        let quota = &application.quota;
+    pub(super) fn begin(self: &Arc<Self>, application: &Arc<str>, quota: &Quota, demand: &Demand) -> Step {
         if let Some(limit) = quota.max_output_tokens.filter(|limit| demand.max_output_tokens > *limit) {
             return Step::Done(Err(Refusal::OutputTooLong { limit, requested: demand.max_output_tokens }));
         }
         let (limits, needs) = (limits(quota), demand.needs());
         if limits == PerKind::default() {
-            return Step::Done(Ok(Reservation::new(self, application, Charges::default())));
+            return Step::Done(Ok(Reservation::new(self, application, quota, Charges::default())));
         }
         if let Some(refusal) = never(&limits, &needs) {
             return Step::Done(Err(refusal));
@@ -120,7 +118,7 @@ impl Shared {
         let book = &mut *guard;
         let expired = now >= book.alive_until;
         let (waiting, stopping) = (book.waiting, book.stopping);
-        let Some((local, name)) = book.local(&self.config, application, &limits, now) else {
+        let Some(local) = book.local(&self.config, application, &limits, now) else {
             return Step::Done(Err(self.lost()));
         };
         if expired {
@@ -131,17 +129,17 @@ impl Shared {
         {
             let low = local.runs_low(now);
             // After a rest the thread has to be told that there is something to do.
-            let wakes = book.touch(&name) || (low && !book.urgent);
+            let wakes = book.touch(application) || (low && !book.urgent);
             book.urgent |= low;
             drop(guard);
             if wakes {
                 self.work.notify_one();
             }
-            return Step::Done(Ok(Reservation::new(self, application, charges)));
+            return Step::Done(Ok(Reservation::new(self, application, quota, charges)));
         }
         if local.is_denied(&needs, now) {
             let at = self.moment(&guard, now);
-            let refusal = guard.apps.get(&application.name[..]).and_then(|local| {
+            let refusal = guard.apps.get(application).and_then(|local| {
                 local.refusal(&needs, &at, now, |kind| local.remaining(kind, &at, now) < needs[kind.index()])
             });
             if let Some(refusal) = refusal {
@@ -150,15 +148,20 @@ impl Shared {
         }
         if self.health() != QuotaHealth::Ok || waiting >= self.config.max_waiting || stopping {
             drop(guard);
-            return Step::Done(self.without_store(application, demand));
+            return Step::Done(self.without_store(application, quota, demand));
         }
         let (tell, verdict) = oneshot::channel();
-        if let Some(local) = guard.apps.get_mut(&name) {
-            let application = application.clone();
-            local.waiting.push_back(Waiter { application, needs, has: Charges::default(), again: false, tell });
+        if let Some(local) = guard.apps.get_mut(application) {
+            local.waiting.push_back(Waiter {
+                quota: *quota,
+                needs,
+                has: Charges::default(),
+                again: false,
+                tell,
+            });
         }
         guard.waiting += 1;
-        guard.touch(&name);
+        guard.touch(application);
         guard.urgent = true;
         drop(guard);
         self.work.notify_one();
@@ -168,16 +171,17 @@ impl Shared {
     /// What becomes of a request when the store does not answer.
     pub(super) fn without_store(
         self: &Arc<Self>,
-        application: &Arc<Application>,
+        application: &Arc<str>,
+        quota: &Quota,
         demand: &Demand,
     ) -> Result<Reservation, Refusal> {
-        let (limits, needs) = (limits(&application.quota), demand.needs());
+        let (limits, needs) = (limits(quota), demand.needs());
         let now = self.clock.monotonic();
         let mut guard = self.book();
         let at = self.moment(&guard, now);
         let book = &mut *guard;
         let expired = now >= book.alive_until;
-        let Some((local, name)) = book.local(&self.config, application, &limits, now) else {
+        let Some(local) = book.local(&self.config, application, &limits, now) else {
             return Err(self.lost());
         };
         if expired {
@@ -194,11 +198,11 @@ impl Shared {
             }
         }
         if charges.is_some() {
-            book.touch(&name);
+            book.touch(application);
         }
         drop(guard);
         match charges {
-            Some(charges) => Ok(Reservation::new(self, application, charges)),
+            Some(charges) => Ok(Reservation::new(self, application, quota, charges)),
             None => Err(refusal.unwrap_or_else(|| self.lost())),
         }
     }
@@ -221,18 +225,11 @@ impl Shared {
     }
 
     /// A request is over.
-    pub(super) fn finish(
-        &self,
-        application: &Application,
-        charges: &Charges,
-        used: impl Fn(Kind, u64) -> u64,
-    ) {
+    pub(super) fn finish(&self, application: &Arc<str>, charges: &Charges, used: impl Fn(Kind, u64) -> u64) {
         let now = self.clock.monotonic();
         let mut book = self.book();
         let alive = now < book.alive_until;
-        let Some((name, _)) = book.apps.get_key_value(&application.name[..]) else { return };
-        let name = name.clone();
-        if let Some(local) = book.apps.get_mut(&name) {
+        if let Some(local) = book.apps.get_mut(application) {
             if !alive {
                 local.expire();
             }
@@ -243,22 +240,22 @@ impl Shared {
             }
         }
         // It is told with the next report; nobody waits for it.
-        let news = book.touch(&name);
+        let news = book.touch(application);
         drop(book);
         if news {
             self.work.notify_one();
         }
     }
 
-    pub(super) fn standing(&self, application: &Application) -> Standing {
+    pub(super) fn standing(&self, application: &str, quota: &Quota) -> Standing {
         let now = self.clock.monotonic();
         let book = self.book();
         let at = self.moment(&book, now);
-        if let Some(local) = book.apps.get(&application.name[..]) {
+        if let Some(local) = book.apps.get(application) {
             return local.standing(&at, now);
         }
         let mut fresh = Local::default();
-        fresh.set_limits(&limits(&application.quota));
+        fresh.set_limits(&limits(quota));
         fresh.standing(&at, now)
     }
 }
@@ -277,23 +274,18 @@ impl Book {
     fn local(
         &mut self,
         config: &QuotaConfig,
-        application: &Application,
+        application: &Arc<str>,
         limits: &PerKind<Option<u64>>,
         now: Duration,
-    ) -> Option<(&mut Local, Arc<str>)> {
-        if !self.apps.contains_key(&application.name[..]) {
-            if self.apps.len() >= config.max_applications && !self.make_room(now, config.retry) {
-                return None;
-            }
-            self.apps.insert(application.name.as_str().into(), Local::default());
+    ) -> Option<&mut Local> {
+        let crowded = self.apps.len() >= config.max_applications;
+        if crowded && !self.apps.contains_key(application) && !self.make_room(now, config.retry) {
+            return None;
         }
-        let (name, _) = self.apps.get_key_value(&application.name[..])?;
-        let name = name.clone();
-        let Entry::Occupied(entry) = self.apps.entry(name.clone()) else { return None };
-        let local = entry.into_mut();
+        let local = self.apps.entry(application.clone()).or_default();
         local.set_limits(limits);
         local.touched = now;
-        Some((local, name))
+        Some(local)
     }
 
     /// Forgets applications that have been idle; not again at once where that found none.

@@ -73,7 +73,7 @@ pub(crate) struct Swept {
 /// Durable counters. Every method is one transaction, but for sweeping, which is one a replica.
 pub(crate) trait QuotaStore: Send {
     /// Makes a replica known. With `takeover` earlier replicas of its writer are known to be over.
-    fn register(&mut self, holder: &Holder, terms: Terms, takeover: bool) -> Result<(), StoreError>;
+    fn enrol(&mut self, holder: &Holder, terms: Terms, takeover: bool) -> Result<(), StoreError>;
 
     /// How many transactions of a replica took effect, once none of them can any more. `None` if it is not known.
     fn sequence(&mut self, holder: &str) -> Result<Option<u64>, StoreError>;
@@ -105,7 +105,7 @@ fn kind_of(word: &str) -> Result<Kind, StoreError> {
 }
 
 impl<C: Sql> QuotaStore for SqlStore<C> {
-    fn register(&mut self, holder: &Holder, terms: Terms, takeover: bool) -> Result<(), StoreError> {
+    fn enrol(&mut self, holder: &Holder, terms: Terms, takeover: bool) -> Result<(), StoreError> {
         self.transaction(|store| {
             let sql = store.driver();
             if takeover {
@@ -242,7 +242,8 @@ impl<C: Sql> SqlStore<C> {
             let cell = Cell { used: take(values, "used")?, leased: take(values, "leased")? };
             state.cells.insert(key, cell);
         }
-        let held = "SELECT kind, bucket, amount FROM mirai_quota_lease WHERE holder = $1 AND application = $2";
+        let held =
+            "SELECT kind, bucket, amount FROM mirai_quota_lease WHERE holder = $1 AND application = $2";
         for row in self.driver().query(held, &[text(holder), text(application)])? {
             let values = &mut row.into_iter();
             let word: String = take(values, "kind")?;
@@ -273,7 +274,8 @@ impl<C: Sql> SqlStore<C> {
             let gone = "DELETE FROM mirai_quota WHERE application = $1 AND kind = $2 AND bucket = $3";
             self.driver().execute(gone, &[text(application), text(kind.word()), Value::Int(*bucket)])?;
         }
-        let of = |kind: Kind, bucket| [text(holder), text(application), text(kind.word()), Value::Int(bucket)];
+        let of =
+            |kind: Kind, bucket| [text(holder), text(application), text(kind.word()), Value::Int(bucket)];
         for ((kind, bucket), amount) in &after.held {
             if before.held.get(&(*kind, *bucket)) != Some(amount) {
                 let set = "INSERT INTO mirai_quota_lease (holder, application, kind, bucket, amount) \
@@ -297,7 +299,8 @@ impl<C: Sql> SqlStore<C> {
         let query = "SELECT writer, by_rows, started_at, synced_at FROM mirai_quota_holder \
                      WHERE holder = $1 AND lease_until < $2";
         let query = format!("{query}{}", C::FOR_UPDATE);
-        let Some(row) = self.driver().query(&query, &[text(holder), Value::Int(now)])?.into_iter().next() else {
+        let Some(row) = self.driver().query(&query, &[text(holder), Value::Int(now)])?.into_iter().next()
+        else {
             return Ok(Swept::default());
         };
         let values = &mut row.into_iter();
@@ -374,7 +377,8 @@ impl<C: Sql> SqlStore<C> {
                    AND queued_at <= $4 AND (finish = $5 OR queued_at + duration >= $6)";
         let finish = text(Finish::Crashed.as_str());
         let who = [text(&of.writer), text(application)];
-        let params = [&who[..], &[Value::Int(of.from), Value::Int(of.to), finish, Value::Int(of.synced)]].concat();
+        let params =
+            [&who[..], &[Value::Int(of.from), Value::Int(of.to), finish, Value::Int(of.synced)]].concat();
         let rows = self.driver().query(sum, &params)?;
         take(&mut rows.into_iter().flatten(), "sum")
     }

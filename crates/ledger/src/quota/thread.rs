@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+use super::QuotaHealth;
 use super::account::{Answer, Item};
 use super::calendar::Moment;
 use super::kind::{Kind, Span};
-use super::QuotaHealth;
 use super::local::{Local, StoreTime, Verdict, Waiter};
 use super::reservation::{Reservation, Unclaimed};
 use super::shared::{Book, Shared};
@@ -38,6 +38,8 @@ pub(super) struct Syncer {
     sync_at: Duration,
     beat_at: Duration,
     sweep_at: Duration,
+    /// Whether nothing more is to be held.
+    leaving: bool,
 }
 
 /// A transaction and the requests that wait for it.
@@ -73,6 +75,7 @@ impl Syncer {
             sync_at: now,
             beat_at: now,
             sweep_at: now,
+            leaving: false,
         }
     }
 
@@ -125,7 +128,8 @@ impl Syncer {
             self.register(false)?;
         }
         let flight = self.plan(now);
-        if !flight.items.is_empty() || now >= self.beat_at {
+        // A store that failed is back when it says so.
+        if !flight.items.is_empty() || now >= self.beat_at || self.retry_at.is_some() {
             self.fly(flight)?;
         }
         if now >= self.sweep_at {
@@ -145,7 +149,7 @@ impl Syncer {
         // Unlike any other's: what was registered without our hearing of it is nobody's, and ends by itself.
         let name = format!("{}/{}", config.writer, Hex(rand::random::<[u8; 8]>()));
         let holder = Holder { name, writer: config.writer.clone(), by_rows: config.rows_tell };
-        self.store.register(&holder, self.terms(), takeover)?;
+        self.store.enrol(&holder, self.terms(), takeover)?;
         (self.holder, self.sequence, self.beat_at) = (Some(holder), 0, Duration::ZERO);
         Ok(())
     }
@@ -194,7 +198,10 @@ impl Syncer {
             }
             book.active.push(name.clone());
             let waiting = local.waiting.len();
-            let (item, waiters) = local.plan(&name, &at, now);
+            let (mut item, waiters) = local.plan(&name, &at, now);
+            if self.leaving {
+                item.headroom = Default::default();
+            }
             book.waiting -= waiting - waiters.len();
             if item.has_something() {
                 flight.items.push(item);
@@ -231,6 +238,8 @@ impl Syncer {
                 Ok(())
             }
             (Err(error), outcome) => {
+                // Before anybody is told: who hears of it may ask how quotas are.
+                self.worsen(&error);
                 self.release(&mut flight);
                 match outcome {
                     // It may have taken effect.
@@ -317,7 +326,7 @@ impl Syncer {
     fn given_up(&mut self, flight: Flight, now: Duration) {
         tracing::warn!("the leases of this replica were ended by another; it takes new ones");
         self.shared.counters.given_up.add(1);
-        self.holder = None;
+        (self.holder, self.sync_at) = (None, now);
         let mut guard = self.shared.book();
         let book = &mut *guard;
         for (item, waiters) in flight.items.iter().zip(flight.waiters) {
@@ -348,23 +357,25 @@ impl Syncer {
         Ok(())
     }
 
+    fn worsen(&self, error: &StoreError) {
+        let lost = error.is_unavailable();
+        self.shared.set_health(if lost { QuotaHealth::Lost } else { QuotaHealth::Broken });
+    }
+
     fn failed(&mut self, error: &StoreError, now: Duration) {
         self.shared.counters.sync_failures.add(1);
-        if error.is_unavailable() {
-            if self.retry_at.is_none() {
-                tracing::warn!(%error, "the store of quotas failed; it will be tried again");
-            }
-            self.shared.set_health(QuotaHealth::Lost);
-            self.retry_at = Some(now + self.shared.config.retry);
-        } else {
+        self.worsen(error);
+        if !error.is_unavailable() {
             tracing::error!(%error, "the store of quotas failed for good");
-            self.shared.set_health(QuotaHealth::Broken);
+        } else if self.retry_at.replace(now + self.shared.config.retry).is_none() {
+            tracing::warn!(%error, "the store of quotas failed; it will be tried again");
         }
         self.release_all();
     }
 
     /// Gives back what is not in use.
     pub(super) fn farewell(&mut self) {
+        self.leaving = true;
         for _ in 0..FAREWELLS {
             let now = self.shared.clock.monotonic();
             self.release_all();
@@ -376,7 +387,11 @@ impl Syncer {
                 }
             }
             (self.sync_at, self.retry_at) = (now, None);
-            if self.shared.health() == QuotaHealth::Broken || self.resolve(now).is_err() {
+            let broken = self.shared.health() == QuotaHealth::Broken;
+            if broken
+                || self.resolve(now).is_err()
+                || (self.holder.is_none() && self.register(false).is_err())
+            {
                 continue;
             }
             let flight = self.plan(now);
@@ -420,6 +435,7 @@ impl Landing<'_> {
         for kind in Kind::ALL {
             let i = kind.index();
             local.meters[i].seen.clone_from(&self.answer.seen[i]);
+            local.meters[i].spent = self.answer.spent[i];
             local.grant(kind, self.answer.at.bucket(kind), self.answer.headroom[i], self.until(kind));
         }
         let mut tells = Vec::new();
@@ -436,7 +452,7 @@ impl Landing<'_> {
                         let bucket = self.answer.at.bucket(kind);
                         local.charge(kind, bucket, ask[kind.index()], self.now, &mut waiter.has);
                     }
-                    tells.push(self.go(waiter));
+                    tells.push(self.go(&item.application, waiter));
                 }
                 // Too late, or the request is gone: back with it.
                 waiter if granted => {
@@ -462,8 +478,8 @@ impl Landing<'_> {
         (tells, back)
     }
 
-    fn go(&self, waiter: Waiter) -> Tell {
-        let reservation = Reservation::new(self.shared, &waiter.application, waiter.has);
+    fn go(&self, application: &Arc<str>, waiter: Waiter) -> Tell {
+        let reservation = Reservation::new(self.shared, application, &waiter.quota, waiter.has);
         (waiter.tell, Verdict::Go(Unclaimed::new(reservation)))
     }
 
