@@ -33,6 +33,7 @@ mod account;
 mod calendar;
 mod counters;
 mod kind;
+mod landing;
 mod local;
 mod refusal;
 mod reservation;

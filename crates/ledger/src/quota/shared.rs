@@ -57,6 +57,7 @@ impl std::fmt::Debug for Shared {
 }
 
 /// How far a request came.
+#[expect(clippy::large_enum_variant, reason = "it is on its way from one frame to the next")]
 pub(super) enum Step {
     Done(Result<Reservation, Refusal>),
     Wait(oneshot::Receiver<Verdict>),

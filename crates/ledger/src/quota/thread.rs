@@ -7,14 +7,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
-
 use super::QuotaHealth;
-use super::account::{Answer, Item};
-use super::calendar::Moment;
-use super::kind::{Kind, Span};
-use super::local::{Local, StoreTime, Verdict, Waiter};
-use super::reservation::{Reservation, Unclaimed};
+use super::account::Item;
+use super::landing::{Landing, tell};
+use super::local::{StoreTime, Verdict, Waiter};
 use super::shared::{Book, Shared};
 use super::sql::{Holder, QuotaStore, Synced, Terms};
 use crate::error::StoreError;
@@ -50,16 +46,6 @@ struct Flight {
     /// For each item.
     waiters: Vec<Vec<Waiter>>,
     outcome: Option<Synced>,
-}
-
-type Tell = (oneshot::Sender<Verdict>, Verdict);
-
-/// Tells requests, without the lock: who has given up meanwhile cancels what it got, and that takes it.
-fn tell(all: Vec<Tell>) {
-    for (request, verdict) in all {
-        // Who has given up wants no answer.
-        drop(request.send(verdict));
-    }
 }
 
 impl Syncer {
@@ -408,89 +394,6 @@ impl Syncer {
         {
             tracing::warn!(%error, "what this replica holds is left to its lease");
         }
-    }
-}
-
-/// An answer on its way to one application's requests.
-struct Landing<'a> {
-    shared: &'a Arc<Shared>,
-    began: Duration,
-    now: Duration,
-    at: Moment,
-    answer: &'a Answer,
-}
-
-impl Landing<'_> {
-    /// Until when what was granted may be used, by our clock: counted from before the store was asked.
-    fn until(&self, kind: Kind) -> Duration {
-        let usable = self.answer.at.usable(kind).max(0) as u64;
-        self.began.saturating_add(Duration::from_micros(usable))
-    }
-
-    /// Returns what is to be told, and how many requests wait again.
-    fn hand_out(&self, local: &mut Local, item: &Item, waiters: Vec<Waiter>) -> (Vec<Tell>, usize) {
-        local.sent(true);
-        (local.asked, local.ahead) = (0, self.answer.at.ahead);
-        let late = |kind: &Kind| kind.span() == Span::Window && self.now >= self.until(*kind);
-        for kind in Kind::ALL {
-            let i = kind.index();
-            local.meters[i].seen.clone_from(&self.answer.seen[i]);
-            local.meters[i].spent = self.answer.spent[i];
-            local.grant(kind, self.answer.at.bucket(kind), self.answer.headroom[i], self.until(kind));
-        }
-        let mut tells = Vec::new();
-        let mut again = Vec::new();
-        let mut waiters = waiters.into_iter();
-        for (ask, lacking) in item.asks.iter().zip(&self.answer.lacking) {
-            let waiter = waiters.next();
-            let granted = !lacking.contains(&true);
-            let asked = Kind::ALL.into_iter().filter(|kind| ask[kind.index()] > 0);
-            let stale = granted && asked.clone().any(|kind| late(&kind));
-            match waiter {
-                Some(mut waiter) if granted && !stale => {
-                    for kind in asked {
-                        let bucket = self.answer.at.bucket(kind);
-                        local.charge(kind, bucket, ask[kind.index()], self.now, &mut waiter.has);
-                    }
-                    tells.push(self.go(&item.application, waiter));
-                }
-                // Too late, or the request is gone: back with it.
-                waiter if granted => {
-                    for kind in asked {
-                        local.return_grant(kind, self.answer.at.bucket(kind), ask[kind.index()]);
-                    }
-                    again.extend(waiter);
-                }
-                Some(mut waiter) => {
-                    let lacks = |kind: Kind| lacking[kind.index()];
-                    if !waiter.again && local.has_at_hand(&waiter.needs, &self.at, self.now, lacks) {
-                        waiter.again = true;
-                        again.push(waiter);
-                    } else {
-                        tells.push(self.no(local, waiter, lacks));
-                    }
-                }
-                None => {}
-            }
-        }
-        let back = again.len();
-        local.requeue(again, self.now);
-        (tells, back)
-    }
-
-    fn go(&self, application: &Arc<str>, waiter: Waiter) -> Tell {
-        let reservation = Reservation::new(self.shared, application, &waiter.quota, waiter.has);
-        (waiter.tell, Verdict::Go(Unclaimed::new(reservation)))
-    }
-
-    fn no(&self, local: &mut Local, mut waiter: Waiter, lacks: impl Fn(Kind) -> bool) -> Tell {
-        local.give_back(&mut waiter.has, self.now);
-        for kind in Kind::ALL.into_iter().filter(|kind| lacks(*kind)) {
-            let until = self.now + self.shared.config.recheck;
-            local.deny(kind, waiter.needs[kind.index()], until);
-        }
-        let refusal = local.refusal(&waiter.needs, &self.at, self.now, lacks);
-        (waiter.tell, refusal.map_or(Verdict::Lost, Verdict::No))
     }
 }
 

@@ -7,7 +7,7 @@ use crate::store::tests::pg::Server;
 fn the_suite_of_quotas_holds_on_postgresql() {
     let Some(server) = Server::start() else { return };
     rules::all(|| server.database());
-    history::agrees_with_the_oracle(if cfg!(coverage) { 2 } else { 6 }, || server.database());
+    history::agrees_with_the_oracle(if cfg!(coverage) { 2 } else { 4 }, || server.database());
     two_processes_do_not_exceed_a_limit(&server);
 }
 
