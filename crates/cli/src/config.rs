@@ -5,15 +5,17 @@
 
 mod device;
 mod layers;
+mod ledger;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use mirai_server::ServerConfig;
+use mirai_server::{IdentityConfig, ServerConfig};
 
 pub(crate) use device::Device;
 pub(crate) use layers::{ConfigError, Flag, load};
+pub(crate) use ledger::LedgerConfig;
 
 /// Everything the server can be told. `mirai check-config` prints it; each field is also a key of the TOML file
 /// and, as `MIRAI__SECTION__KEY`, an environment variable.
@@ -26,6 +28,10 @@ pub(crate) struct Config {
     pub(crate) engine: EngineConfig,
     /// The HTTP surface.
     pub(crate) server: ServerConfig,
+    /// Accounting for requests.
+    pub(crate) ledger: LedgerConfig,
+    /// Who may call.
+    pub(crate) identity: IdentityConfig,
     /// What is written about it.
     pub(crate) log: LogConfig,
 }

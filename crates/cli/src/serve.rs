@@ -6,7 +6,7 @@
 use std::io::Write;
 use std::time::Instant;
 
-use mirai_server::{BindError, ExitReason, Server, ServerHandle};
+use mirai_server::{BindError, ExitReason, IdentitySummary, Server, ServerHandle};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::ServeArgs;
@@ -14,13 +14,14 @@ use crate::config::Config;
 use crate::exit::Failure;
 #[cfg(not(feature = "test-hooks"))]
 use crate::load;
-use crate::{device, logging};
+use crate::{device, ledger, logging};
 
 /// Resolves all layers and checks what can be checked without touching the machine.
 fn configuration(args: &ServeArgs) -> Result<Config, Failure> {
     let config = args.resolve()?;
     check_engine(&config)?;
     device::check(&config)?;
+    ledger::check(&config.ledger)?;
     config.server.validate().map_err(Failure::usage)?;
     Ok(config)
 }
@@ -48,12 +49,15 @@ fn check_engine(config: &Config) -> Result<(), Failure> {
 pub(crate) fn check_config(args: &ServeArgs) -> Result<(), Failure> {
     let config = configuration(args)?;
     let text = toml::to_string(&config).map_err(Failure::run)?;
-    let of_file = config.server.api_key_file.as_deref().map(mirai_server::read_keys);
-    let of_file = of_file.transpose().map_err(Failure::usage)?.map_or(0, |keys| keys.len());
-    let keys = config.server.api_keys.len() + of_file;
-    let plural = if keys == 1 { "" } else { "s" };
+    let IdentitySummary { keys, applications } =
+        IdentitySummary::read(&config.server).map_err(Failure::usage)?;
+    let plural = |count| if count == 1 { "" } else { "s" };
     let mut out = std::io::stdout().lock();
-    write!(out, "# {keys} API key{plural}, not shown\n{text}").map_err(Failure::run)
+    write!(out, "# {keys} API key{}, not shown\n", plural(keys)).map_err(Failure::run)?;
+    if config.identity.applications_file.is_some() {
+        write!(out, "# {applications} application{}\n", plural(applications)).map_err(Failure::run)?;
+    }
+    write!(out, "{text}").map_err(Failure::run)
 }
 
 /// Serves until told to end.
@@ -83,7 +87,7 @@ where
     F: FnOnce(&Config, &ServerHandle) -> Result<mirai_server::ServedModel, Failure> + Send + 'static,
 {
     let server = Server::bind(config.server.clone()).await.map_err(|e| match e {
-        BindError::Config(_) | BindError::Tls(_) | BindError::Keys(_) => Failure::usage(e),
+        BindError::Config(_) | BindError::Tls(_) | BindError::Identity(_) => Failure::usage(e),
         BindError::Listen { .. } | BindError::Thread(_) => Failure::environment(e),
     })?;
     let scheme = if server.is_tls() { "https" } else { "http" };
@@ -91,10 +95,17 @@ where
     if let Some(address) = server.metrics_addr() {
         tracing::info!(%address, "metrics have an address of their own");
     }
+    if let Some(address) = server.admin_addr() {
+        tracing::info!(%address, "administrators have an address of their own");
+    }
     let handle = server.handle();
     listen_to_signals(&handle)?;
     let for_load = handle.clone();
     let loading = tokio::task::spawn_blocking(move || {
+        // First: a store that cannot be had should not cost a load.
+        if let Some(accounting) = ledger::start(&config.ledger)? {
+            for_load.account(accounting).map_err(Failure::run)?;
+        }
         let model = load(&config, &for_load)?;
         for_load.ready(model).map_err(Failure::run)?;
         print_line(&format!("ready in {:.2} s", started.elapsed().as_secs_f64()))
@@ -125,6 +136,9 @@ fn ended(reason: Result<ExitReason, tokio::task::JoinError>) -> Result<(), Failu
         ExitReason::Forced => {
             tracing::warn!("ended at once, as asked");
             Ok(())
+        }
+        ExitReason::LedgerBroken => {
+            Err(Failure::run("the ledger's store must not be used any more; a restart recovers it"))
         }
         ExitReason::EngineDied(reason) => Err(Failure::run(format!("the engine died: {reason}"))),
     }

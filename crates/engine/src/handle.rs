@@ -114,6 +114,64 @@ impl Drop for Owner {
     }
 }
 
+/// Room in the queue, held for requests that come together.
+#[must_use = "dropped, it gives its room back and nothing is queued"]
+pub struct Admission {
+    owner: Arc<Owner>,
+    /// Empty once they are queued.
+    requests: Vec<EngineRequest>,
+    /// Of their prompts.
+    tokens: usize,
+}
+
+impl std::fmt::Debug for Admission {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Admission").field("requests", &self.requests.len()).finish_non_exhaustive()
+    }
+}
+
+impl Admission {
+    /// Requests in it.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "who holds room for nothing has no use for it")]
+    pub fn len(&self) -> usize {
+        self.requests.len()
+    }
+
+    /// Queues all of them. From `Ok` on, exactly one [`Event::Finished`] comes for each of their choices.
+    ///
+    /// # Errors
+    /// The engine takes no more; nothing was queued.
+    pub fn submit(mut self) -> Result<(), AdmissionError> {
+        let shared = &self.owner.0;
+        let mut accepted = false;
+        let requests = &mut self.requests;
+        shared.mailbox.post(|letters| {
+            // Decided under the mailbox's lock: the thread closes the box under the same lock when it ends,
+            // so no accepted request is left unread.
+            accepted = !letters.closed;
+            if accepted {
+                letters.submits.append(requests);
+            }
+        });
+        if accepted {
+            return Ok(());
+        }
+        Err(shared.dead.get().map_or(AdmissionError::Stopping, |reason| AdmissionError::Dead(reason.clone())))
+    }
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        // What was queued keeps its room until it has a slot.
+        if !self.requests.is_empty() {
+            let shared = &self.owner.0;
+            shared.queued_requests.fetch_sub(self.requests.len(), Ordering::AcqRel);
+            shared.queued_tokens.fetch_sub(self.tokens, Ordering::AcqRel);
+        }
+    }
+}
+
 /// The rest of the process's end of the engine. Cheap to clone; every method returns at once. The engine ends
 /// when the last clone is dropped.
 #[derive(Clone)]
@@ -136,11 +194,13 @@ impl EngineHandle {
         &self.owner.0
     }
 
-    /// Hands a request over. From `Ok` on, exactly one [`Event::Finished`] comes for each of its choices.
+    /// Holds room in the queue for all of these requests, or for none. Nothing is queued before
+    /// [`Admission::submit`]: a caller has time to do what must come between, and gives the room back by dropping
+    /// it.
     ///
     /// # Errors
-    /// The request can never fit, the queue is full, or the engine takes no more.
-    pub fn submit(&self, request: EngineRequest) -> Result<(), AdmissionError> {
+    /// One of them can never fit, the queue is full, or the engine takes no more.
+    pub fn reserve(&self, requests: Vec<EngineRequest>) -> Result<Admission, AdmissionError> {
         let shared = self.shared();
         if let Some(reason) = shared.dead.get() {
             return Err(AdmissionError::Dead(reason.clone()));
@@ -148,43 +208,36 @@ impl EngineHandle {
         if shared.stopping.load(Ordering::Acquire) {
             return Err(AdmissionError::Stopping);
         }
-        shared.door.check(&request)?;
-        let tokens = request.prompt.len();
+        requests.iter().try_for_each(|request| shared.door.check(request))?;
+        let (count, tokens) = (requests.len(), requests.iter().map(|request| request.prompt.len()).sum());
         let limits = &shared.door;
-        let requests_now = shared.queued_requests.fetch_add(1, Ordering::AcqRel) + 1;
-        let tokens_now = shared.queued_tokens.fetch_add(tokens, Ordering::AcqRel) + tokens;
-        let full = if requests_now > limits.max_queued_requests {
-            Some(AdmissionError::QueueFull { queued: requests_now - 1, limit: limits.max_queued_requests })
-        } else if tokens_now > limits.max_queued_tokens && requests_now > 1 {
-            // An empty queue takes any request that fits the model, or it could never be served.
-            Some(AdmissionError::QueueTokensFull {
-                queued: tokens_now - tokens,
+        let requests_before = shared.queued_requests.fetch_add(count, Ordering::AcqRel);
+        let tokens_before = shared.queued_tokens.fetch_add(tokens, Ordering::AcqRel);
+        // From here on dropping it gives the room back.
+        let admission = Admission { owner: Arc::clone(&self.owner), requests, tokens };
+        if requests_before + count > limits.max_queued_requests {
+            return Err(AdmissionError::QueueFull {
+                queued: requests_before,
+                limit: limits.max_queued_requests,
+            });
+        }
+        // An empty queue takes any request that fits the model, or it could never be served.
+        if tokens_before + tokens > limits.max_queued_tokens && requests_before > 0 {
+            return Err(AdmissionError::QueueTokensFull {
+                queued: tokens_before,
                 request: tokens,
                 limit: limits.max_queued_tokens,
-            })
-        } else {
-            None
-        };
-        if let Some(error) = full {
-            shared.queued_requests.fetch_sub(1, Ordering::AcqRel);
-            shared.queued_tokens.fetch_sub(tokens, Ordering::AcqRel);
-            return Err(error);
+            });
         }
-        let mut accepted = false;
-        shared.mailbox.post(|letters| {
-            // Decided under the mailbox's lock: the thread closes the box under the same lock when it ends,
-            // so no accepted request is left unread.
-            accepted = !letters.closed;
-            if accepted {
-                letters.submits.push(request);
-            }
-        });
-        if accepted {
-            return Ok(());
-        }
-        shared.queued_requests.fetch_sub(1, Ordering::AcqRel);
-        shared.queued_tokens.fetch_sub(tokens, Ordering::AcqRel);
-        Err(shared.dead.get().map_or(AdmissionError::Stopping, |reason| AdmissionError::Dead(reason.clone())))
+        Ok(admission)
+    }
+
+    /// Hands a request over. From `Ok` on, exactly one [`Event::Finished`] comes for each of its choices.
+    ///
+    /// # Errors
+    /// The request can never fit, the queue is full, or the engine takes no more.
+    pub fn submit(&self, request: EngineRequest) -> Result<(), AdmissionError> {
+        self.reserve(vec![request])?.submit()
     }
 
     /// Ends all choices of a request with [`crate::FinishReason::Cancelled`]. Unknown or ended ones are ignored.

@@ -4,6 +4,7 @@
 
 mod config;
 mod door;
+pub mod energy;
 mod executor;
 mod fair;
 mod handle;
@@ -26,8 +27,9 @@ mod thread;
 
 pub use config::EngineConfig;
 pub use door::{AdmissionError, MAX_CHOICES};
+pub use energy::{EnergyCounter, EnergyMethod};
 pub use executor::{DeviceFault, Executor};
-pub use handle::{BoxError, EngineHandle, EngineHealth, StartError};
+pub use handle::{Admission, BoxError, EngineHandle, EngineHealth, StartError};
 pub use ids::{BLOCK_TOKENS, BlockId, RequestId, SeqId, SlotId, SnapshotId, TenantId, TokenId};
 pub use params::{SamplingParams, Task};
 pub use request::{EngineRequest, Event, FinishReason, SeqUsage, Time};

@@ -4,12 +4,18 @@
 //! answer, knows no HTTP and no model.
 
 mod chain;
+pub mod date;
 mod error;
+pub mod event;
+pub mod export;
 pub mod identity;
 mod ledger;
+pub mod location;
+pub mod price;
 pub mod quota;
 mod row;
-mod secret;
+mod scope;
+pub mod secret;
 mod spool;
 pub mod store;
 mod value;
@@ -18,13 +24,14 @@ mod verify;
 pub use chain::{ChainKey, Epoch, Hash, Link, LinkKind, commitment, content_digest, open_digest};
 pub use error::StoreError;
 pub use ledger::{
-    COMMIT_SECONDS, Counter, Counters, Counts, Health, Ledger, LedgerConfig, Open, Outcome, StartError, Unavailable,
-    Wake,
+    COMMIT_SECONDS, Counter, Counters, Counts, Health, Ledger, LedgerConfig, Open, Outcome, StartError,
+    Unavailable,
 };
 pub use row::{
     Anonymise, Class, Endpoint, EnergyMethod, FIELDS, Field, Finish, MAX_TEXT, Retention, Row, RowError,
     SCHEMA_VERSION, Settled, State, UserKind, registry_json,
 };
+pub use scope::{Scope, Scopes};
 pub use secret::{MIN_SECRET, ShortSecret};
 pub use spool::{Spool, SpoolError};
 pub use value::{CellError, Hex, Value};

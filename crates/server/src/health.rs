@@ -16,7 +16,7 @@ pub(crate) enum Probe {
     Startup,
     /// Loaded, and the engine moves or is idle; also while draining or saturated.
     Live,
-    /// Alive, and taking requests.
+    /// Alive, and taking requests: also those that have to be accounted for.
     Ready,
 }
 
@@ -47,6 +47,15 @@ pub(crate) fn answer(state: &State, probe: Probe) -> Reply {
         && let Err(reason) = state.engine_moves(&live.engine)
     {
         return problem(Health { detail: Some(reason), ..ok }, "not alive");
+    }
+    if let Some(accounting) = state.accounting().filter(|_| probe != Probe::Startup) {
+        if accounting.ledger.health() == mirai_ledger::Health::Broken {
+            return problem(Health { detail: Some("the ledger is broken".to_owned()), ..ok }, "not alive");
+        }
+        if probe == Probe::Ready && accounting.takes_more().is_err() {
+            let detail = Some("requests cannot be accounted for now".to_owned());
+            return problem(Health { detail, ..ok }, "not ready");
+        }
     }
     if probe == Probe::Ready && draining {
         return problem(ok, "draining");

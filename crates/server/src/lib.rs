@@ -7,11 +7,13 @@
 //!
 //! [`GenerationRequest`]: validate::GenerationRequest
 
+mod account;
 pub mod api;
 mod auth;
 pub mod config;
 mod demux;
 pub mod error;
+mod file;
 mod format;
 mod handlers;
 mod health;
@@ -32,8 +34,14 @@ mod unsupported;
 mod validate;
 mod worker;
 
-pub use auth::{KeyFileError, MAX_KEYS, read_keys};
+pub use account::Accounting;
+pub use auth::{
+    Algorithm, ClaimsConfig, GatewayConfig, IdentityConfig, IdentityError, IdentityFileError,
+    IdentitySummary, IntrospectionConfig, IssuerConfig, KeyFileError, MAX_KEYS, Unknown, read_keys,
+};
 pub use config::{ConfigError, Limits, ServerConfig, Timeouts, TlsConfig};
+pub use file::FileError;
+pub use http::client::BundleError;
 pub use http::tls::TlsError;
 pub use metrics::DeviceFigure;
 pub use model::{FimTokens, GenerationDefaults, ServedModel};

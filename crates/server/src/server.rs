@@ -11,7 +11,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
-use crate::auth::{Auth, KeyFileError};
+use crate::account::Accounting;
+use crate::auth::{Auth, IdentityError};
 use crate::config::{ConfigError, ServerConfig, seconds};
 use crate::demux::{Context, Demux};
 use crate::error::ApiError;
@@ -19,7 +20,7 @@ use crate::handlers::{self, Door};
 use crate::http::accept::{self, Acceptor};
 use crate::http::io::Deadlines;
 use crate::http::tls::{Tls, TlsError};
-use crate::metrics::DeviceFigure;
+use crate::metrics::{DeviceFigure, Metrics};
 use crate::model::{ModelInfo, ServedModel};
 use crate::state::{Drain, Live, Loading, State};
 use mirai_engine::EngineHealth;
@@ -33,9 +34,9 @@ pub enum BindError {
     /// The certificates cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// The file of keys cannot be used.
+    /// A file of keys, applications or secrets cannot be used.
     #[error(transparent)]
-    Keys(#[from] KeyFileError),
+    Identity(#[from] IdentityError),
     /// The address is taken, not ours, or not allowed.
     #[error("cannot listen on {address}: {source}")]
     Listen {
@@ -55,6 +56,9 @@ pub enum ReadyError {
     /// A server serves one model.
     #[error("a model is served already")]
     Twice,
+    /// Rows have one place.
+    #[error("there is a ledger already")]
+    TwoLedgers,
     /// There must be a name to ask for.
     #[error("the model has no name")]
     NoName,
@@ -74,6 +78,9 @@ pub enum ExitReason {
     Forced,
     /// The engine is dead: the process should exit with an error.
     EngineDied(String),
+    /// The ledger's store must not be asked again: the process should exit with an error, and recover when it is
+    /// started anew.
+    LedgerBroken,
 }
 
 /// A bound server that does not serve yet.
@@ -82,6 +89,7 @@ pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
     metrics: Option<(TcpListener, SocketAddr)>,
+    admin: Option<(TcpListener, SocketAddr)>,
     tls: Option<Arc<Tls>>,
 }
 
@@ -138,6 +146,15 @@ impl ServerHandle {
         if self.state.set_live(Live { model, engine, demux }) { Ok(()) } else { Err(ReadyError::Twice) }
     }
 
+    /// Takes the ledger. To be called before [`ServerHandle::ready`]: from then on every request that the engine
+    /// takes has its row.
+    ///
+    /// # Errors
+    /// There is one already.
+    pub fn account(&self, accounting: Accounting) -> Result<(), ReadyError> {
+        if self.state.set_accounting(accounting) { Ok(()) } else { Err(ReadyError::TwoLedgers) }
+    }
+
     /// Takes a figure of the device that computes, for `/metrics`; none is "not known".
     pub fn device_figure(&self, figure: DeviceFigure, value: Option<f64>) {
         self.state.metrics.device.set(figure, value);
@@ -163,13 +180,14 @@ impl Server {
     /// had.
     pub async fn bind(config: ServerConfig) -> Result<Self, BindError> {
         config.validate()?;
-        let auth = Auth::load(&config.api_keys, config.api_key_file.as_deref())?;
-        let tls = config.tls.clone().map(Tls::load).transpose()?.map(Arc::new);
+        let counts = Arc::new(Metrics::new());
+        let (auth, tls) = read_files(&config, counts.clone()).await?;
         let (listener, address) = bind_one(SocketAddr::new(config.host, config.port))?;
         let metrics = config.metrics_listen.map(bind_one).transpose()?;
-        let state = Arc::new(State::new(config, auth).map_err(BindError::Thread)?);
+        let admin = config.identity.admin_listen.map(bind_one).transpose()?;
+        let state = Arc::new(State::new(config, auth, counts).map_err(BindError::Thread)?);
         let handle = ServerHandle { state, signals: Arc::new(watch::Sender::new(0)) };
-        Ok(Self { handle, listener, address, metrics, tls })
+        Ok(Self { handle, listener, address, metrics, admin, tls })
     }
 
     /// Where it listens; the port that the system chose, if it was asked to.
@@ -180,6 +198,11 @@ impl Server {
     /// Where metrics are served, if they have an address of their own.
     pub fn metrics_addr(&self) -> Option<SocketAddr> {
         self.metrics.as_ref().map(|(_, address)| *address)
+    }
+
+    /// Where administrators are served, if anywhere.
+    pub fn admin_addr(&self) -> Option<SocketAddr> {
+        self.admin.as_ref().map(|(_, address)| *address)
     }
 
     /// Whether it speaks TLS.
@@ -194,13 +217,12 @@ impl Server {
 
     /// Serves until it is told to end, or until the engine dies.
     pub async fn run(self) -> ExitReason {
-        let Self { handle, listener, metrics, tls, .. } = self;
+        let Self { handle, listener, metrics, admin, tls, .. } = self;
         let state = handle.state.clone();
         let (close, closing) = watch::channel(false);
         let mut tasks = JoinSet::new();
         let every = seconds(state.config.timeouts.reload_seconds);
-        let watching = state.clone();
-        tasks.spawn(async move { watching.auth.watch(every, &watching.metrics).await });
+        tasks.spawn(state.auth.clone().watch(every));
         if let Some(tls) = tls.clone() {
             let metrics = state.metrics.clone();
             tasks.spawn(async move { tls.watch(every, &metrics).await });
@@ -220,21 +242,51 @@ impl Server {
                 handlers::handle(state.clone(), Door::Metrics, conn, request)
             }));
         }
+        if let Some((listener, _)) = admin {
+            let state = state.clone();
+            tasks.spawn(accept::serve(listener, acceptor.clone(), move |conn, request| {
+                handlers::handle(state.clone(), Door::Admin, conn, request)
+            }));
+        }
         let for_requests = state.clone();
         tasks.spawn(accept::serve(listener, acceptor, move |conn, request| {
             handlers::handle(for_requests.clone(), Door::Main, conn, request)
         }));
         let mut signals = handle.signals.subscribe();
-        tokio::select! {
-            () = asked(&mut signals, 1) => {}
+        let reason = tokio::select! {
+            () = asked(&mut signals, 1) => drain(&state, &mut signals, &close).await,
             reason = engine_end(&state) => {
                 close.send_replace(true);
                 settle(&state, Duration::from_secs(2)).await;
-                return ExitReason::EngineDied(reason);
+                ExitReason::EngineDied(reason)
             }
-        }
-        drain(&state, &mut signals, &close).await
+            () = ledger_end(&state) => {
+                close.send_replace(true);
+                if let Some(live) = state.live() {
+                    live.demux.abort_all(ApiError::ledger_unavailable("requests cannot be accounted for"));
+                    settle(&state, Duration::from_secs(2)).await;
+                    live.engine.shutdown(Duration::ZERO);
+                }
+                ExitReason::LedgerBroken
+            }
+        };
+        close_ledger(state).await;
+        reason
     }
+}
+
+/// The keys and certificates that the configuration names, read where a file that does not answer holds up
+/// nothing else.
+async fn read_files(
+    config: &ServerConfig,
+    counts: Arc<Metrics>,
+) -> Result<(Auth, Option<Arc<Tls>>), BindError> {
+    let config = config.clone();
+    let read = move || {
+        let auth = Auth::load(&config, counts)?;
+        Ok((auth, config.tls.map(Tls::load).transpose()?.map(Arc::new)))
+    };
+    tokio::task::spawn_blocking(read).await.expect("keys and certificates are read without a panic")
 }
 
 fn bind_one(address: SocketAddr) -> Result<(TcpListener, SocketAddr), BindError> {
@@ -259,6 +311,40 @@ async fn engine_end(state: &State) -> String {
     match live.engine.health() {
         EngineHealth::Dead(reason) => reason,
         _ => "the engine ended".to_owned(),
+    }
+}
+
+/// Returns when the ledger must not be used any more.
+async fn ledger_end(state: &State) {
+    loop {
+        match state.accounting() {
+            Some(accounting) => return accounting.ledger.broken().await,
+            None => tokio::time::sleep(LOOK).await,
+        }
+    }
+}
+
+/// How long the last rows have to reach their store. What does not is recovered by the next start.
+const LAST_ROWS: Duration = Duration::from_secs(5);
+
+/// Closes what is still open, and ends this process's run in the ledger.
+async fn close_ledger(state: Arc<State>) {
+    if state.accounting().is_none() {
+        return;
+    }
+    let until = Instant::now() + LAST_ROWS;
+    if let Some(live) = state.live() {
+        // The demultiplexer ends rows when the engine's events end.
+        live.engine.shutdown(Duration::ZERO);
+        let _ = tokio::time::timeout_at(until, live.demux.ended()).await;
+    }
+    let stop = tokio::task::spawn_blocking(move || {
+        if let Some(accounting) = state.accounting() {
+            accounting.ledger.stop();
+        }
+    });
+    if tokio::time::timeout_at(until, stop).await.is_err() {
+        tracing::warn!("the ledger's last rows are left to recovery");
     }
 }
 

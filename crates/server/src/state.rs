@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use mirai_engine::{EngineHandle, EngineHealth};
 
+use crate::account::Accounting;
 use crate::auth::Auth;
 use crate::config::{ServerConfig, seconds};
 use crate::demux::Demux;
@@ -48,24 +49,26 @@ pub(crate) struct State {
     pub(crate) config: ServerConfig,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) ids: Ids,
-    pub(crate) auth: Auth,
+    pub(crate) auth: Arc<Auth>,
     pub(crate) workers: Workers,
     loading: Mutex<Loading>,
     failed: OnceLock<String>,
     live: OnceLock<Arc<Live>>,
+    accounting: OnceLock<Accounting>,
     drain: AtomicU8,
 }
 
 impl State {
-    pub(crate) fn new(config: ServerConfig, auth: Auth) -> std::io::Result<Self> {
+    pub(crate) fn new(config: ServerConfig, auth: Auth, metrics: Arc<Metrics>) -> std::io::Result<Self> {
         Ok(Self {
-            metrics: Arc::new(Metrics::new()),
+            metrics,
             ids: Ids::new(),
-            auth,
+            auth: Arc::new(auth),
             workers: Workers::start(config.workers, config.limits.max_queued_jobs)?,
             loading: Mutex::new(Loading { phase: "starting".to_owned(), percent: 0 }),
             failed: OnceLock::new(),
             live: OnceLock::new(),
+            accounting: OnceLock::new(),
             drain: AtomicU8::new(0),
             config,
         })
@@ -95,6 +98,15 @@ impl State {
 
     pub(crate) fn live(&self) -> Option<&Arc<Live>> {
         self.live.get()
+    }
+
+    /// Returns false if there is a ledger already.
+    pub(crate) fn set_accounting(&self, accounting: Accounting) -> bool {
+        self.accounting.set(accounting).is_ok()
+    }
+
+    pub(crate) fn accounting(&self) -> Option<&Accounting> {
+        self.accounting.get()
     }
 
     pub(crate) fn drain(&self) -> Drain {

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::slot::{Phase, Slot};
-use super::{Health, Shared, StartError, Wake};
+use super::{Health, Shared, StartError};
 use crate::chain::Epoch;
 use crate::error::StoreError;
 use crate::row::{Finish, Row, State};
@@ -27,7 +27,6 @@ pub(super) struct Committer {
     pub(super) store: Box<dyn Store>,
     pub(super) spool: Option<Spool>,
     pub(super) shared: Arc<Shared>,
-    wake: Wake,
     pub(super) owner: Option<Epoch>,
     /// Bytes of the spool that a dead process wrote.
     inherited: u64,
@@ -55,7 +54,6 @@ impl Committer {
         store: Box<dyn Store>,
         spool: Option<Spool>,
         shared: Arc<Shared>,
-        wake: Wake,
         now: Instant,
     ) -> Self {
         let inherited = spool.as_ref().map_or(0, Spool::len);
@@ -63,7 +61,6 @@ impl Committer {
             store,
             spool,
             shared,
-            wake,
             owner: None,
             inherited,
             replay_at: 0,
@@ -199,7 +196,6 @@ impl Committer {
 
     /// Tells requests what became of their states.
     fn tell(&mut self, states: impl IntoIterator<Item = (Arc<Slot>, Entry)>, batch: &Batch) {
-        let mut tags = Vec::new();
         let mut again = Vec::new();
         for (slot, entry) in states {
             let conflict = matches!(batch, Batch::Stored(done) if done.conflicts.contains(&entry.row.id));
@@ -221,15 +217,11 @@ impl Committer {
                 Batch::Stored(_) => self.durable(&slot, &entry.row, true),
                 Batch::Spooled => self.durable(&slot, &entry.row, false),
             }
-            tags.push(slot.tag);
         }
         if !again.is_empty() {
             let mut queue = self.shared.queue();
             again.append(&mut queue.dirty);
             queue.dirty = again;
-        }
-        if !tags.is_empty() {
-            (self.wake)(&tags);
         }
     }
 
@@ -417,10 +409,6 @@ impl Committer {
             _ => Health::Ok,
         };
         self.shared.set_health(health);
-        if health >= Health::Unavailable && (before < Health::Unavailable || health == Health::Broken) {
-            let tags: Vec<u64> = self.shared.queue().dirty.iter().map(|slot| slot.tag).collect();
-            (self.wake)(&tags);
-        }
     }
 }
 

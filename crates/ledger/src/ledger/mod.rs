@@ -127,9 +127,6 @@ pub enum Unavailable {
     Stopping,
 }
 
-/// Called with the tags of requests that may go on.
-pub type Wake = Box<dyn Fn(&[u64]) + Send>;
-
 #[derive(Debug, Default)]
 struct Queue {
     /// Slots with something to say, each once.
@@ -222,7 +219,7 @@ impl Shared {
 #[derive(Debug)]
 pub struct Ledger {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// A ledger could not start.
@@ -266,10 +263,9 @@ impl Ledger {
         store: Box<dyn Store>,
         spool: Option<Spool>,
         config: LedgerConfig,
-        wake: Wake,
     ) -> Result<Self, StartError> {
         let shared = shared(config, spool.as_ref());
-        let mut committer = Committer::new(store, spool, shared.clone(), wake, Instant::now());
+        let mut committer = Committer::new(store, spool, shared.clone(), Instant::now());
         let (told, started) = std::sync::mpsc::sync_channel(1);
         // Everything that touches the store happens on that thread: a driver may not like others.
         let thread = std::thread::Builder::new().name("ledger".to_owned()).spawn(move || {
@@ -279,25 +275,39 @@ impl Ledger {
                 committer.run();
             }
         })?;
-        let ledger = Self { shared, thread: Some(thread) };
+        let ledger = Self { shared, thread: Mutex::new(Some(thread)) };
         let gone = || StoreError::Broken("the ledger's thread ended at once".to_owned());
         started.recv().unwrap_or_else(|_| Err(gone().into()))?;
         Ok(ledger)
     }
 
     /// Accounts for a request from now on. Returns at once: the row becomes durable while the request is
-    /// queued and computed. `tag` is what `wake` is called with. The ledger salts the user's pseudonym, and
-    /// keeps the row's `state`, `finish` and durations itself.
+    /// queued and computed. Durations count from `arrived`. The ledger
+    /// salts the user's pseudonym, and keeps the row's `state`, `finish` and durations itself.
     ///
     /// # Errors
     /// The request must not be served.
-    pub fn open(&self, row: Row, tag: u64) -> Result<Open, Unavailable> {
-        open_on(&self.shared, row, tag)
+    pub fn open(&self, row: Row, arrived: Instant) -> Result<Open, Unavailable> {
+        open_on(&self.shared, row, arrived)
     }
 
     /// How it is.
     pub fn health(&self) -> Health {
         self.shared.health()
+    }
+
+    /// Returns once the store must not be asked again.
+    pub async fn broken(&self) {
+        loop {
+            let changed = self.shared.changed.notified();
+            tokio::pin!(changed);
+            // Count from here, so that a change between the look and the wait is not missed.
+            changed.as_mut().enable();
+            if self.health() == Health::Broken {
+                return;
+            }
+            changed.await;
+        }
     }
 
     /// Whether a new request would be refused now.
@@ -324,18 +334,13 @@ impl Ledger {
     }
 
     /// Takes no more requests, stores what there is to store, and ends the run. Rows that are still open are
-    /// left to recovery.
-    pub fn stop(mut self) {
-        self.end();
-    }
-
-    fn end(&mut self) {
+    /// left to recovery. Blocks until it is done.
+    pub fn stop(&self) {
         self.shared.stopped.store(true, Ordering::Release);
         self.shared.queue().stopping = true;
         self.shared.work.notify_all();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the ledger's thread panicked");
         }
     }
@@ -343,11 +348,11 @@ impl Ledger {
 
 impl Drop for Ledger {
     fn drop(&mut self) {
-        self.end();
+        self.stop();
     }
 }
 
-fn open_on(shared: &Arc<Shared>, mut row: Row, tag: u64) -> Result<Open, Unavailable> {
+fn open_on(shared: &Arc<Shared>, mut row: Row, arrived: Instant) -> Result<Open, Unavailable> {
     let counters = &shared.counters;
     row.state = State::Open;
     row.finish = Finish::None;
@@ -368,7 +373,7 @@ fn open_on(shared: &Arc<Shared>, mut row: Row, tag: u64) -> Result<Open, Unavail
         counters.refused_full.add(1);
         return Err(Unavailable::Full(shared.config.max_open));
     }
-    let slot = Arc::new(Slot::new(row, tag, Instant::now()));
+    let slot = Arc::new(Slot::new(row, arrived));
     shared.submit(&slot, true);
     Ok(Open::new(slot, shared.clone()))
 }

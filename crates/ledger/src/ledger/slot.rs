@@ -73,7 +73,6 @@ struct Inner {
 #[derive(Debug)]
 pub(super) struct Slot {
     inner: Mutex<Inner>,
-    pub(super) tag: u64,
     began: Instant,
     durable: AtomicU64,
     phase: AtomicU8,
@@ -91,10 +90,9 @@ fn apply(row: &mut Row, counts: &Counts) {
 }
 
 impl Slot {
-    pub(super) fn new(row: Row, tag: u64, began: Instant) -> Self {
+    pub(super) fn new(row: Row, began: Instant) -> Self {
         Self {
             inner: Mutex::new(Inner { row, stored: false, queued: true, submitted: 0 }),
-            tag,
             began,
             durable: AtomicU64::new(0),
             phase: AtomicU8::new(0),

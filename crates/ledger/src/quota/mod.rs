@@ -44,7 +44,7 @@ mod sql;
 mod tests;
 mod thread;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -172,7 +172,7 @@ impl Clock for SystemClock {
 #[derive(Debug)]
 pub struct Quotas {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Quotas {
@@ -203,7 +203,7 @@ impl Quotas {
                 syncer.run();
             }
         })?;
-        let quotas = Self { shared, thread: Some(thread) };
+        let quotas = Self { shared, thread: Mutex::new(Some(thread)) };
         let gone = || StoreError::Broken("the thread of quotas ended at once".to_owned());
         started.recv().unwrap_or_else(|_| Err(gone()))?;
         Ok(quotas)
@@ -259,13 +259,10 @@ impl Quotas {
     }
 
     /// Gives back what is not in use. Reservations that are still open are left to the store as after a crash.
-    pub fn stop(mut self) {
-        self.end();
-    }
-
-    fn end(&mut self) {
+    pub fn stop(&self) {
         self.shared.stop();
-        if let Some(thread) = self.thread.take()
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread
             && thread.join().is_err()
         {
             tracing::error!("the thread of quotas panicked");
@@ -275,6 +272,6 @@ impl Quotas {
 
 impl Drop for Quotas {
     fn drop(&mut self) {
-        self.end();
+        self.stop();
     }
 }

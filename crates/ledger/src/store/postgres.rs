@@ -55,7 +55,11 @@ impl Postgres {
     pub fn new(url: &str) -> Result<Self, StoreError> {
         // The parser's message may quote the URL, and with it the password.
         let wrong = |_| StoreError::Broken("the PostgreSQL URL cannot be read".to_owned());
-        let mut config: Config = url.parse().map_err(wrong)?;
+        Ok(Self::of(url.parse().map_err(wrong)?))
+    }
+
+    /// The same, of a configuration.
+    pub fn of(mut config: Config) -> Self {
         if config.get_connect_timeout().is_none() {
             config.connect_timeout(Duration::from_secs(5));
         }
@@ -63,7 +67,7 @@ impl Postgres {
             config.tcp_user_timeout(Duration::from_secs(10));
         }
         config.application_name("mirai-ledger");
-        Ok(Self { config, client: None, statements: HashMap::new(), in_transaction: false })
+        Self { config, client: None, statements: HashMap::new(), in_transaction: false }
     }
 
     fn client(&mut self) -> Result<&mut Client, StoreError> {

@@ -22,6 +22,8 @@ pub(super) struct Migration {
 pub(super) const MIGRATIONS: &[Migration] = &[
     Migration { version: 1, needs: 1, statements: first },
     Migration { version: 2, needs: 1, statements: quotas },
+    // How far consumers of ended rows were told. A build without it tells nobody.
+    Migration { version: 3, needs: 1, statements: super::outbox::tables },
 ];
 
 /// The fields of the first release. Later ones come by `ALTER TABLE ... ADD COLUMN`.

@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 
 use mirai_engine::{Event, FinishReason, RequestId, RowFault, SamplingParams, SeqUsage, Time, TokenLogprobs};
 
-use super::Context;
 use super::choice::{Choice, Pushed};
 use super::clock::Clock;
 use super::outcome::outcome;
+use super::settle::Settlement;
 use super::sink::{Sink, Ticket};
+use super::{Context, Fallible};
+use crate::account::Account;
 use crate::error::ApiError;
 use crate::format::chunk::{self, Events, Finish, Piece, UsageCounts, UsageField};
 use crate::format::logprobs::{self, Names};
@@ -37,6 +39,8 @@ pub(crate) struct Registration {
     pub(crate) output: OutputOptions,
     pub(crate) sink: Sink,
     pub(crate) ticket: Arc<Ticket>,
+    /// The request's row.
+    pub(crate) account: Account,
     /// When the head of the request arrived.
     pub(crate) arrived: Instant,
     /// The same on the engine's clock.
@@ -70,6 +74,7 @@ pub(crate) struct Group {
     events: Events,
     sink: Sink,
     pub(crate) ticket: Arc<Ticket>,
+    settlement: Settlement,
     arrived: Instant,
     arrived_engine: Time,
     /// Bytes of this batch.
@@ -118,6 +123,7 @@ impl Group {
             events,
             sink: r.sink,
             ticket: r.ticket,
+            settlement: Settlement::new(r.account, streams),
             arrived: r.arrived,
             arrived_engine: r.arrived_engine,
             out: Vec::new(),
@@ -141,14 +147,16 @@ impl Group {
         self.open == 0
     }
 
-    /// Forgets prompts that the engine never accepted.
-    pub(crate) fn drop_refused(&mut self) {
-        let (true, Some(accepted)) = (self.ticket.is_gone(), self.ticket.submitted()) else { return };
-        for choice in self.choices.iter_mut().skip((accepted * self.n) as usize).filter(|c| !c.ended) {
-            choice.ended = true;
-            self.open -= 1;
+    /// Ends the request's row.
+    pub(crate) fn settle(&self) {
+        self.settlement.close(self.usage, &self.ticket);
+    }
+
+    /// Ends the row of a request that has failed, if the engine does not confirm its end.
+    pub(crate) fn settle_late(&self, now: Instant) {
+        if self.settlement.is_overdue(now) {
+            self.settle();
         }
-        self.closed = true;
     }
 
     /// Takes one event of prompt `prompt`.
@@ -323,16 +331,23 @@ impl Group {
         }
         if self.open == 0 {
             cx.metrics.e2e.observe_time(now.saturating_duration_since(self.arrived));
-            cx.metrics.request_ended();
+            cx.metrics.engine_requests_ended(self.prompts.len() as u64);
         }
     }
 
-    fn count_end(&self, index: usize, reason: &FinishReason, usage: &SeqUsage, cx: &Context, now: Instant) {
+    fn count_end(
+        &mut self,
+        index: usize,
+        reason: &FinishReason,
+        usage: &SeqUsage,
+        cx: &Context,
+        now: Instant,
+    ) {
         let choice = &self.choices[index];
         let metrics = &cx.metrics;
-        let ended = if self.ticket.is_gone() {
+        let ended = if self.ticket.has_left() {
             Ended::Abort
-        } else if self.failed {
+        } else if self.failed || self.ticket.is_gone() {
             Ended::Error
         } else if choice.finish.as_ref().is_some_and(|f| f.reason == "stop") {
             Ended::Stop
@@ -343,8 +358,8 @@ impl Group {
         if *reason == FinishReason::Fault(RowFault::NonFinite) {
             metrics.corrupted.inc();
         }
-        let beyond = usage.completion_tokens.saturating_sub(choice.tokens);
-        metrics.wasted_tokens.add(u64::from(usage.wasted_tokens) + u64::from(beyond));
+        let wasted = self.settlement.part_ended(reason, ended == Ended::Stop, usage, choice.tokens);
+        metrics.wasted_tokens.add(wasted);
         metrics.preemptions.observe(f64::from(usage.preemptions));
         metrics.request_generation_tokens.observe(f64::from(choice.tokens));
         self.clocks[index].end(choice.tokens, now, metrics);
@@ -395,13 +410,38 @@ impl Group {
         whole::write(identity, choices, self.usage)
     }
 
+    /// Hands the batch's bytes over. A client that lets too much wait loses its request.
+    pub(crate) fn flush(&mut self, cx: &Context, now: Instant) {
+        self.dirty = false;
+        let Sink::Stream(buffer) = &self.sink else { return };
+        self.last_sent = now;
+        self.settlement.checkpoint(self.usage, &self.ticket);
+        if !buffer.push(&mut self.out, self.usage.completion, cx.max_stream_buffer) {
+            self.out.clear();
+            cx.metrics.slow_readers.inc();
+            self.fail(&ApiError::slow_reader("the client reads its stream too slowly"), cx);
+        }
+    }
+
+    /// A comment, if nothing was sent for `every`.
+    pub(crate) fn ping(&mut self, every: Duration, cx: &Context, now: Instant) {
+        let silent = now.saturating_duration_since(self.last_sent) >= every;
+        if silent && !self.closed && matches!(self.sink, Sink::Stream(_)) {
+            self.out.extend_from_slice(chunk::PING);
+            self.flush(cx, now);
+        }
+    }
+}
+
+impl Fallible for Group {
     /// Ends the request with an error, and its sequences with it.
-    pub(crate) fn fail(&mut self, error: &ApiError, cx: &Context) {
+    fn fail(&mut self, error: &ApiError, cx: &Context) {
         if self.closed {
             return;
         }
         self.closed = true;
         self.failed = true;
+        self.settlement.failed(error);
         self.ticket.finish(if error.code == "deadline_exceeded" { 4 } else { 2 });
         match &mut self.sink {
             Sink::Stream(buffer) => {
@@ -419,27 +459,6 @@ impl Group {
         }
         for request in self.requests() {
             cx.engine.cancel(request);
-        }
-    }
-
-    /// Hands the batch's bytes over. A client that lets too much wait loses its request.
-    pub(crate) fn flush(&mut self, cx: &Context, now: Instant) {
-        self.dirty = false;
-        let Sink::Stream(buffer) = &self.sink else { return };
-        self.last_sent = now;
-        if !buffer.push(&mut self.out, cx.max_stream_buffer) {
-            self.out.clear();
-            cx.metrics.slow_readers.inc();
-            self.fail(&ApiError::slow_reader("the client reads its stream too slowly"), cx);
-        }
-    }
-
-    /// A comment, if nothing was sent for `every`.
-    pub(crate) fn ping(&mut self, every: Duration, cx: &Context, now: Instant) {
-        let silent = now.saturating_duration_since(self.last_sent) >= every;
-        if silent && !self.closed && matches!(self.sink, Sink::Stream(_)) {
-            self.out.extend_from_slice(chunk::PING);
-            self.flush(cx, now);
         }
     }
 }

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use mirai_engine::{AdmissionError, Time};
 
+use crate::account::{Account, Charge};
 use crate::config::seconds;
+use crate::demux::sink::LeaveGuard;
 use crate::error::ApiError;
 use crate::http::reply::Scope;
 use crate::metrics::Refused;
@@ -16,13 +18,32 @@ pub(super) fn serving(state: &State) -> Result<&Arc<Live>, ApiError> {
     state.serving().inspect_err(|error| {
         let draining = error.code == "draining";
         state.metrics.refused(if draining { Refused::Draining } else { Refused::Loading });
-    })
+    })?;
+    if let Some(accounting) = state.accounting() {
+        accounting.takes_more().inspect_err(|_| state.metrics.refused(Refused::Ledger))?;
+    }
+    state.loaded()
 }
 
-/// When the request ends whatever its state, on the engine's clock.
+/// Opens the request's row, if rows are written.
+pub(super) fn account(state: &State, charge: &Charge<'_>) -> Result<Account, ApiError> {
+    let Some(accounting) = state.accounting() else { return Ok(Account::default()) };
+    accounting.open(charge, &state.auth).inspect_err(|_| state.metrics.refused(Refused::Ledger))
+}
+
+/// When the request ends whatever its state, on the engine's clock: the caller's patience, but no longer than the
+/// server's own limit.
 pub(super) fn deadline(state: &State, live: &Live, scope: &Scope) -> Time {
-    let left = seconds(state.config.timeouts.request_seconds).saturating_sub(scope.arrived.elapsed());
-    live.engine.now().saturating_add(left)
+    let most = seconds(state.config.timeouts.request_seconds);
+    let whole = scope.patience.map_or(most, |patience| patience.min(most));
+    live.engine.now().saturating_add(whole.saturating_sub(scope.arrived.elapsed()))
+}
+
+/// Gives up a request of which the engine refused a part, and says what that means for its client.
+pub(super) fn refused(state: &State, live: &Live, guard: &LeaveGuard, error: &AdmissionError) -> ApiError {
+    let error = refusal(state, live, error);
+    guard.give_up(error.status.as_u16());
+    error
 }
 
 /// What the engine's refusal means for a client.
@@ -30,7 +51,7 @@ pub(super) fn refusal(state: &State, live: &Live, error: &AdmissionError) -> Api
     let waiting = live.engine.counters().queued_requests;
     let full = |reason| {
         state.metrics.refused(reason);
-        ApiError::saturated("the queue is full").retry_after(state.metrics.drain_time(waiting))
+        ApiError::saturated("the queue is full").retry_after(state.metrics.queue_drain_time(waiting))
     };
     match error {
         AdmissionError::QueueFull { .. } => full(Refused::QueueRequests),

@@ -1,21 +1,24 @@
 //! Chat and completion requests.
 //!
-//! Owns the way of a request into the engine: judged on a worker, announced to the demultiplexer, submitted;
-//! and what undoes each step when the next one fails or the client leaves.
+//! Owns the way of a request into the engine: judged on a worker, given room and a row, announced to the
+//! demultiplexer, submitted; and what undoes each step when the next one fails or the client leaves.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use hyper::Request;
 use hyper::body::Incoming;
-use mirai_engine::{EngineRequest, RequestId, Task, TenantId};
+use mirai_engine::{EngineRequest, RequestId, Task};
+use mirai_ledger::Endpoint;
 use tokio::sync::oneshot;
 
-use super::admission::{deadline, refusal, serving};
+use super::admission::{account, deadline, refusal, refused, serving};
 use super::judged;
-use crate::auth;
+use crate::account::{Charge, Needs};
+use crate::auth::{self, Caller};
 use crate::demux::Registration;
-use crate::demux::sink::{LeaveGuard, Sink, StreamBuffer, Ticket};
+use crate::demux::sink::{LeaveGuard, Sink, Ticket};
+use crate::demux::stream::{StreamBuffer, StreamReader};
 use crate::error::ApiError;
 use crate::http::reply::{JSON, Reply, Scope};
 use crate::state::{Live, State};
@@ -25,7 +28,7 @@ use crate::validate::{self, Body, GenerationRequest, Kind};
 pub(crate) async fn generate(
     state: &Arc<State>,
     request: Request<Incoming>,
-    tenant: TenantId,
+    caller: Caller,
     kind: Kind,
     scope: &mut Scope,
 ) -> Result<Reply, ApiError> {
@@ -41,7 +44,9 @@ pub(crate) async fn generate(
     // The drain may have begun while the body came.
     serving(state)?;
     observe(state, &judged);
-    admit(state, &live, judged, tenant, scope).await
+    let caller = state.auth.attributed(caller, &judged.attribution)?;
+    scope.tenant = caller.tenant.0;
+    admit(state, &live, judged, &caller, scope).await
 }
 
 fn observe(state: &State, judged: &GenerationRequest) {
@@ -56,17 +61,32 @@ async fn admit(
     state: &State,
     live: &Live,
     judged: GenerationRequest,
-    tenant: TenantId,
+    caller: &Caller,
     scope: &mut Scope,
 ) -> Result<Reply, ApiError> {
     let count = judged.prompts.len() as u32;
     let first = state.ids.engine(count);
     let lengths: Vec<u64> = judged.prompts.iter().map(|prompt| prompt.ids.len() as u64).collect();
-    let ticket = Arc::new(Ticket::new(lengths.iter().sum()));
-    let requests = engine_requests(state, live, &judged, tenant, first, scope);
-    let stream = judged.output.stream;
-    let (sink, answer) = if stream {
-        let buffer = Arc::new(StreamBuffer::default());
+    let prompt_tokens = lengths.iter().sum();
+    let requests = engine_requests(state, live, &judged, caller, first, scope);
+    // Room first: what is refused leaves no row.
+    let admission = live.engine.reserve(requests).map_err(|error| refusal(state, live, &error))?;
+    let id = scope.id.trim_start_matches("req-");
+    let account = account(
+        state,
+        &Charge {
+            id,
+            endpoint: if judged.kind == Kind::Chat { Endpoint::Chat } else { Endpoint::Completion },
+            model: &judged.model,
+            revision: &live.model.revision,
+            arrived: scope.arrived,
+            prompt_tokens,
+            caller,
+        },
+    )?;
+    let ticket = Arc::new(Ticket::new(prompt_tokens));
+    let (sink, answer) = if judged.output.stream {
+        let buffer = Arc::new(StreamBuffer::new(account.clone()));
         (Sink::Stream(buffer.clone()), Answer::Stream(buffer))
     } else {
         let (sender, receiver) = oneshot::channel();
@@ -75,7 +95,7 @@ async fn admit(
     let prefix = if judged.kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
     live.demux.register(Registration {
         kind: judged.kind,
-        id: format!("{prefix}-{}", scope.id.trim_start_matches("req-")),
+        id: format!("{prefix}-{id}"),
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         model: judged.model,
         first,
@@ -85,31 +105,28 @@ async fn admit(
         output: judged.output,
         sink,
         ticket: ticket.clone(),
+        account: account.clone(),
         arrived: scope.arrived,
         arrived_engine: live.engine.now().saturating_sub(scope.arrived.elapsed()),
     })?;
-    let guard = LeaveGuard { ticket: ticket.clone(), engine: live.engine.clone(), first, prompts: count };
-    for (accepted, request) in (0..).zip(requests) {
-        if let Err(error) = live.engine.submit(request) {
-            ticket.set_submitted(accepted);
-            // Cancels what was accepted before, and tells the demultiplexer.
-            drop(guard);
-            if accepted == 0 {
-                live.demux.withdraw(first);
-            }
-            return Err(refusal(state, live, &error));
-        }
-    }
-    ticket.set_submitted(count);
-    scope.ticket = Some(ticket);
+    let mut guard = LeaveGuard::new(ticket.clone(), live.engine.clone(), first);
+    // The engine has ended if it refuses now; the demultiplexer then ends what was announced.
+    guard.submit(admission).map_err(|error| refused(state, live, &guard, &error))?;
+    guard.complete();
+    scope.ticket = Some(ticket.clone());
     for length in lengths {
         state.metrics.prompt_tokens.add(length);
         state.metrics.request_prompt_tokens.observe(length as f64);
     }
     match answer {
-        Answer::Stream(buffer) => Ok(Reply::stream(buffer, guard)),
+        Answer::Stream(buffer) => {
+            // The head of a 200 tells that there is a row.
+            account.wait(Needs::Tokens(0)).await.inspect_err(|_| ticket.give_up(503))?;
+            Ok(Reply::stream(StreamReader::new(buffer, state.config.error_message_copy, guard)))
+        }
         Answer::Whole(receiver) => {
             let bytes = receiver.await.unwrap_or_else(|_| Err(ApiError::internal("the answer was lost")))?;
+            account.wait(Needs::Closed).await?;
             drop(guard);
             Ok(Reply::new(hyper::StatusCode::OK, JSON, bytes))
         }
@@ -125,19 +142,19 @@ fn engine_requests(
     state: &State,
     live: &Live,
     judged: &GenerationRequest,
-    tenant: TenantId,
+    caller: &Caller,
     first: RequestId,
     scope: &Scope,
 ) -> Vec<EngineRequest> {
     let deadline = deadline(state, live, scope);
-    let cache_salt = auth::cache_salt(tenant, judged.cache_salt.as_deref());
+    let cache_salt = auth::cache_salt(caller, judged.cache_salt.as_deref());
     (0..)
         .zip(&judged.prompts)
         .map(|(i, prompt)| EngineRequest {
             task: Task::Generate,
             id: RequestId(first.0 + i),
-            tenant,
-            weight: 1,
+            tenant: caller.tenant,
+            weight: caller.weight,
             cache_salt,
             priority: 0,
             deadline: Some(deadline),

@@ -6,7 +6,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hyper::body::Frame;
@@ -14,7 +14,8 @@ use hyper::header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderName, HeaderV
 use hyper::{Response, StatusCode};
 
 use super::io::ConnState;
-use crate::demux::sink::{LeaveGuard, StreamBuffer, Ticket};
+use crate::demux::sink::Ticket;
+use crate::demux::stream::StreamReader;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
 use crate::routes::RouteId;
@@ -41,7 +42,7 @@ pub(crate) enum Content {
     /// All there.
     Bytes(Bytes),
     /// As they come.
-    Stream { buffer: Arc<StreamBuffer>, _guard: LeaveGuard },
+    Stream(StreamReader),
 }
 
 impl Reply {
@@ -67,11 +68,11 @@ impl Reply {
     }
 
     /// A stream of events.
-    pub(crate) fn stream(buffer: Arc<StreamBuffer>, guard: LeaveGuard) -> Self {
+    pub(crate) fn stream(reader: StreamReader) -> Self {
         Self {
             status: StatusCode::OK,
             content_type: EVENTS,
-            content: Content::Stream { buffer, _guard: guard },
+            content: Content::Stream(reader),
             retry_after: None,
             close: false,
             allow: None,
@@ -83,7 +84,7 @@ impl Reply {
         scope.status = self.status.as_u16();
         let size = match &self.content {
             Content::Bytes(bytes) => Some(bytes.len() as u64),
-            Content::Stream { .. } => None,
+            Content::Stream(_) => None,
         };
         let mut response = Response::new(Body { content: Some(self.content), size, _scope: scope });
         *response.status_mut() = self.status;
@@ -118,6 +119,8 @@ pub(crate) struct Scope {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) conn: Arc<ConnState>,
     pub(crate) arrived: Instant,
+    /// How long the caller will wait, if it said so.
+    pub(crate) patience: Option<Duration>,
     pub(crate) route: Option<RouteId>,
     pub(crate) method: &'static str,
     /// Ours.
@@ -181,7 +184,7 @@ impl hyper::body::Body for Body {
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let bytes = match &mut self.content {
             None => return Poll::Ready(None),
-            Some(Content::Stream { buffer, .. }) => match ready!(buffer.poll(cx)) {
+            Some(Content::Stream(reader)) => match ready!(reader.poll(cx)) {
                 Some(bytes) => return Poll::Ready(Some(Ok(Frame::data(bytes)))),
                 None => None,
             },
@@ -195,7 +198,7 @@ impl hyper::body::Body for Body {
         match &self.content {
             None => true,
             Some(Content::Bytes(bytes)) => bytes.is_empty(),
-            Some(Content::Stream { .. }) => false,
+            Some(Content::Stream(_)) => false,
         }
     }
 

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, unreachable_pub, missing_docs)]
 
+mod accounting;
 mod bad_input;
 mod chat;
 mod client;

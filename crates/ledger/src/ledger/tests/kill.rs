@@ -30,8 +30,7 @@ fn parts_at(folder: &std::path::Path) -> (SqlStore<Faulty<Sqlite>>, Spool, Arc<M
 fn start_and_stop(folder: &std::path::Path) {
     let (store, spool, _) = parts_at(folder);
     let shared = shared(config(), Some(&spool));
-    let mut committer =
-        Committer::new(Box::new(store), Some(spool), shared, Box::new(|_| {}), Instant::now());
+    let mut committer = Committer::new(Box::new(store), Some(spool), shared, Instant::now());
     committer.first().unwrap();
     while committer.turn(Instant::now()) == Duration::ZERO {}
     committer.shared.queue().stopping = true;
@@ -45,7 +44,7 @@ fn start(folder: &std::path::Path, faults: bool) -> (Ledger, Arc<Mutex<Plan>>) {
         gather: Duration::from_micros(200),
         ..config()
     };
-    (Ledger::start(Box::new(store), Some(spool), config, Box::new(|_| {})).unwrap(), plan)
+    (Ledger::start(Box::new(store), Some(spool), config).unwrap(), plan)
 }
 
 fn say(line: std::fmt::Arguments<'_>) {
@@ -57,7 +56,7 @@ fn say(line: std::fmt::Arguments<'_>) {
 
 /// One client's stream. The tape is written after the permission and before the next token, as bytes leave.
 async fn stream(ledger: &Ledger, n: u64, length: u64) {
-    let Ok(open) = ledger.open(crate::store::tests::request(n), n) else { return };
+    let Ok(open) = ledger.open(crate::store::tests::request(n), Instant::now()) else { return };
     if open.opened().await.is_err() {
         return;
     }

@@ -22,7 +22,6 @@ pub(super) struct Rig {
     pub(super) committer: Committer,
     pub(super) shared: Arc<Shared>,
     pub(super) now: Instant,
-    pub(super) woken: Arc<Mutex<Vec<u64>>>,
     pub(super) spool: Option<u64>,
     config: LedgerConfig,
 }
@@ -35,7 +34,7 @@ fn spool_path(db: &SqliteFile) -> PathBuf {
     db.folder.path().join("spool")
 }
 
-type Parts = (Committer, Arc<Shared>, Arc<Mutex<Plan>>, Arc<Mutex<Vec<u64>>>);
+type Parts = (Committer, Arc<Shared>, Arc<Mutex<Plan>>);
 
 fn parts(db: &SqliteFile, config: &LedgerConfig, spool: Option<u64>, now: Instant, plan: Plan) -> Parts {
     let (store, shared_plan) = faulty(db);
@@ -43,12 +42,7 @@ fn parts(db: &SqliteFile, config: &LedgerConfig, spool: Option<u64>, now: Instan
     let store: SqlStore<Faulty<Sqlite>> = store;
     let spool = spool.map(|limit| Spool::open(&spool_path(db), limit).unwrap());
     let shared = shared(config.clone(), spool.as_ref());
-    let woken = Arc::new(Mutex::new(Vec::new()));
-    let wake = {
-        let woken = woken.clone();
-        Box::new(move |tags: &[u64]| woken.lock().unwrap().extend_from_slice(tags))
-    };
-    (Committer::new(Box::new(store), spool, shared.clone(), wake, now), shared, shared_plan, woken)
+    (Committer::new(Box::new(store), spool, shared.clone(), now), shared, shared_plan)
 }
 
 use crate::store::SqlStore;
@@ -60,9 +54,9 @@ pub(super) const UP: Plan = Plan { after: None, took_effect: false, calls: 0, fo
 impl Rig {
     pub(super) fn new(config: LedgerConfig, spool: Option<u64>) -> Self {
         let (db, now) = (SqliteFile::new(), Instant::now());
-        let (mut committer, shared, plan, woken) = parts(&db, &config, spool, now, UP);
+        let (mut committer, shared, plan) = parts(&db, &config, spool, now, UP);
         committer.first().unwrap();
-        Self { db, plan, committer, shared, now, woken, spool, config }
+        Self { db, plan, committer, shared, now, spool, config }
     }
 
     pub(super) fn turn(&mut self) -> Duration {
@@ -88,18 +82,18 @@ impl Rig {
     }
 
     pub(super) fn open(&self, n: u64) -> Result<Open, Unavailable> {
-        open_on(&self.shared, crate::store::tests::request(n), n)
+        open_on(&self.shared, crate::store::tests::request(n), Instant::now())
     }
 
     /// The process dies and is started again.
     pub(super) fn crash(&mut self, plan: Plan) {
-        let (committer, shared, plan, woken) = {
+        let (committer, shared, plan) = {
             // The old one's locks go first.
             let idle = idle_committer(&self.config, self.now);
             drop(std::mem::replace(&mut self.committer, idle));
             parts(&self.db, &self.config, self.spool, self.now, plan)
         };
-        (self.committer, self.shared, self.plan, self.woken) = (committer, shared, plan, woken);
+        (self.committer, self.shared, self.plan) = (committer, shared, plan);
         self.committer.first().unwrap();
     }
 
@@ -115,7 +109,7 @@ impl Rig {
 
 fn idle_committer(config: &LedgerConfig, now: Instant) -> Committer {
     let (store, _) = faulty(&SqliteFile::new());
-    Committer::new(Box::new(store), None, shared(config.clone(), None), Box::new(|_| {}), now)
+    Committer::new(Box::new(store), None, shared(config.clone(), None), now)
 }
 
 pub(super) fn counts(completion_tokens: u64) -> Counts {

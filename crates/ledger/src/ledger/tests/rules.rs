@@ -14,8 +14,7 @@ fn nothing_leaves_before_the_opening_is_durable_and_no_more_than_a_window_after(
     rig.settle();
     assert_eq!(open.permitted(), Some(16));
     assert_eq!(rig.row(1).unwrap().state, State::Open);
-    assert_eq!(*rig.woken.lock().unwrap(), [1]);
-    // Seven tokens are not worth a commit; nobody is woken.
+    // Seven tokens are not worth a commit.
     open.checkpoint(&counts(7));
     rig.settle();
     assert_eq!((open.permitted(), rig.row(1).unwrap().completion_tokens), (Some(16), 0));
@@ -110,7 +109,7 @@ fn too_many_or_wrong_requests_are_refused_and_leave_no_row() {
     let opens = [rig.open(1).unwrap(), rig.open(2).unwrap()];
     assert_eq!(rig.open(3).unwrap_err(), Unavailable::Full(2));
     let wrong = Row { model: "x".repeat(300), ..crate::store::tests::request(4) };
-    assert!(matches!(open_on(&rig.shared, wrong, 4), Err(Unavailable::Row(_))));
+    assert!(matches!(open_on(&rig.shared, wrong, Instant::now()), Err(Unavailable::Row(_))));
     drop(opens);
     rig.settle();
     let third = rig.open(3).unwrap();
@@ -125,7 +124,7 @@ fn two_requests_of_one_id_are_told_apart() {
     let first = rig.open(1).unwrap();
     rig.settle();
     let twin = Row { application: "other".into(), ..crate::store::tests::request(1) };
-    let second = open_on(&rig.shared, twin, 2).unwrap();
+    let second = open_on(&rig.shared, twin, Instant::now()).unwrap();
     rig.settle();
     assert_eq!((second.permitted(), second.fault()), (None, Some(Unavailable::Conflict)));
     assert_eq!((first.permitted(), first.fault()), (Some(16), None));
@@ -151,14 +150,10 @@ fn without_a_spool_new_work_is_refused_while_the_store_fails() {
     let failures = rig.shared.counters.commit_failures.get();
     assert!(rig.turn() > Duration::ZERO);
     assert_eq!(rig.shared.counters.commit_failures.get(), failures);
-    rig.woken.lock().unwrap().clear();
     rig.pass(Duration::from_secs(11));
     rig.turn();
     assert_eq!(rig.shared.health(), Health::Unavailable);
     assert_eq!((open.fault(), late.fault()), (Some(Unavailable::Store), Some(Unavailable::Store)));
-    let mut woken = rig.woken.lock().unwrap().clone();
-    woken.sort_unstable();
-    assert_eq!(woken, [1, 2]);
     // The server gives both up; their ends are written when the store is back, once each.
     late.close(&Outcome { finish: Finish::Error, status: 503, ..ended(0) });
     open.close(&Outcome { finish: Finish::Error, ..ended(10) });
@@ -411,12 +406,12 @@ fn a_broken_store_ends_everything_and_is_not_asked_again() {
 #[test]
 fn a_start_needs_a_store_or_a_spool() {
     let away = || Box::new(Fails(StoreError::Unavailable("away".into())));
-    let start = |store, spool| Ledger::start(store, spool, config(), Box::new(|_| {}));
+    let start = |store, spool| Ledger::start(store, spool, config());
     assert!(matches!(start(away(), None), Err(StartError::Store(StoreError::Unavailable(_)))));
     let folder = tempfile::tempdir().unwrap();
     let spool = || Some(Spool::open(&folder.path().join("spool"), 1 << 20).unwrap());
     let ledger = start(away(), spool()).unwrap();
-    let open = ledger.open(crate::store::tests::request(1), 1).unwrap();
+    let open = ledger.open(crate::store::tests::request(1), Instant::now()).unwrap();
     open.close(&ended(2));
     ledger.stop();
     assert!(open.is_closed());

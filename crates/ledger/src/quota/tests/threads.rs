@@ -33,7 +33,7 @@ async fn many_requests_are_admitted_up_to_the_limit() {
         quotas.standing("b", &application("b", "requests_per_minute = 7").quota).requests.unwrap().remaining,
         7
     );
-    Arc::into_inner(quotas).unwrap().stop();
+    quotas.stop();
     let world = World { db, ..World::new(SqliteFile::new(), 0, config()) };
     assert_eq!(world.stored("a", Kind::TokensPerDay), (10_000, 0));
     assert_eq!(world.holders(), 0);

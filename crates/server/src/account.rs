@@ -1,0 +1,145 @@
+//! One row of the ledger for each request that the engine takes.
+//!
+//! Owns what a row says of this server, and the handle through which a request's row is opened, followed and
+//! closed. Without a ledger every call here allows everything. It never counts a token: the demultiplexer does.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mirai_ledger::store::sqlite::system_micros;
+use mirai_ledger::{Counts, Endpoint, Ledger, Open, Outcome, Row, Unavailable};
+
+use crate::auth::{Auth, Caller};
+use crate::error::ApiError;
+
+/// What rows are written to, and what they say of this server.
+#[derive(Debug)]
+pub struct Accounting {
+    /// Where rows go.
+    pub ledger: Ledger,
+    /// Where requests run: the pod or the machine.
+    pub replica: String,
+}
+
+/// What is known of a request when the engine has room for it.
+#[derive(Debug)]
+pub(crate) struct Charge<'a> {
+    /// The request's public id, unique for ever.
+    pub(crate) id: &'a str,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) model: &'a str,
+    pub(crate) revision: &'a str,
+    pub(crate) arrived: Instant,
+    pub(crate) prompt_tokens: u64,
+    pub(crate) caller: &'a Caller,
+}
+
+impl Accounting {
+    /// Opens a row. It becomes durable while the request is queued and computed.
+    ///
+    /// # Errors
+    /// 503: the request cannot be accounted for.
+    pub(crate) fn open(&self, charge: &Charge<'_>, auth: &Auth) -> Result<Account, ApiError> {
+        let caller = charge.caller;
+        let pseudonym = auth.pseudonym(caller);
+        let since = i64::try_from(charge.arrived.elapsed().as_micros()).unwrap_or(i64::MAX);
+        let row = Row {
+            id: charge.id.to_owned(),
+            endpoint: charge.endpoint.clone(),
+            queued_at: system_micros().saturating_sub(since),
+            model: charge.model.to_owned(),
+            model_revision: charge.revision.to_owned(),
+            replica: self.replica.clone(),
+            server_version: env!("CARGO_PKG_VERSION").to_owned(),
+            prompt_tokens: charge.prompt_tokens,
+            application: caller.application.to_string(),
+            key_id: caller.key_id.to_string(),
+            key_version: caller.key_version,
+            user_key_version: pseudonym.as_ref().map_or(0, |pseudonym| pseudonym.key_version),
+            user: pseudonym.map(|pseudonym| pseudonym.value),
+            ..Row::default()
+        };
+        match self.ledger.open(row, charge.arrived) {
+            Ok(open) => Ok(Account(Some(Arc::new(open)))),
+            Err(fault) => Err(refusal(&fault)),
+        }
+    }
+
+    /// Whether a new request would be refused now.
+    ///
+    /// # Errors
+    /// 503: it would.
+    pub(crate) fn takes_more(&self) -> Result<(), ApiError> {
+        self.ledger.takes_more().map_err(|fault| refusal(&fault))
+    }
+}
+
+/// What the ledger's refusal means for a client. What is wrong with the store is in the log.
+fn refusal(fault: &Unavailable) -> ApiError {
+    match fault {
+        Unavailable::Full(_) => ApiError::saturated("too many requests are open"),
+        Unavailable::Store | Unavailable::Stopping => {
+            ApiError::ledger_unavailable("requests cannot be accounted for now")
+        }
+        Unavailable::Conflict | Unavailable::Row(_) => {
+            ApiError::internal("this request failed; others are not affected")
+        }
+    }
+    .retry_after(Duration::from_secs(5))
+}
+
+/// What must be durable before bytes may leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Needs {
+    /// The opening, and all but a window of so many tokens.
+    Tokens(u64),
+    /// The end.
+    Closed,
+}
+
+/// A request's row, if rows are written. Clones mean the same row; when the last one is dropped without an end,
+/// the row ends with an error.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Account(Option<Arc<Open>>);
+
+impl Account {
+    /// Whether there is a row.
+    pub(crate) fn exists(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Whether bytes may leave.
+    pub(crate) fn permits(&self, needs: Needs) -> bool {
+        self.0.as_deref().is_none_or(|open| match needs {
+            Needs::Tokens(tokens) => open.permitted().is_some_and(|permitted| permitted >= tokens),
+            Needs::Closed => open.is_closed(),
+        })
+    }
+
+    /// Waits until they may.
+    ///
+    /// # Errors
+    /// 503: not in time.
+    pub(crate) async fn wait(self, needs: Needs) -> Result<(), ApiError> {
+        let Some(open) = &self.0 else { return Ok(()) };
+        let waited = match needs {
+            Needs::Tokens(tokens) => open.may_send(tokens).await,
+            Needs::Closed => open.closed().await,
+        };
+        waited.map_err(|fault| refusal(&fault))
+    }
+
+    /// Tells how far the request is.
+    pub(crate) fn checkpoint(&self, counts: impl FnOnce() -> Counts) {
+        if let Some(open) = &self.0 {
+            open.checkpoint(&counts());
+        }
+    }
+
+    /// Ends the row. The first end counts.
+    pub(crate) fn close(&self, outcome: impl FnOnce() -> Outcome) {
+        if let Some(open) = &self.0 {
+            open.close(&outcome());
+        }
+    }
+}
