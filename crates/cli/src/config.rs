@@ -6,6 +6,7 @@
 mod device;
 mod layers;
 mod ledger;
+mod quotas;
 
 use std::path::PathBuf;
 
@@ -16,6 +17,7 @@ use mirai_server::{IdentityConfig, ServerConfig};
 pub(crate) use device::Device;
 pub(crate) use layers::{ConfigError, Flag, load};
 pub(crate) use ledger::LedgerConfig;
+pub(crate) use quotas::QuotasConfig;
 
 /// Everything the server can be told. `mirai check-config` prints it; each field is also a key of the TOML file
 /// and, as `MIRAI__SECTION__KEY`, an environment variable.
@@ -32,6 +34,8 @@ pub(crate) struct Config {
     pub(crate) ledger: LedgerConfig,
     /// Who may call.
     pub(crate) identity: IdentityConfig,
+    /// How what applications may use is counted.
+    pub(crate) quotas: QuotasConfig,
     /// What is written about it.
     pub(crate) log: LogConfig,
 }

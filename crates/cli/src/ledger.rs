@@ -88,6 +88,11 @@ fn host() -> String {
     if name.is_empty() { "mirai".to_owned() } else { name.to_owned() }
 }
 
+/// This process's name among those that write.
+pub(crate) fn writer(config: &LedgerConfig) -> String {
+    config.writer.clone().unwrap_or_else(host)
+}
+
 /// Opens the store and starts the ledger. Blocks.
 pub(crate) fn start(config: &LedgerConfig) -> Result<Option<Accounting>, Failure> {
     let Some(location) = place(config)? else {
@@ -100,7 +105,7 @@ pub(crate) fn start(config: &LedgerConfig) -> Result<Option<Accounting>, Failure
     }
     let spool = config.spool.as_deref().map(|path| Spool::open(path, config.spool_bytes));
     let spool = spool.transpose().map_err(Failure::environment)?;
-    let replica = config.writer.clone().unwrap_or_else(host);
+    let replica = writer(config);
     let settings = mirai_ledger::LedgerConfig {
         writer: replica.clone(),
         takeover: location.is_exclusive(),

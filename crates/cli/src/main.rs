@@ -17,6 +17,7 @@ mod ledger;
 mod load;
 mod logging;
 mod pull;
+mod quotas;
 mod serve;
 mod task;
 mod telemetry;

@@ -14,7 +14,7 @@ use crate::config::Config;
 use crate::exit::Failure;
 #[cfg(not(feature = "test-hooks"))]
 use crate::load;
-use crate::{device, ledger, logging};
+use crate::{device, ledger, logging, quotas};
 
 /// Resolves all layers and checks what can be checked without touching the machine.
 fn configuration(args: &ServeArgs) -> Result<Config, Failure> {
@@ -22,6 +22,7 @@ fn configuration(args: &ServeArgs) -> Result<Config, Failure> {
     check_engine(&config)?;
     device::check(&config)?;
     ledger::check(&config.ledger)?;
+    quotas::check(&config)?;
     config.server.validate().map_err(Failure::usage)?;
     Ok(config)
 }
@@ -105,6 +106,9 @@ where
         // First: a store that cannot be had should not cost a load.
         if let Some(accounting) = ledger::start(&config.ledger)? {
             for_load.account(accounting).map_err(Failure::run)?;
+        }
+        if let Some(quotas) = quotas::start(&config)? {
+            for_load.quotas(quotas).map_err(Failure::run)?;
         }
         let model = load(&config, &for_load)?;
         for_load.ready(model).map_err(Failure::run)?;

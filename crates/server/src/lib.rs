@@ -25,6 +25,7 @@ pub mod openapi;
 mod parse;
 mod pooling;
 mod prompt;
+mod quota;
 mod reload;
 mod routes;
 mod server;

@@ -175,6 +175,8 @@ fn describe(target: Target, access: Access) -> Value {
         responses.insert("408".to_owned(), error("The body came too slowly."));
         responses.insert("413".to_owned(), error("The body is too large."));
         responses.insert("415".to_owned(), error("The body is compressed, or not JSON."));
+        let text = "A limit of the caller's application is reached; `Retry-After` says when to come back.";
+        responses.insert("429".to_owned(), error(text));
     }
     match target {
         Target::Health | Target::HealthLive | Target::HealthReady | Target::HealthStartup => {

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use mirai_engine::{EngineHandle, EngineHealth};
+use mirai_ledger::quota::Quotas;
 
 use crate::account::Accounting;
 use crate::auth::Auth;
@@ -55,6 +56,7 @@ pub(crate) struct State {
     failed: OnceLock<String>,
     live: OnceLock<Arc<Live>>,
     accounting: OnceLock<Accounting>,
+    quotas: OnceLock<Quotas>,
     drain: AtomicU8,
 }
 
@@ -69,6 +71,7 @@ impl State {
             failed: OnceLock::new(),
             live: OnceLock::new(),
             accounting: OnceLock::new(),
+            quotas: OnceLock::new(),
             drain: AtomicU8::new(0),
             config,
         })
@@ -107,6 +110,15 @@ impl State {
 
     pub(crate) fn accounting(&self) -> Option<&Accounting> {
         self.accounting.get()
+    }
+
+    /// Returns false if there are quotas already.
+    pub(crate) fn set_quotas(&self, quotas: Quotas) -> bool {
+        self.quotas.set(quotas).is_ok()
+    }
+
+    pub(crate) fn quotas(&self) -> Option<&Quotas> {
+        self.quotas.get()
     }
 
     pub(crate) fn drain(&self) -> Drain {

@@ -64,7 +64,7 @@ use sql::QuotaStore;
 use thread::Syncer;
 
 /// What happens once a replica's lease is spent and the store does not answer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnStoreLoss {
     /// New requests of applications with a quota are refused.
@@ -120,6 +120,16 @@ impl Default for QuotaConfig {
             max_applications: crate::identity::MAX_APPLICATIONS,
             on_store_loss: OnStoreLoss::default(),
         }
+    }
+}
+
+impl QuotaConfig {
+    /// Whether there is such a zone.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn check_zone(zone: &str) -> Result<(), UnknownZone> {
+        Calendar::new(zone).map(|_| ())
     }
 }
 
@@ -184,6 +194,14 @@ impl Quotas {
     pub fn start<C: Sql + 'static>(store: SqlStore<C>, config: QuotaConfig) -> Result<Self, QuotaStartError> {
         let clock = Arc::new(SystemClock(std::time::Instant::now()));
         Self::start_with(Box::new(store), config, clock)
+    }
+
+    /// Counts in this process alone, and only while it lives.
+    ///
+    /// # Errors
+    /// The zone is unknown.
+    pub fn start_in_memory(config: QuotaConfig) -> Result<Self, QuotaStartError> {
+        Self::start(SqlStore::in_memory()?, config)
     }
 
     pub(crate) fn start_with(

@@ -104,6 +104,6 @@ pub(crate) fn metrics(state: &State) -> Reply {
         oldest_queued_seconds: counters.oldest_queued_age(live.engine.now()).as_secs_f64(),
     });
     let rows = state.accounting().map(|accounting| &accounting.ledger);
-    let page = metrics::render(&state.metrics, view, rows, state.drain() != Drain::No, tasks);
+    let page = metrics::render(&state.metrics, view, rows, state.quotas(), state.drain() != Drain::No, tasks);
     Reply::new(hyper::StatusCode::OK, metrics::CONTENT_TYPE, page)
 }

@@ -7,6 +7,7 @@ mod device;
 mod histogram;
 pub(crate) mod identity;
 mod ledger;
+mod quota;
 mod render;
 
 use std::sync::Arc;
@@ -77,10 +78,11 @@ pub(crate) enum Refused {
     Draining,
     EngineStopped,
     Ledger,
+    Quota,
 }
 
 impl Refused {
-    pub(crate) const ALL: [(Self, &'static str); 8] = [
+    pub(crate) const ALL: [(Self, &'static str); 9] = [
         (Self::QueueRequests, "max_num_queued_reqs"),
         (Self::QueueTokens, "max_num_queued_tokens"),
         (Self::Workers, "worker_queue"),
@@ -89,6 +91,7 @@ impl Refused {
         (Self::Draining, "draining"),
         (Self::EngineStopped, "engine_stopped"),
         (Self::Ledger, "ledger"),
+        (Self::Quota, "quota"),
     ];
 }
 

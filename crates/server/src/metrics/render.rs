@@ -6,9 +6,11 @@ use std::fmt::Write as _;
 
 use mirai_engine::{BLOCK_TOKENS, Counters, STEP_TOKEN_BOUNDS};
 use mirai_ledger::Ledger;
+use mirai_ledger::quota::Quotas;
 
 use super::identity::{Credential, Decision, IdentityMetrics, Lookup};
 use super::ledger::ledger;
+use super::quota;
 use super::{CLASSES, DeviceFigure, Ended, Histogram, Metrics, Refused, Reloaded};
 use crate::routes::ROUTES;
 
@@ -86,6 +88,7 @@ pub(crate) fn render(
     metrics: &Metrics,
     engine: Option<EngineView<'_>>,
     rows: Option<&Ledger>,
+    quotas: Option<&Quotas>,
     draining: bool,
     tasks: usize,
 ) -> String {
@@ -105,6 +108,9 @@ pub(crate) fn render(
     device(&mut page, metrics);
     if let Some(rows) = rows {
         ledger(&mut page, rows);
+    }
+    if let Some(quotas) = quotas {
+        quota::quotas(&mut page, quotas);
     }
     for (name, help, histogram) in own_histograms(metrics) {
         page.histogram(name, help, "", histogram);

@@ -14,6 +14,7 @@ mod load;
 mod metrics;
 mod pooling;
 mod python;
+mod quotas;
 mod reasoning;
 mod slow;
 mod support;

@@ -95,6 +95,19 @@ fn it_does_not_start_in_an_unknown_zone_or_on_a_store_that_fails() {
     assert_eq!(format!("{:?}", started.shared), "Shared { health: Ok, .. }");
 }
 
+#[tokio::test]
+async fn it_counts_beside_a_ledger_and_without_one() {
+    let folder = SqliteFile::new();
+    let here: crate::location::Location = format!("sqlite://{}", folder.path().display()).parse().unwrap();
+    let _ledger = here.open(None).unwrap();
+    let app = application("a", "tokens_per_day = 10");
+    for quotas in [here.start_quotas(config()).unwrap(), Quotas::start_in_memory(config()).unwrap()] {
+        quotas.reserve(&app.name, &app.quota, demand(1, 9)).await.unwrap().settle(10);
+        let refused = quotas.reserve(&app.name, &app.quota, demand(1, 0)).await.unwrap_err();
+        assert!(matches!(refused, Refusal::Exceeded(no) if no.kind == Kind::TokensPerDay), "{refused}");
+    }
+}
+
 /// What the fast path costs: printed, because it depends on the machine.
 #[test]
 fn the_fast_path_asks_nobody() {
