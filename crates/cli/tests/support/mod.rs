@@ -30,6 +30,19 @@ pub(crate) fn mirai(args: &[&str]) -> Command {
     command
 }
 
+/// `mirai` where no CUDA driver is found, whatever this process finds: an emulated one is hidden with its folder, and a
+/// machine's own has no devices to show.
+pub(crate) fn mirai_without_gpu(args: &[&str]) -> Command {
+    let mut command = mirai(args);
+    command.env_remove("LD_LIBRARY_PATH");
+    command
+}
+
+/// Whether the servers of these tests compute on a GPU: in bf16, and slowly, because it is an emulated one.
+pub(crate) fn on_gpu() -> bool {
+    std::env::var("MIRAI__MODEL__DEVICE").is_ok_and(|device| device.starts_with("cuda"))
+}
+
 /// Where it is set, a test that finds no emulated driver fails: whoever runs all tests has built it.
 const REQUIRED: &str = "MIRAI_TEST_REQUIRES_EMULATED_DRIVER";
 
@@ -45,9 +58,13 @@ pub(crate) fn emulated_driver(test: &str) -> Option<std::path::PathBuf> {
     None
 }
 
-/// Runs to the end.
+/// Runs `mirai` to the end.
 pub(crate) fn run(args: &[&str]) -> Output {
-    let mut command = mirai(args);
+    run_command(mirai(args))
+}
+
+/// Runs to the end.
+pub(crate) fn run_command(mut command: Command) -> Output {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().unwrap();
     let _watch = Watch::over(&child);
