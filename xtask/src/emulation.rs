@@ -53,6 +53,12 @@ pub(crate) fn goldens() -> Result<()> {
     shell::run("cargo", &["test", "--workspace", "--test", "golden", "--", "--ignored"])
 }
 
+/// Has tests fail, instead of saying that they are skipped, where the emulated driver is not found.
+pub(crate) const REQUIRED: (&str, &str) = ("MIRAI_TEST_REQUIRES_EMULATED_DRIVER", "1");
+
+/// Names AddressSanitizer's run-time library to the tests, which then take the driver that was built with it.
+const SANITIZER: &str = "MIRAI_TEST_ADDRESS_SANITIZER";
+
 /// What the server is told of the emulated GPU: it runs there, times no products, which say nothing of a real one, and is
 /// small, because every bucket of rows is computed twice before it is ready.
 const SERVER: [(&str, &str); 3] = [
@@ -94,6 +100,21 @@ fn held(counts: &str) -> Result<String> {
     Ok(format!("{} servers replayed {replays} graphs and allocated nothing after their start", lines.len()))
 }
 
+/// Runs the backend's tests, golden cases among them, and the server's on a driver that watches memory.
+pub(crate) fn watched() -> Result<()> {
+    build_driver(Some(Sanitizer::Address))?;
+    let runtime = shell::output("g++", &["-print-file-name=libasan.so"])?;
+    let test = |suites: &[&str], ignored: &[&str]| {
+        let mut command = shell::command("cargo", &["test", "--workspace"]);
+        command.args(suites.iter().flat_map(|suite| ["--test", suite])).args(ignored);
+        // The tests hand it to the programs that they start on the driver.
+        command.env(SANITIZER, runtime.trim()).env(REQUIRED.0, REQUIRED.1);
+        shell::run_command(command)
+    };
+    test(&["golden", "heads", "operations", "runtime", "steps", "cuda"], &[])?;
+    test(&["golden"], &["--", "--ignored"])
+}
+
 /// Proves that the kernels' tests notice faults.
 pub(crate) fn faults() -> Result<()> {
     shell::run("python3", &["tests/cuda-emu/faults.py"])
@@ -102,6 +123,16 @@ pub(crate) fn faults() -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tests_know_the_variables_that_they_are_given() {
+        for support in ["crates/cuda/tests/support/mod.rs", "crates/cli/tests/support/mod.rs"] {
+            let text = std::fs::read_to_string(root().join(support)).unwrap();
+            for name in [REQUIRED.0, SANITIZER] {
+                assert!(text.contains(&format!("\"{name}\"")), "{support}: {name}");
+            }
+        }
+    }
 
     #[test]
     fn servers_that_replay_nothing_or_allocate_late_are_found_out() {

@@ -15,6 +15,9 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+/// Names AddressSanitizer's run-time library: then the emulated driver is the one that was built with it.
+const SANITIZER: &str = "MIRAI_TEST_ADDRESS_SANITIZER";
+
 /// Longest that a test waits for anything.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -27,6 +30,10 @@ pub(crate) fn mirai(args: &[&str]) -> Command {
     }
     // A machine's own GPU is for tests that are made for one.
     command.env("CUDA_VISIBLE_DEVICES", "");
+    if let Some(runtime) = std::env::var_os(SANITIZER) {
+        // A program that is not built with it cannot be searched for leaks.
+        command.env("LD_PRELOAD", runtime).env("ASAN_OPTIONS", "detect_leaks=0");
+    }
     command
 }
 
@@ -48,10 +55,12 @@ const REQUIRED: &str = "MIRAI_TEST_REQUIRES_EMULATED_DRIVER";
 
 /// Where `cargo xtask cuda-emu --driver` puts the emulated driver; none, and a line, if it was not built.
 pub(crate) fn emulated_driver(test: &str) -> Option<std::path::PathBuf> {
-    let folder = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/cuda-emu/driver"));
+    let name = if std::env::var_os(SANITIZER).is_some() { "driver-address" } else { "driver" };
+    let folder =
+        std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/cuda-emu")).join(name);
     let libraries = ["libcuda.so.1", "libcublasLt.so.13", "libnvidia-ml.so.1"];
     if libraries.iter().all(|library| folder.join(library).exists()) {
-        return Some(folder.to_owned());
+        return Some(folder);
     }
     assert!(std::env::var_os(REQUIRED).is_none(), "{test}: no emulated driver, which {REQUIRED} asks for");
     println!("{test}: skipped: `cargo xtask cuda-emu --driver` was not run");
