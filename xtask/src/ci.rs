@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::shell::{self, root};
-use crate::{coverage, emulation, kernels};
+use crate::{coverage, deploy, emulation, kernels};
 
 /// The README's test command, word for word.
 const TEST: [&str; 2] = ["test", "--workspace"];
@@ -21,6 +21,8 @@ pub(crate) fn run() -> Result<()> {
     // The tests of the CUDA backend run on it.
     emulation::build_driver(None)?;
     test_under_coverage()?;
+    // On the server that the tests have just built.
+    deploy::run_on(&root().join(TARGET).join("debug/mirai"), &[], true)?;
     emulation::check()?;
     kernels::run(kernels::Mode::Check)
 }

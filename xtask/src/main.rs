@@ -7,10 +7,15 @@
 
 mod ci;
 mod coverage;
+mod deploy;
 mod emulation;
+mod evidence;
 mod full;
 mod gpu_suite;
+mod image;
 mod kernels;
+mod lint;
+mod sbom;
 mod shell;
 
 use std::path::PathBuf;
@@ -75,6 +80,18 @@ enum Task {
         #[arg(long, requires = "driver")]
         sanitize: Option<emulation::Sanitizer>,
     },
+    /// Test what is deployed and how it is operated: all of it, or only the named parts. Builds the server first.
+    Deploy {
+        /// Which; none means all.
+        parts: Vec<deploy::Part>,
+        /// A test that cannot run here fails.
+        #[arg(long)]
+        strict: bool,
+    },
+    /// Build container images with buildah, into its store.
+    Image(image::Options),
+    /// Write a dated folder with what an audit asks for.
+    Evidence(evidence::Options),
     /// Prepare `target/gpu-suite`, which is carried to a machine with a GPU and run there. Needs no GPU.
     GpuSuite,
     /// Make the golden checkpoints and log-probabilities anew with HF transformers.
@@ -101,6 +118,9 @@ fn main() -> ExitCode {
         Task::CudaEmu { faults, .. } => emulation::check()
             .and_then(|()| emulation::goldens())
             .and_then(|()| if faults { emulation::faults() } else { Ok(()) }),
+        Task::Deploy { parts, strict } => deploy::run(&parts, strict),
+        Task::Image(options) => image::run(&options),
+        Task::Evidence(options) => evidence::run(&options),
         Task::GpuSuite => gpu_suite::run(),
         Task::Golden { python } => shell::run(&python.to_string_lossy(), &["crates/model/golden/make.py"]),
     };
