@@ -4,6 +4,7 @@
 //! uses it. Secrets are never read from the file and never printed.
 
 mod device;
+mod energy;
 mod layers;
 mod ledger;
 
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use mirai_server::ServerConfig;
 
 pub(crate) use device::Device;
+pub(crate) use energy::EnergyConfig;
 pub(crate) use layers::{ConfigError, Flag, load};
 pub(crate) use ledger::LedgerConfig;
 
@@ -30,6 +32,8 @@ pub(crate) struct Config {
     pub(crate) server: ServerConfig,
     /// Accounting for requests.
     pub(crate) ledger: LedgerConfig,
+    /// How the energy of requests becomes known.
+    pub(crate) energy: EnergyConfig,
     /// What is written about it.
     pub(crate) log: LogConfig,
 }

@@ -243,6 +243,10 @@ fn a_deadline_ends_a_sequence_in_the_queue_and_on_the_device() {
     let ends = listen(&events, 2);
     assert!(ends.values().all(|(_, reason, _)| *reason == FinishReason::Deadline), "{ends:?}");
     assert!(ends[&(RequestId(1), 0)].0.is_empty());
+    // While nothing else runs, one that comes too late wakes the engine and is ended.
+    until(&handle, "rest", |handle| handle.counters().running == 0);
+    handle.submit(EngineRequest { deadline: Some(Duration::ZERO), ..request(2, 20, 450) }).unwrap();
+    assert_eq!(listen(&events, 1)[&(RequestId(2), 0)].1, FinishReason::Deadline);
 }
 
 #[test]

@@ -393,6 +393,8 @@ impl Scheduler {
             self.queued.remove(&entry.arrival);
             self.dequeued.0 += 1;
             self.dequeued.1 += entry.body.prompt.len();
+            self.counters.dequeued_requests += 1;
+            self.counters.dequeued_tokens += entry.body.prompt.len() as u64;
         }
     }
 }
