@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use mirai_server::ServerConfig;
+use mirai_server::{IdentityConfig, ServerConfig};
 
 pub(crate) use device::Device;
 pub(crate) use energy::EnergyConfig;
@@ -34,6 +34,8 @@ pub(crate) struct Config {
     pub(crate) ledger: LedgerConfig,
     /// How the energy of requests becomes known.
     pub(crate) energy: EnergyConfig,
+    /// Who may call.
+    pub(crate) identity: IdentityConfig,
     /// What is written about it.
     pub(crate) log: LogConfig,
 }
