@@ -4,6 +4,7 @@
 //! uses it. Secrets are never read from the file and never printed.
 
 mod device;
+mod energy;
 mod layers;
 mod ledger;
 mod quotas;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use mirai_server::{IdentityConfig, ServerConfig};
 
 pub(crate) use device::Device;
+pub(crate) use energy::EnergyConfig;
 pub(crate) use layers::{ConfigError, Flag, load};
 pub(crate) use ledger::LedgerConfig;
 pub(crate) use quotas::QuotasConfig;
@@ -32,6 +34,8 @@ pub(crate) struct Config {
     pub(crate) server: ServerConfig,
     /// Accounting for requests.
     pub(crate) ledger: LedgerConfig,
+    /// How the energy of requests becomes known.
+    pub(crate) energy: EnergyConfig,
     /// Who may call.
     pub(crate) identity: IdentityConfig,
     /// How what applications may use is counted.

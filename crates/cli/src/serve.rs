@@ -21,6 +21,7 @@ fn configuration(args: &ServeArgs) -> Result<Config, Failure> {
     let config = args.resolve()?;
     check_engine(&config)?;
     device::check(&config)?;
+    config.energy.check().map_err(Failure::usage)?;
     ledger::check(&config.ledger)?;
     quotas::check(&config)?;
     config.server.validate().map_err(Failure::usage)?;

@@ -518,6 +518,8 @@ fn the_device_tells_its_figures() {
         assert_eq!(first.xid, None);
         let second = telemetry.read();
         assert!(second.energy_joules >= first.energy_joules);
+        let microjoules = telemetry.energy_microjoules().unwrap();
+        assert!(microjoules as f64 / 1e6 >= second.energy_joules.unwrap());
         assert!(Telemetry::open("no such bus").is_none());
     });
 }

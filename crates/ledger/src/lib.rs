@@ -9,6 +9,7 @@ mod error;
 pub mod event;
 pub mod export;
 pub mod identity;
+pub mod impact;
 mod ledger;
 pub mod location;
 pub mod price;

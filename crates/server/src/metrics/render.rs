@@ -273,6 +273,17 @@ fn engine_metrics(page: &mut Page, view: EngineView<'_>) {
         page.sample(name, &format!("state=\"{state}\""), microjoules as f64 * 1e-6);
     }
     step_sizes(page, "mirai_engine_iteration_tokens", "", c);
+    let joules = "mirai_energy_joules_total";
+    page.family(
+        joules,
+        "counter",
+        "Energy by the GPU's counter: charged to requests, and while no step ran.",
+    );
+    for (state, microjoules) in
+        [("attributed", c.energy_attributed_microjoules), ("idle", c.energy_idle_microjoules)]
+    {
+        page.sample(joules, &format!("state=\"{state}\""), microjoules as f64 * 1e-6);
+    }
     page.family("mirai_kv_blocks", "gauge", "KV blocks by state.");
     for (state, value) in [("used", c.blocks_used), ("cached", c.blocks_cached), ("free", free)] {
         page.sample("mirai_kv_blocks", &format!("state=\"{state}\""), value as f64);
@@ -381,6 +392,7 @@ mod tests {
             Counters { blocks_total: 10, blocks_used: 5, step_tokens: 20_300, ..Counters::default() };
         // Steps of 300 and of 20,000 tokens.
         (counters.steps_by_tokens[7], counters.steps_by_tokens[13]) = (1, 1);
+        counters.energy_idle_microjoules = 2_500_000;
         let view = EngineView { model: "a\"b", counters: &counters, oldest_queued_seconds: 0.0 };
         let page = render(&metrics, Some(view), None, false, 3);
         let map = series(&page);
@@ -395,6 +407,8 @@ mod tests {
         assert_eq!((steps("_sum", ""), steps("_count", "")), (20_300.0, 2.0));
         assert_eq!(map["mirai_choices_finished_total{reason=\"length\"}"], 1.0);
         assert_eq!(map["mirai_gpu_energy_joules_total"], 12.5);
+        assert_eq!(map["mirai_energy_joules_total{state=\"idle\"}"], 2.5);
+        assert_eq!(map["mirai_energy_joules_total{state=\"attributed\"}"], 0.0);
         assert!(!map.contains_key("mirai_gpu_power_watts"), "it is not known");
         assert_eq!(map["mirai_time_to_first_token_seconds_bucket{le=\"0.25\"}"], 1.0);
         assert_eq!(map["mirai_time_to_first_token_seconds_bucket{le=\"0.1\"}"], 0.0);

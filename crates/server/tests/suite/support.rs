@@ -174,6 +174,8 @@ pub fn model(options: &Options) -> ServedModel {
     let mut model = ServedModel {
         names: vec![MODEL.to_owned(), ALIAS.to_owned()],
         revision: String::new(),
+        estimate: None,
+        footprint: None,
         max_model_len: CONTEXT,
         tokenizer,
         template: options
