@@ -175,6 +175,14 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "SECONDS", help_heading = "Server")]
     shutdown_timeout: Option<f64>,
 
+    /// Where each request gets a row: sqlite:///PATH, or postgres://USER@HOST/DATABASE for several replicas
+    /// [default: no rows].
+    #[arg(long, value_name = "URL", help_heading = "Accounting")]
+    ledger: Option<String>,
+    /// File that takes rows while the store is out of reach; without one, new work is then refused.
+    #[arg(long, value_name = "FILE", help_heading = "Accounting")]
+    ledger_spool: Option<PathBuf>,
+
     /// For people or for collectors [default: text].
     #[arg(long, value_enum, help_heading = "Log")]
     log_format: Option<LogFormat>,
@@ -198,6 +206,7 @@ impl ServeArgs {
         let variable = std::env::var("MIRAI_API_KEY").ok();
         config.server.api_keys = keys(&self.api_key, variable.as_deref());
         config.server.identity = config.identity.clone();
+        config.ledger.password = std::env::var("MIRAI_LEDGER_PASSWORD").ok();
         Ok(config)
     }
 
@@ -247,6 +256,8 @@ impl ServeArgs {
         }
         add("drain-delay", "server.timeouts.drain_delay_seconds", value(self.drain_delay.as_ref()));
         add("shutdown-timeout", "server.timeouts.shutdown_seconds", value(self.shutdown_timeout.as_ref()));
+        add("ledger", "ledger.store", value(self.ledger.as_ref()));
+        add("ledger-spool", "ledger.spool", value(self.ledger_spool.as_ref()));
         add("log-format", "log.format", value(self.log_format.as_ref()));
         add("log-level", "log.level", value(self.log_level.as_ref()));
         flags
@@ -351,6 +362,10 @@ mod tests {
             "1.5",
             "--shutdown-timeout",
             "2",
+            "--ledger",
+            "sqlite:l.db",
+            "--ledger-spool",
+            "s",
             "--log-format",
             "json",
             "--log-level",
@@ -376,6 +391,8 @@ mod tests {
         );
         assert_eq!(config.server.tls.unwrap().ca_certs.unwrap().to_str(), Some("a"));
         assert!((config.server.timeouts.drain_delay_seconds - 1.5).abs() < 1e-9);
+        assert_eq!(config.ledger.store.as_deref(), Some("sqlite:l.db"));
+        assert_eq!(config.ledger.spool.as_deref(), Some(std::path::Path::new("s")));
         assert_eq!(config.log.level, "debug");
         let default = load(None, std::iter::empty(), serve(&[]).flags()).unwrap();
         assert_eq!(default, Config::default());

@@ -5,6 +5,7 @@
 
 mod device;
 mod layers;
+mod ledger;
 
 use std::path::PathBuf;
 
@@ -14,6 +15,7 @@ use mirai_server::{IdentityConfig, ServerConfig};
 
 pub(crate) use device::Device;
 pub(crate) use layers::{ConfigError, Flag, load};
+pub(crate) use ledger::LedgerConfig;
 
 /// Everything the server can be told. `mirai check-config` prints it; each field is also a key of the TOML file
 /// and, as `MIRAI__SECTION__KEY`, an environment variable.
@@ -28,6 +30,8 @@ pub(crate) struct Config {
     pub(crate) server: ServerConfig,
     /// Who may call.
     pub(crate) identity: IdentityConfig,
+    /// Accounting for requests.
+    pub(crate) ledger: LedgerConfig,
     /// What is written about it.
     pub(crate) log: LogConfig,
 }

@@ -62,6 +62,7 @@ fn simulated(config: &Config, step_time: Duration) -> Result<ServedModel, Failur
     let (engine, events) = mirai_engine::start(engine, make).map_err(Failure::run)?;
     Ok(ServedModel {
         names: vec!["simulated".to_owned()],
+        revision: String::new(),
         max_model_len: context,
         tokenizer,
         template: None,

@@ -42,7 +42,7 @@ struct Described {
 
 /// Loads the model and starts its engine. Blocks; `server` is told how far it is.
 pub(crate) fn load(config: &Config, device: Chosen, server: &ServerHandle) -> Result<ServedModel, Failure> {
-    let (source, own_name) = source(config)?;
+    let Named { source, name, revision } = source(config)?;
     let options = task::options(config.model.task, &source, options(config, device))?;
     let cpu = CpuOptions { threads: config.engine.threads, ..CpuOptions::default() };
     let cuda = device::cuda_options(config);
@@ -66,7 +66,7 @@ pub(crate) fn load(config: &Config, device: Chosen, server: &ServerHandle) -> Re
     let (handle, events) = mirai_engine::start(engine, make).map_err(start_failure)?;
     let described = described.recv().map_err(|_| Failure::model("the model was loaded but not described"))?;
     server.loading("tokenizer", 99);
-    served(config, own_name, described, handle, events)
+    served(config, (name, revision), described, handle, events)
 }
 
 /// The model on a device. What else its files say goes to `described`.
@@ -134,8 +134,14 @@ fn percent(phase: Phase, share: f32) -> u8 {
     (from + (to - from) * share.clamp(0.0, 1.0)) as u8
 }
 
-/// Where the model is, and what it is called if nobody says otherwise.
-fn source(config: &Config) -> Result<(ModelSource, String), Failure> {
+/// Where a model is, what it is called if nobody says otherwise, and which weights exactly it has, if that is known.
+pub(crate) struct Named {
+    pub(crate) source: ModelSource,
+    pub(crate) name: String,
+    pub(crate) revision: Option<String>,
+}
+
+fn source(config: &Config) -> Result<Named, Failure> {
     let Some(given) = &config.model.path else {
         let demo =
             demo::model().ok_or_else(|| Failure::usage("this build has no demo model: pass --model"))?;
@@ -146,7 +152,10 @@ fn source(config: &Config) -> Result<(ModelSource, String), Failure> {
             ("tokenizer_config.json", demo.tokenizer_config),
             ("model.safetensors", demo.weights),
         ];
-        return Ok((ModelSource::memory("embedded demo model", &files), demo::NAME.to_owned()));
+        let source = ModelSource::memory("embedded demo model", &files);
+        // It comes with the binary, and changes with it only.
+        let revision = Some(concat!("mirai-", env!("CARGO_PKG_VERSION")).to_owned());
+        return Ok(Named { source, name: demo::NAME.to_owned(), revision });
     };
     let store = StoreOptions {
         allow_missing_weights: config.model.load_format == LoadFormat::Dummy,
@@ -156,14 +165,14 @@ fn source(config: &Config) -> Result<(ModelSource, String), Failure> {
 }
 
 /// The model that a folder, a file or a name in the local store stands for, and its own name.
-pub(crate) fn named_source(given: &str, store: &StoreOptions) -> Result<(ModelSource, String), Failure> {
+pub(crate) fn named_source(given: &str, store: &StoreOptions) -> Result<Named, Failure> {
     let reference = ModelRef::parse(given).map_err(Failure::model)?;
     let local = mirai_hub::resolve(&reference, store).map_err(Failure::model)?;
     let source = match &local.weights {
         mirai_hub::Weights::Gguf(file) => ModelSource::gguf(file),
         _ => ModelSource::directory(&local.root).map_err(Failure::model)?,
     };
-    Ok((source, reference.default_name()))
+    Ok(Named { source, name: reference.default_name(), revision: local.revision })
 }
 
 fn options(config: &Config, device: Chosen) -> LoadOptions {
@@ -207,7 +216,7 @@ fn memory_limit() -> Option<u64> {
 /// What the server needs, out of what the files say.
 fn served(
     config: &Config,
-    own_name: String,
+    (own_name, revision): (String, Option<String>),
     described: Described,
     engine: EngineHandle,
     events: Receiver<Vec<Event>>,
@@ -239,6 +248,7 @@ fn served(
         if config.model.served_names.is_empty() { vec![own_name] } else { config.model.served_names.clone() };
     Ok(ServedModel {
         names,
+        revision: revision.unwrap_or_default(),
         max_model_len,
         bos_token_id: token(&special.bos),
         fim: fim_tokens(&tokenizer),

@@ -13,6 +13,7 @@ mod exit;
 #[cfg(feature = "test-hooks")]
 mod hooks;
 mod keys;
+mod ledger;
 mod load;
 mod logging;
 mod pull;

@@ -14,13 +14,14 @@ use crate::config::Config;
 use crate::exit::Failure;
 #[cfg(not(feature = "test-hooks"))]
 use crate::load;
-use crate::{device, logging};
+use crate::{device, ledger, logging};
 
 /// Resolves all layers and checks what can be checked without touching the machine.
 fn configuration(args: &ServeArgs) -> Result<Config, Failure> {
     let config = args.resolve()?;
     check_engine(&config)?;
     device::check(&config)?;
+    ledger::check(&config.ledger)?;
     config.server.validate().map_err(Failure::usage)?;
     Ok(config)
 }
@@ -101,6 +102,10 @@ where
     listen_to_signals(&handle)?;
     let for_load = handle.clone();
     let loading = tokio::task::spawn_blocking(move || {
+        // First: a store that cannot be had should not cost a load.
+        if let Some(accounting) = ledger::start(&config.ledger)? {
+            for_load.account(accounting).map_err(Failure::run)?;
+        }
         let model = load(&config, &for_load)?;
         for_load.ready(model).map_err(Failure::run)?;
         print_line(&format!("ready in {:.2} s", started.elapsed().as_secs_f64()))
@@ -131,6 +136,9 @@ fn ended(reason: Result<ExitReason, tokio::task::JoinError>) -> Result<(), Failu
         ExitReason::Forced => {
             tracing::warn!("ended at once, as asked");
             Ok(())
+        }
+        ExitReason::LedgerBroken => {
+            Err(Failure::run("the ledger's store must not be used any more; a restart recovers it"))
         }
         ExitReason::EngineDied(reason) => Err(Failure::run(format!("the engine died: {reason}"))),
     }

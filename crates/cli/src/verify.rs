@@ -17,7 +17,7 @@ use crate::load::named_source;
 
 pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let store = StoreOptions { allow_missing_weights: true, ..StoreOptions::from_env() };
-    let (source, _) = named_source(&args.model, &store)?;
+    let source = named_source(&args.model, &store)?.source;
     let seen = inspect(&source, Task::Native).map_err(Failure::model)?;
     let text = if args.json { format!("{:#}\n", to_json(&seen)) } else { to_text(&seen) };
     std::io::stdout().lock().write_all(text.as_bytes()).map_err(Failure::run)?;

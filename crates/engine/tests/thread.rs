@@ -150,7 +150,11 @@ fn room_is_held_for_all_or_for_none_and_comes_back() {
     let full = |queued| Some(AdmissionError::QueueFull { queued, limit: 4 });
     assert_eq!(handle.reserve(batch(3..5)).err(), full(3), "held room is taken");
     let counters = handle.counters();
-    assert_eq!((counters.queued_requests, counters.queued_tokens), (3, 30), "a refusal leaves nothing behind");
+    assert_eq!(
+        (counters.queued_requests, counters.queued_tokens),
+        (3, 30),
+        "a refusal leaves nothing behind"
+    );
     drop(held);
     let counters = handle.counters();
     assert_eq!((counters.queued_requests, counters.queued_tokens), (0, 0));

@@ -19,8 +19,6 @@ pub struct Accounting {
     pub ledger: Ledger,
     /// Where requests run: the pod or the machine.
     pub replica: String,
-    /// The exact weights that are served; empty if nobody knows.
-    pub model_revision: String,
 }
 
 /// What is known of a request when the engine has room for it.
@@ -30,6 +28,7 @@ pub(crate) struct Charge<'a> {
     pub(crate) id: &'a str,
     pub(crate) endpoint: Endpoint,
     pub(crate) model: &'a str,
+    pub(crate) revision: &'a str,
     pub(crate) arrived: Instant,
     pub(crate) prompt_tokens: u64,
     pub(crate) caller: &'a Caller,
@@ -49,7 +48,7 @@ impl Accounting {
             endpoint: charge.endpoint.clone(),
             queued_at: system_micros().saturating_sub(since),
             model: charge.model.to_owned(),
-            model_revision: self.model_revision.clone(),
+            model_revision: charge.revision.to_owned(),
             replica: self.replica.clone(),
             server_version: env!("CARGO_PKG_VERSION").to_owned(),
             prompt_tokens: charge.prompt_tokens,

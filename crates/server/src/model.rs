@@ -16,6 +16,8 @@ use crate::task::Task;
 pub struct ServedModel {
     /// Names that clients may ask for; the first is the canonical one. At least one.
     pub names: Vec<String>,
+    /// Its exact weights, for the ledger; empty if nobody knows.
+    pub revision: String,
     /// What it is served for.
     pub task: Task,
     /// Most tokens of prompt and output together.
@@ -87,6 +89,7 @@ impl GenerationDefaults {
 #[derive(Debug)]
 pub(crate) struct ModelInfo {
     pub(crate) names: Vec<Arc<str>>,
+    pub(crate) revision: String,
     pub(crate) task: Task,
     pub(crate) max_model_len: u32,
     pub(crate) tokenizer: Tokenizer,
@@ -114,6 +117,7 @@ impl ModelInfo {
         let max_text = max_text.min(model.tokenizer.max_input_bytes());
         let info = Self {
             names: model.names.into_iter().map(Arc::from).collect(),
+            revision: model.revision,
             // What the engine could never compute is not promised.
             max_model_len: model.max_model_len.min(model.engine.max_prompt_tokens()),
             task: model.task,

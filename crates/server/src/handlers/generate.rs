@@ -12,7 +12,7 @@ use mirai_engine::{EngineRequest, RequestId, Task};
 use mirai_ledger::Endpoint;
 use tokio::sync::oneshot;
 
-use super::admission::{account, deadline, refusal, serving};
+use super::admission::{account, attributed, deadline, refusal, serving};
 use super::judged;
 use crate::account::{Charge, Needs};
 use crate::auth::{self, Caller};
@@ -44,8 +44,7 @@ pub(crate) async fn generate(
     // The drain may have begun while the body came.
     serving(state)?;
     observe(state, &judged);
-    let caller = state.auth.attributed(caller, &judged.attribution)?;
-    scope.tenant = caller.tenant.0;
+    let caller = attributed(state, caller, &judged.attribution, scope)?;
     admit(state, &live, judged, &caller, scope).await
 }
 
@@ -78,6 +77,7 @@ async fn admit(
             id,
             endpoint: if judged.kind == Kind::Chat { Endpoint::Chat } else { Endpoint::Completion },
             model: &judged.model,
+            revision: &live.model.revision,
             arrived: scope.arrived,
             prompt_tokens,
             caller,

@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use mirai_engine::{AdmissionError, EngineHandle, EngineRequest, RequestId, SamplingParams, Task};
 use tokio::sync::{oneshot, watch};
 
-use super::admission::{deadline, refusal, serving};
+use super::admission::{attributed, deadline, refusal, serving};
 use super::judged;
 use crate::auth::{self, Caller};
 use crate::demux::CallRegistration;
@@ -57,8 +57,7 @@ pub(crate) async fn pool(
     .await?;
     // The drain may have begun while the body came.
     serving(state)?;
-    let caller = state.auth.attributed(caller, &judged.attribution)?;
-    scope.tenant = caller.tenant.0;
+    let caller = attributed(state, caller, &judged.attribution, scope)?;
     admit(state, &live, judged, &caller, scope).await
 }
 

@@ -2,18 +2,22 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, unreachable_pub, missing_docs)]
 
+mod accounting;
 mod bad_input;
 mod chat;
 mod client;
 mod completions;
 mod doors;
 mod faults;
+mod identity;
 mod life;
 mod load;
 mod metrics;
 mod pooling;
+mod provider;
 mod python;
 mod reasoning;
+mod signer;
 mod slow;
 mod support;
 mod tls;

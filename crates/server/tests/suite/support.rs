@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 
 use mirai_engine::sim::{Draw, DrawFn, PoolFn, SimConfig, SimExecutor};
 use mirai_engine::{EngineConfig, EngineHandle, Geometry, GroupKind};
+use mirai_ledger::Ledger;
 use mirai_server::{
-    ExitReason, FimTokens, GenerationDefaults, ServedModel, Server, ServerConfig, ServerHandle, Task,
+    Accounting, ExitReason, FimTokens, GenerationDefaults, ServedModel, Server, ServerConfig, ServerHandle,
+    Task,
 };
 use mirai_text::{ChatTemplate, SpecialTokens, Tokenizer};
 use serde_json::{Map, Value, json};
@@ -106,6 +108,8 @@ pub struct Options {
     pub task: Task,
     /// Last touches on the model.
     pub setup: fn(&mut ServedModel),
+    /// What requests are accounted in.
+    pub ledger: Option<Ledger>,
 }
 
 impl Default for Options {
@@ -124,6 +128,7 @@ impl Default for Options {
             pool: None,
             task: Task::Generate,
             setup: |_| {},
+            ledger: None,
         }
     }
 }
@@ -132,6 +137,7 @@ impl Default for Options {
 pub struct TestServer {
     pub address: SocketAddr,
     pub metrics_address: Option<SocketAddr>,
+    pub admin_address: Option<SocketAddr>,
     pub handle: ServerHandle,
     pub engine: EngineHandle,
     pub run: JoinHandle<ExitReason>,
@@ -164,6 +170,7 @@ pub fn model(options: &Options) -> ServedModel {
         mirai_engine::start(options.engine.clone(), move || Ok(Box::new(SimExecutor::new(sim)))).unwrap();
     let mut model = ServedModel {
         names: vec![MODEL.to_owned(), ALIAS.to_owned()],
+        revision: String::new(),
         max_model_len: CONTEXT,
         tokenizer,
         template: options
@@ -185,14 +192,18 @@ pub fn model(options: &Options) -> ServedModel {
 }
 
 impl TestServer {
-    pub async fn start(options: Options) -> Self {
+    pub async fn start(mut options: Options) -> Self {
         let server = Server::bind(options.config.clone()).await.unwrap();
         let handle = server.handle();
         let (address, metrics_address) = (server.local_addr(), server.metrics_addr());
+        let admin_address = server.admin_addr();
+        if let Some(ledger) = options.ledger.take() {
+            handle.account(Accounting { ledger, replica: "pod-0".to_owned() }).unwrap();
+        }
         let served = model(&options);
         let engine = served.engine.clone();
         handle.ready(served).unwrap();
-        Self { address, metrics_address, handle, engine, run: tokio::spawn(server.run()) }
+        Self { address, metrics_address, admin_address, handle, engine, run: tokio::spawn(server.run()) }
     }
 
     pub async fn plain() -> Self {

@@ -1,0 +1,237 @@
+//! Rows of the ledger: one for each request that the engine took, with what its client was told.
+
+use std::path::Path;
+use std::time::Duration;
+
+use mirai_engine::EngineConfig;
+use mirai_ledger::store::SqlStore;
+use mirai_ledger::store::{Store, sqlite::Sqlite};
+use mirai_ledger::{Finish, Ledger, LedgerConfig, Row, State};
+use rusqlite::Connection;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::client::{Answer, head, post, read_answer};
+use crate::support::*;
+
+fn ledger(file: &Path) -> Ledger {
+    let store = SqlStore::<Sqlite>::open(file, None, &mirai_ledger::store::sqlite::SqliteOptions::default());
+    let config = LedgerConfig { writer: "w".into(), takeover: true, ..LedgerConfig::default() };
+    Ledger::start(Box::new(store.unwrap()), None, config).unwrap()
+}
+
+fn rows(file: &Path) -> Vec<Row> {
+    SqlStore::open_reading(file).unwrap().rows("", 1000).unwrap()
+}
+
+fn row_of(file: &Path, id: &str) -> Row {
+    let id = id.split_once('-').unwrap().1;
+    SqlStore::open_reading(file).unwrap().row(id).unwrap().unwrap()
+}
+
+struct Bed {
+    folder: tempfile::TempDir,
+    server: TestServer,
+}
+
+impl Bed {
+    async fn start(options: Options) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Some(ledger(&folder.path().join("ledger.db")));
+        let server = TestServer::start(Options { ledger, ..options }).await;
+        Self { folder, server }
+    }
+
+    fn file(&self) -> std::path::PathBuf {
+        self.folder.path().join("ledger.db")
+    }
+
+    async fn chat(&self, more: &Value) -> Answer {
+        post(self.server.address, "/v1/chat/completions", &chat("count", more)).await
+    }
+
+    /// The rows, once all are closed.
+    async fn closed_rows(&self) -> Vec<Row> {
+        let file = self.file();
+        self.server
+            .until("all rows closed", PATIENCE, async |_| {
+                rows(&file).iter().all(|row| row.state == State::Closed)
+            })
+            .await;
+        rows(&file)
+    }
+}
+
+fn check(row: &Row, usage: &Value) {
+    let told = |name: &str| usage.pointer(name).and_then(Value::as_u64).unwrap();
+    assert_eq!(row.prompt_tokens, told("/prompt_tokens"), "{row:?}");
+    assert_eq!(row.completion_tokens, told("/completion_tokens"), "{row:?}");
+    assert_eq!(row.cached_tokens, told("/prompt_tokens_details/cached_tokens"), "{row:?}");
+    assert_eq!(row.reasoning_tokens, told("/completion_tokens_details/reasoning_tokens"), "{row:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_client_is_told_is_what_its_row_says() {
+    let bed = Bed::start(Options::default()).await;
+    let whole = bed.chat(&json!({"n": 3, "max_tokens": 40})).await.json();
+    // Durable before the answer: no waiting here.
+    let row = row_of(&bed.file(), whole["id"].as_str().unwrap());
+    check(&row, &whole["usage"]);
+    assert_eq!((row.state, row.finish, row.status), (State::Closed, Finish::Length, 200));
+    assert_eq!((row.model.as_str(), row.replica.as_str()), (MODEL, "pod-0"));
+    assert!(row.first_token_after.is_some_and(|first| first > 0 && first <= row.duration));
+    let text = whole["choices"][0]["message"]["content"].as_str().unwrap();
+    let stop: String = text.chars().skip(5).take(2).collect();
+    let more =
+        json!({"stream": true, "stream_options": {"include_usage": true}, "max_tokens": 40, "stop": stop});
+    let events = bed.chat(&more).await.events();
+    let last = events.last().unwrap();
+    let row = row_of(&bed.file(), last["id"].as_str().unwrap());
+    check(&row, &last["usage"]);
+    assert_eq!((row.finish, row.status), (Finish::Stop, 200));
+    assert!(row.completion_tokens < 40);
+    let body = completion(&json!(["one", "two", "three"]), &json!({"max_tokens": 7, "n": 2}));
+    let whole = post(bed.server.address, "/v1/completions", &body).await.json();
+    let row = row_of(&bed.file(), whole["id"].as_str().unwrap());
+    check(&row, &whole["usage"]);
+    assert_eq!(row.endpoint.as_str(), "completion");
+    let rows = bed.closed_rows().await;
+    assert_eq!(rows.len(), 3);
+    for (metric, sum) in [
+        ("mirai_prompt_tokens_total", rows.iter().map(|row| row.prompt_tokens).sum::<u64>()),
+        ("mirai_cached_tokens_total", rows.iter().map(|row| row.cached_tokens).sum()),
+        ("mirai_generation_tokens_total", rows.iter().map(|row| row.completion_tokens).sum()),
+        ("mirai_wasted_tokens_total", rows.iter().map(|row| row.wasted_tokens).sum()),
+    ] {
+        assert_eq!(bed.server.metric(metric).await, sum as f64, "{metric}");
+    }
+    bed.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_refused_leaves_no_row() {
+    let engine = EngineConfig { max_queued_requests: 2, ..EngineConfig::default() };
+    let bed = Bed::start(Options { engine, ..Options::default() }).await;
+    assert_eq!(bed.chat(&json!({"n": 0})).await.status, 400);
+    assert_eq!(bed.chat(&json!({"model": "other"})).await.status, 404);
+    // Three prompts do not fit into a queue of two: none of them is taken.
+    let three = completion(&json!(["one", "two", "three"]), &json!({}));
+    assert_eq!(post(bed.server.address, "/v1/completions", &three).await.status, 503);
+    assert_eq!(rows(&bed.file()).len(), 0);
+    assert_eq!(bed.chat(&json!({})).await.status, 200);
+    assert_eq!(rows(&bed.file()).len(), 1);
+    bed.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_pays_for_what_was_written_for_it() {
+    let bed = Bed::start(Options { step: Duration::from_millis(1), ..Options::default() }).await;
+    let body = chat("count", &json!({"stream": true, "max_tokens": 1900})).to_string();
+    let mut stream = TcpStream::connect(bed.server.address).await.unwrap();
+    stream.write_all(&head("POST", "/v1/chat/completions", &[], Some(body.len()))).await.unwrap();
+    stream.write_all(body.as_bytes()).await.unwrap();
+    let mut seen = Vec::new();
+    while seen.windows(6).filter(|window| window == b"\ndata:").count() < 30 {
+        assert!(stream.read_buf(&mut seen).await.unwrap() > 0);
+    }
+    drop(stream);
+    let rows = bed.closed_rows().await;
+    assert_eq!(rows.len(), 1);
+    let row = &rows[0];
+    assert_eq!((&row.finish, row.status), (&Finish::Abort, 499));
+    // Thirty events, of which the first has no token, and what was on its way.
+    assert!((28..1900).contains(&row.completion_tokens), "{row:?}");
+    let metric = bed.server.metric("mirai_generation_tokens_total").await;
+    assert_eq!(metric, row.completion_tokens as f64);
+    bed.server.stop().await;
+}
+
+/// Events of tokens in what a stream has sent so far.
+fn tokens(bytes: &[u8]) -> usize {
+    let text = String::from_utf8_lossy(bytes);
+    text.lines().filter(|line| line.contains("\"token_ids\":[") && !line.contains("\"token_ids\":[]")).count()
+}
+
+/// Reads until nothing has come for a while that is long beside a step.
+async fn until_still(stream: &mut TcpStream, into: &mut Vec<u8>) {
+    while let Ok(read) = tokio::time::timeout(Duration::from_millis(400), stream.read_buf(into)).await {
+        assert!(read.unwrap() > 0, "{}", String::from_utf8_lossy(into));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_leaves_that_a_stalled_store_does_not_know() {
+    let bed = Bed::start(Options { step: Duration::from_millis(2), ..Options::default() }).await;
+    // Another process writes, and takes its time: the ledger's commits wait.
+    let other = Connection::open(bed.file()).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let more = json!({"stream": true, "max_tokens": 200, "return_token_ids": true,
+                      "stream_options": {"include_usage": true}});
+    let body = chat("count", &more).to_string();
+    let mut stream = TcpStream::connect(bed.server.address).await.unwrap();
+    stream.write_all(&head("POST", "/v1/chat/completions", &[], Some(body.len()))).await.unwrap();
+    stream.write_all(body.as_bytes()).await.unwrap();
+    let mut seen = Vec::new();
+    until_still(&mut stream, &mut seen).await;
+    assert_eq!(String::from_utf8_lossy(&seen), "", "the head of a 200 says that there is a row");
+    other.execute_batch("COMMIT").unwrap();
+    while tokens(&seen) < 20 {
+        assert!(stream.read_buf(&mut seen).await.unwrap() > 0);
+    }
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let durable = rows(&bed.file())[0].completion_tokens;
+    until_still(&mut stream, &mut seen).await;
+    let left = tokens(&seen) as u64;
+    // The engine has gone on to the end meanwhile.
+    bed.server
+        .until("all tokens", PATIENCE, async |server| {
+            server.metric("mirai_generation_tokens_total").await == 200.0
+        })
+        .await;
+    assert!(left <= durable + 16 && left < 200, "{left} tokens have left, {durable} are durable");
+    other.execute_batch("COMMIT").unwrap();
+    let mut rest = seen;
+    let answer = loop {
+        if let Ok(answer) = read_answer(&mut rest.as_slice()).await {
+            break answer;
+        }
+        assert!(stream.read_buf(&mut rest).await.unwrap() > 0);
+    };
+    let events = answer.events();
+    assert_eq!(events.last().unwrap()["usage"]["completion_tokens"], 200);
+    assert_eq!(rows(&bed.file())[0].completion_tokens, 200);
+    bed.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_closes_every_row() {
+    let mut options = Options { step: Duration::from_millis(2), ..Options::default() };
+    options.config.timeouts.shutdown_seconds = 0.2;
+    let bed = Bed::start(options).await;
+    let address = bed.server.address;
+    let body = chat("count", &json!({"stream": true, "max_tokens": 1900}));
+    let clients: Vec<_> = (0..8)
+        .map(|_| {
+            tokio::spawn({
+                let body = body.clone();
+                async move { post(address, "/v1/chat/completions", &body).await }
+            })
+        })
+        .collect();
+    bed.server
+        .until("eight streams", PATIENCE, async |server| server.metric("mirai_requests_running").await >= 8.0)
+        .await;
+    let file = bed.file();
+    bed.server.stop().await;
+    for client in clients {
+        let answer = client.await.unwrap();
+        assert!(answer.text().contains("draining"), "{}", answer.text());
+    }
+    let rows = rows(&file);
+    assert_eq!(rows.len(), 8);
+    for row in rows {
+        assert_eq!((&row.state, &row.finish, row.status), (&State::Closed, &Finish::Error, 200), "{row:?}");
+        assert!(row.completion_tokens > 0);
+    }
+}
