@@ -355,3 +355,7 @@ fn bearer(headers: &HeaderMap) -> Result<&str, ApiError> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::print_stdout)]
+mod timing_tests;

@@ -21,3 +21,4 @@ mod signer;
 mod slow;
 mod support;
 mod tls;
+mod world;
