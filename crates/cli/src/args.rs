@@ -205,8 +205,8 @@ impl ServeArgs {
         let mut config = load(self.config.as_deref(), environment, self.flags())?;
         let variable = std::env::var("MIRAI_API_KEY").ok();
         config.server.api_keys = keys(&self.api_key, variable.as_deref());
-        config.server.identity = config.identity.clone();
         config.ledger.password = std::env::var("MIRAI_LEDGER_PASSWORD").ok();
+        config.server.identity = config.identity.clone();
         Ok(config)
     }
 

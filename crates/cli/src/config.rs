@@ -28,10 +28,10 @@ pub(crate) struct Config {
     pub(crate) engine: EngineConfig,
     /// The HTTP surface.
     pub(crate) server: ServerConfig,
-    /// Who may call.
-    pub(crate) identity: IdentityConfig,
     /// Accounting for requests.
     pub(crate) ledger: LedgerConfig,
+    /// Who may call.
+    pub(crate) identity: IdentityConfig,
     /// What is written about it.
     pub(crate) log: LogConfig,
 }

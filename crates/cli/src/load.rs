@@ -11,11 +11,12 @@ use mirai_cuda::{CudaBackend, Gpu, OpenError};
 use mirai_engine::{EngineHandle, Event, Executor, StartError};
 use mirai_hub::{ModelRef, StoreOptions};
 use mirai_model::backend::{Backend, BackendError, CacheDtype};
-use mirai_model::loader::{Phase, TokenizerData};
+use mirai_model::loader::Phase;
 use mirai_model::pooling::PublishedPooling;
+use mirai_model::texts::Texts;
 use mirai_model::{CacheBudget, LoadOptions, LoadedModel, ModelError, ModelSource, ModelSpec};
-use mirai_server::{FimTokens, GenerationDefaults, ServedModel, ServerHandle};
-use mirai_text::{ChatTemplate, ReasoningFormat, Tokenizer};
+use mirai_server::{FimTokens, GenerationDefaults, ServedModel, ServerHandle, Task};
+use mirai_text::{ChatTemplate, ReasoningFormat, SpecialTokens, Tokenizer};
 
 use crate::config::{Config, KvCacheDtype, LoadFormat, Quantization};
 use crate::demo;
@@ -34,9 +35,7 @@ const DEFAULT_CACHE_BYTES: u64 = 4 << 30;
 struct Described {
     spec: ModelSpec,
     pooling: Option<PublishedPooling>,
-    tokenizer: TokenizerData,
-    chat_template: Option<String>,
-    generation_config: Option<serde_json::Map<String, serde_json::Value>>,
+    texts: Texts,
     eos_ids: Vec<u32>,
 }
 
@@ -79,10 +78,8 @@ fn executor<B: Backend + 'static>(
 ) -> Result<Box<dyn Executor>, mirai_engine::BoxError> {
     let mut report = |phase, share| server.loading(phase_name(phase), percent(phase, share));
     let model = mirai_model::load(source, options, backend, &mut report)?;
-    let LoadedModel { executor, tokenizer, .. } = model;
-    let (chat_template, generation_config) = (model.chat_template, model.generation_config);
-    let (spec, pooling, eos_ids) = (model.spec, model.pooling, model.eos_ids);
-    described.send(Described { spec, pooling, tokenizer, chat_template, generation_config, eos_ids })?;
+    let LoadedModel { executor, spec, pooling, texts, eos_ids, .. } = model;
+    described.send(Described { spec, pooling, texts, eos_ids })?;
     Ok(Box::new(executor))
 }
 
@@ -213,6 +210,39 @@ fn memory_limit() -> Option<u64> {
     machine.into_iter().chain(group).min()
 }
 
+/// What a model's texts mean, understood. It needs no weight and no device, so that `verify` can say what loading
+/// would.
+#[derive(Debug)]
+pub(crate) struct Understood {
+    tokenizer: Tokenizer,
+    special: SpecialTokens,
+    template: Option<ChatTemplate>,
+    reasoning: Option<ReasoningFormat>,
+    task: Task,
+    generation_defaults: GenerationDefaults,
+}
+
+/// Understands a model's texts as serving it needs them.
+pub(crate) fn understood(
+    spec: &ModelSpec,
+    pooling: Option<&PublishedPooling>,
+    texts: Texts,
+    reasoning_parser: &str,
+) -> Result<Understood, Failure> {
+    let (tokenizer, special) = tokenizer(texts.tokenizer)?;
+    let template = texts.chat_template.as_deref();
+    let reasoning = reasoning(reasoning_parser, template, &tokenizer)?;
+    let template = template.map(|source| ChatTemplate::compile(source, special.clone()));
+    let template = template.transpose().map_err(|e| Failure::model(format!("chat template: {e}")))?;
+    let task = task::served(spec, pooling, &tokenizer, &special)?;
+    let generation_defaults = match texts.generation_config {
+        Some(map) => serde_json::from_value(serde_json::Value::Object(map))
+            .map_err(|e| Failure::model(format!("generation_config.json: {e}")))?,
+        None => GenerationDefaults::default(),
+    };
+    Ok(Understood { tokenizer, special, template, reasoning, task, generation_defaults })
+}
+
 /// What the server needs, out of what the files say.
 fn served(
     config: &Config,
@@ -221,15 +251,11 @@ fn served(
     engine: EngineHandle,
     events: Receiver<Vec<Event>>,
 ) -> Result<ServedModel, Failure> {
-    let (tokenizer, special) = tokenizer(described.tokenizer)?;
-    let template = described.chat_template.as_deref();
-    let reasoning = reasoning(&config.model.reasoning_parser, template, &tokenizer)?;
-    let template = template.map(|source| ChatTemplate::compile(source, special.clone()));
-    let template = template.transpose().map_err(|e| Failure::model(format!("chat template: {e}")))?;
-    let task = task::served(&described.spec, described.pooling.as_ref(), &tokenizer, &special)?;
+    let Described { spec, pooling, texts, mut eos_ids } = described;
+    let understood = understood(&spec, pooling.as_ref(), texts, &config.model.reasoning_parser)?;
+    let Understood { tokenizer, special, template, reasoning, task, generation_defaults } = understood;
     let token = |text: &Option<String>| text.as_deref().and_then(|t| tokenizer.token_to_id(t));
-    let mut eos_token_ids = described.eos_ids;
-    eos_token_ids.extend(token(&special.eos));
+    eos_ids.extend(token(&special.eos));
     let geometry = engine.geometry();
     let (vocab, max_model_len) = (geometry.vocab, geometry.max_context);
     if tokenizer.vocab_size() > vocab as usize {
@@ -239,11 +265,6 @@ fn served(
             "the tokenizer has more tokens than the model; those beyond are refused"
         );
     }
-    let generation_defaults = match described.generation_config {
-        Some(map) => serde_json::from_value(serde_json::Value::Object(map))
-            .map_err(|e| Failure::model(format!("generation_config.json: {e}")))?,
-        None => GenerationDefaults::default(),
-    };
     let names =
         if config.model.served_names.is_empty() { vec![own_name] } else { config.model.served_names.clone() };
     Ok(ServedModel {
@@ -256,7 +277,7 @@ fn served(
         template,
         task,
         reasoning,
-        eos_token_ids,
+        eos_token_ids: eos_ids,
         generation_defaults,
         vocab,
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
@@ -302,6 +323,7 @@ fn fim_tokens(tokenizer: &Tokenizer) -> Option<FimTokens> {
 mod tests {
     use std::collections::BTreeMap;
 
+    use mirai_model::texts::TokenizerData;
     use serde_json::{Value, json};
 
     use super::*;

@@ -5,9 +5,10 @@
 use std::collections::BTreeMap;
 
 use mirai_model::backend::Pooling;
-use mirai_model::loader::{TokenizerData, read_spec};
+use mirai_model::loader::read_spec;
 use mirai_model::pooling::{Matryoshka, PublishedPooling, Task as ModelTask};
 use mirai_model::spec::{Head, PoolOutput};
+use mirai_model::texts::TokenizerData;
 use mirai_model::{LoadOptions, ModelSource, ModelSpec};
 use mirai_server::{EmbedSpec, PairFormat, ScoreRule, ScoreSpec, Task as ServedTask};
 use mirai_text::{SpecialTokens, Tokenizer};

@@ -1,6 +1,6 @@
 //! From a model's vocabulary to the tokenizer of `text`, whichever form it has.
 
-use mirai_model::loader::TokenizerData;
+use mirai_model::texts::TokenizerData;
 use mirai_text::{GgufVocab, SpecialTokens, Tokenizer, TokenizerConfig, tekken_special_tokens};
 
 use crate::exit::Failure;

@@ -1,24 +1,29 @@
-//! `mirai verify`: what a model is and what it needs, from its headers.
+//! `mirai verify`: what a model is and what it needs, from its headers, and whether `mirai serve` would take it.
 //!
-//! Owns the two forms of the report; what is in it is [`mirai_model::inspect`]'s.
+//! Owns the two forms of the report. What is in it is [`mirai_model::inspect`]'s; what its texts are taken for is
+//! said by the same code that serves them.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
 
 use mirai_engine::GroupKind;
 use mirai_hub::StoreOptions;
+use mirai_model::ModelSource;
 use mirai_model::inspect::{Inspection, inspect};
 use mirai_model::pooling::Task;
+use mirai_model::texts::Texts;
 use serde_json::{Value, json};
 
 use crate::args::VerifyArgs;
+use crate::config::ModelConfig;
 use crate::exit::Failure;
-use crate::load::named_source;
+use crate::load::{named_source, understood};
 
 pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let store = StoreOptions { allow_missing_weights: true, ..StoreOptions::from_env() };
     let source = named_source(&args.model, &store)?.source;
-    let seen = inspect(&source, Task::Native).map_err(Failure::model)?;
+    let mut seen = inspect(&source, Task::Native).map_err(Failure::model)?;
+    seen.faults.extend(text_fault(&source, &seen).err());
     let text = if args.json { format!("{:#}\n", to_json(&seen)) } else { to_text(&seen) };
     std::io::stdout().lock().write_all(text.as_bytes()).map_err(Failure::run)?;
     match seen.faults.len() {
@@ -26,6 +31,15 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
         1 => Err(Failure::model(format!("{} cannot be loaded: {}", args.model, seen.faults[0]))),
         n => Err(Failure::model(format!("{} cannot be loaded: {n} faults", args.model))),
     }
+}
+
+/// Says what `serve`, as it is by default, would say of the model's texts.
+fn text_fault(source: &ModelSource, seen: &Inspection) -> Result<(), String> {
+    let texts = Texts::read(source).map_err(|e| e.to_string())?;
+    texts.eos_ids(&seen.spec).map_err(|e| e.to_string())?;
+    let parser = ModelConfig::default().reasoning_parser;
+    let understood = understood(&seen.spec, seen.pooling.as_ref(), texts, &parser);
+    understood.map(drop).map_err(|failure| failure.to_string())
 }
 
 fn kind(kind: GroupKind) -> String {

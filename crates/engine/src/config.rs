@@ -2,6 +2,10 @@
 //!
 //! Owns the limits and their defaults; each is clamped and used where its subject lives.
 
+use std::sync::Arc;
+
+use crate::energy::EnergyCounter;
+
 /// Limits and switches of one engine.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
@@ -22,6 +26,10 @@ pub struct EngineConfig {
     pub look_ahead: Option<bool>,
     /// Batches of events that may wait for the demultiplexer before the engine waits for it.
     pub event_batches: usize,
+    /// Devices that work on each step: a step's time counts so many times.
+    pub devices: u32,
+    /// The devices' energy counter, read on the engine's thread. Without it sequences have no energy.
+    pub energy: Option<Arc<dyn EnergyCounter>>,
 }
 
 impl Default for EngineConfig {
@@ -35,6 +43,8 @@ impl Default for EngineConfig {
             snapshot_interval: 1024,
             look_ahead: None,
             event_batches: 64,
+            devices: 1,
+            energy: None,
         }
     }
 }

@@ -131,6 +131,13 @@ impl std::fmt::Debug for Admission {
 }
 
 impl Admission {
+    /// Requests in it.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "who holds room for nothing has no use for it")]
+    pub fn len(&self) -> usize {
+        self.requests.len()
+    }
+
     /// Queues all of them. From `Ok` on, exactly one [`Event::Finished`] comes for each of their choices.
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 
 mod config;
 mod door;
+pub mod energy;
 mod executor;
 mod fair;
 mod handle;
@@ -26,6 +27,7 @@ mod thread;
 
 pub use config::EngineConfig;
 pub use door::{AdmissionError, MAX_CHOICES};
+pub use energy::{EnergyCounter, EnergyMethod};
 pub use executor::{DeviceFault, Executor};
 pub use handle::{Admission, BoxError, EngineHandle, EngineHealth, StartError};
 pub use ids::{BLOCK_TOKENS, BlockId, RequestId, SeqId, SlotId, SnapshotId, TenantId, TokenId};

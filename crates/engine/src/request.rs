@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::energy::EnergyMethod;
 use crate::ids::{RequestId, TenantId, TokenId};
 use crate::params::{SamplingParams, Task};
 use crate::step::{RowFault, TokenLogprobs};
@@ -60,7 +61,7 @@ pub enum FinishReason {
     EngineStopped,
 }
 
-/// Exact cost of one sequence, in tokens.
+/// What one sequence cost, whatever ended it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SeqUsage {
     /// Prompt length.
@@ -73,6 +74,13 @@ pub struct SeqUsage {
     pub wasted_tokens: u32,
     /// Times the sequence was preempted.
     pub preemptions: u32,
+    /// Its share of the steps' time, times the number of devices, microseconds. Waste included; rows that are still
+    /// under way are counted at the time of the last step of their step's size.
+    pub device_micros: u64,
+    /// Its share of the devices' energy, microjoules, idle time left out; 0 with [`EnergyMethod::None`].
+    pub energy_microjoules: u64,
+    /// Where the energy comes from.
+    pub energy_method: EnergyMethod,
 }
 
 /// What happened to a sequence in a step. Sent in step order; within a step, in row order.

@@ -59,6 +59,10 @@ counters! {
     step_rows,
     /// Device time of those steps, nanoseconds.
     device_nanos,
+    /// Energy that sequences were charged with, microjoules.
+    energy_attributed_microjoules,
+    /// Energy of the time in which no step ran, microjoules.
+    energy_idle_microjoules,
     /// Gauge: sequences that have a slot.
     running,
     /// Gauge: sequences that wait for a slot, preempted ones and waiting choices included.

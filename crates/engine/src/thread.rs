@@ -13,6 +13,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
 use crate::config::EngineConfig;
+use crate::energy::{EnergyCounter, READ_INTERVAL};
 use crate::executor::{DeviceFault, Executor};
 use crate::handle::{BoxError, EngineHandle, Shared, StartError};
 use crate::mailbox::Letters;
@@ -79,6 +80,9 @@ struct Engine {
     letters: Letters,
     plan: StepPlan,
     outcome: StepOutcome,
+    energy: Option<Arc<dyn EnergyCounter>>,
+    /// When the energy counter may be read again.
+    next_reading: Time,
     /// Until when sequences may go on once the engine was told to stop.
     last_call: Option<Time>,
     /// Whether the check of the idle state was done since the last step.
@@ -107,6 +111,8 @@ impl Engine {
             letters: Letters::default(),
             plan: StepPlan::default(),
             outcome: StepOutcome::default(),
+            energy: config.energy.clone(),
+            next_reading: Time::ZERO,
             last_call: None,
             checked: false,
         };
@@ -177,6 +183,7 @@ impl Engine {
             return self.rest();
         }
         self.submit()?;
+        self.read_energy();
         self.collect()
     }
 
@@ -195,6 +202,7 @@ impl Engine {
         let planned = !self.plan.rows.is_empty();
         if planned {
             self.submit()?;
+            self.read_energy();
         }
         match self.scheduler.steps_in_flight() {
             0 => self.rest(),
@@ -214,8 +222,24 @@ impl Engine {
 
     fn collect(&mut self) -> Result<(), End> {
         self.executor.collect(&mut self.outcome)?;
+        self.scheduler.observe(self.shared.now(), None);
         self.scheduler.commit(&mut self.outcome)?;
         self.deliver()
+    }
+
+    /// Reads the energy counter, if there is one and it is time to. Called when nothing waits for this thread: the
+    /// device has a step to work on, or there is none.
+    fn read_energy(&mut self) {
+        let Some(counter) = &self.energy else { return };
+        let before = self.shared.now();
+        if before < self.next_reading {
+            return;
+        }
+        let microjoules = counter.microjoules();
+        let now = self.shared.now();
+        // A driver that answers slowly is asked less often: it has at most 1 % of this thread's time.
+        self.next_reading = now + READ_INTERVAL.max((now - before) * 100);
+        self.scheduler.observe(now, microjoules);
     }
 
     /// Hands events and numbers to the rest of the process.
@@ -277,6 +301,7 @@ impl Engine {
 
     /// Nothing can be submitted or collected: sends what is left to send, ends if told to, else sleeps.
     fn rest(&mut self) -> Result<(), End> {
+        self.read_energy();
         self.deliver()?;
         if !self.scheduler.is_idle() {
             // Every sequence runs, waits for a step in flight, or can be admitted into the empty pool.

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use mirai_engine::hooks::{Injection, Victim};
 use mirai_engine::sim::{Check, SimConfig, SimExecutor, default_draw, reference};
 use mirai_engine::{
-    AdmissionError, DeviceFault, EngineConfig, EngineHandle, EngineHealth, EngineRequest, Event, Executor,
-    FinishReason, Geometry, GroupKind, RequestId, RowFault, SamplingParams, SeqUsage, StartError,
-    StepOutcome, StepPlan, Task, TenantId, TokenId, start,
+    AdmissionError, DeviceFault, EnergyCounter, EnergyMethod, EngineConfig, EngineHandle, EngineHealth,
+    EngineRequest, Event, Executor, FinishReason, Geometry, GroupKind, RequestId, RowFault, SamplingParams,
+    SeqUsage, StartError, StepOutcome, StepPlan, Task, TenantId, TokenId, start,
 };
 
 /// Long enough that only a hang reaches it.
@@ -342,6 +342,49 @@ fn without_handles_or_listener_the_engine_ends() {
     handle.submit(request(1, 20, 450)).unwrap();
     until(&handle, "the end", |handle| matches!(handle.health(), EngineHealth::Dead(_)));
     assert!(format!("{handle:?}").contains("demultiplexer"));
+}
+
+/// 200 W since it was made, in jumps of 20 ms.
+#[derive(Debug)]
+struct Steady(Instant);
+
+impl EnergyCounter for Steady {
+    fn microjoules(&self) -> Option<u64> {
+        Some(self.0.elapsed().as_millis() as u64 / 20 * 20 * 200_000)
+    }
+}
+
+#[test]
+fn every_end_says_what_it_cost() {
+    for look_ahead in [Some(false), Some(true)] {
+        let energy: Arc<dyn EnergyCounter> = Arc::new(Steady(Instant::now()));
+        let config = EngineConfig { look_ahead, devices: 2, energy: Some(energy), ..EngineConfig::default() };
+        let (handle, events) = launch(config, |sim| sim.step_time = Duration::from_millis(2));
+        (0..8).for_each(|id| handle.submit(request(id, 20, 300)).unwrap());
+        until(&handle, "work", |handle| handle.counters().generated_tokens > 80);
+        handle.cancel(RequestId(3));
+        let ends = listen(&events, 8);
+        // The last one's row that was under way, if any, is collected before the engine rests.
+        until(&handle, "rest", |handle| handle.counters().running == 0 && handle.counters().waiting == 0);
+        let counters = handle.counters();
+        let micros: u64 = ends.values().map(|end| end.2.device_micros).sum();
+        let all = counters.device_nanos * 2 / 1000;
+        // A step's time is 2 ms; what bills were off by is at most a few.
+        assert!(micros.abs_diff(all) < 20_000, "{micros} of {all}, {look_ahead:?}");
+        let cancelled = ends[&(RequestId(3), 0)].2;
+        assert!(cancelled.device_micros > 0 && cancelled.device_micros < micros / 8, "{cancelled:?}");
+        // The cancelled one may have ended before the counter moved twice.
+        for (_, reason, usage) in ends.values().filter(|end| end.1 != FinishReason::Cancelled) {
+            assert_ne!(usage.energy_method, EnergyMethod::None, "{reason:?}");
+            // 200 W for both devices together, whose time counts twice; and at most five times that, where the host's
+            // gaps are taken for idle time of a lower power that is not known yet.
+            let watts = usage.energy_microjoules as f64 / usage.device_micros as f64 * 2.0;
+            assert!((100.0..1000.0).contains(&watts), "{watts} W, {usage:?}");
+        }
+        let charged: u64 = ends.values().map(|end| end.2.energy_microjoules).sum();
+        assert!(charged.abs_diff(counters.energy_attributed_microjoules) <= 8, "{charged}: {counters:?}");
+        assert_eq!(handle.counters().integrity_failures, 0);
+    }
 }
 
 /// A device that breaks in its own way.

@@ -10,7 +10,7 @@ use hf_hub::repository::RepoTreeEntry;
 
 use crate::HubError;
 use crate::checksum::{Failure, Sha256Digest, hash_file};
-use crate::selection::{PullProgress, is_wanted_file, select_files};
+use crate::selection::{PullProgress, is_pooling_folder, is_wanted_file, select_files};
 use crate::store::StoreOptions;
 
 /// Most entries of a repository.
@@ -139,14 +139,11 @@ fn glob_literal(name: &str) -> String {
 /// The store names the blob of a large file by its SHA-256: compares content and name.
 fn check_digests(snapshot: &Path) -> Result<(), HubError> {
     let mut failures = Vec::new();
-    for entry in std::fs::read_dir(snapshot).map_err(HubError::io(snapshot, "list"))? {
-        let path = entry.map_err(HubError::io(snapshot, "list"))?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    for name in wanted_files(snapshot)? {
+        let path = snapshot.join(&name);
         let target = path.canonicalize().map_err(HubError::io(&path, "open"))?;
         let blob = target.file_name().unwrap_or_default().to_string_lossy();
-        let Some(expected) = Sha256Digest::from_hex(&blob).filter(|_| is_wanted_file(&name)) else {
-            continue;
-        };
+        let Some(expected) = Sha256Digest::from_hex(&blob) else { continue };
         let got = hash_file(&target, |_| {})?;
         if got != expected {
             failures.push(Failure { file: name, expected, got: Ok(got) });
@@ -158,9 +155,50 @@ fn check_digests(snapshot: &Path) -> Result<(), HubError> {
     Err(HubError::Checksum { dir: snapshot.to_owned(), failures })
 }
 
+/// The files of a snapshot that [`is_wanted_file`] names, as it names them.
+fn wanted_files(snapshot: &Path) -> Result<Vec<String>, HubError> {
+    let list = |dir: &Path| -> Result<Vec<String>, HubError> {
+        let entries = std::fs::read_dir(dir).map_err(HubError::io(dir, "list"))?;
+        let name = |entry: std::io::Result<std::fs::DirEntry>| {
+            let entry = entry.map_err(HubError::io(dir, "list"))?;
+            Ok(entry.file_name().to_string_lossy().into_owned())
+        };
+        entries.map(name).collect()
+    };
+    let mut files = list(snapshot)?;
+    let folders: Vec<String> = files.iter().filter(|name| is_pooling_folder(name)).cloned().collect();
+    for folder in folders {
+        files.extend(list(&snapshot.join(&folder))?.iter().map(|name| format!("{folder}/{name}")));
+    }
+    files.retain(|file| is_wanted_file(file));
+    files.sort_unstable();
+    Ok(files)
+}
+
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_damaged_file_of_the_pooling_folder_is_seen() {
+        let store = tempfile::tempdir().unwrap();
+        let (blobs, snapshot) = (store.path().join("blobs"), store.path().join("snapshots/c"));
+        std::fs::create_dir_all(&blobs).unwrap();
+        std::fs::create_dir_all(snapshot.join("1_Pooling")).unwrap();
+        // What `sha256sum` says of two bytes, `{}`.
+        let digest = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a";
+        std::fs::write(blobs.join(digest), "{}").unwrap();
+        std::os::unix::fs::symlink(blobs.join(digest), snapshot.join("1_Pooling/config.json")).unwrap();
+        std::os::unix::fs::symlink(blobs.join(digest), snapshot.join("config.json")).unwrap();
+        std::fs::write(snapshot.join("1_Pooling/notes.md"), "").unwrap();
+        assert_eq!(wanted_files(&snapshot).unwrap(), ["1_Pooling/config.json", "config.json"]);
+        check_digests(&snapshot).unwrap();
+        std::fs::write(blobs.join(digest), "{ }").unwrap();
+        let Err(HubError::Checksum { failures, .. }) = check_digests(&snapshot) else { panic!("not seen") };
+        let files: Vec<&str> = failures.iter().map(|failure| failure.file.as_str()).collect();
+        assert_eq!(files, ["1_Pooling/config.json", "config.json"]);
+    }
 
     #[test]
     fn globs_match_only_their_name() {

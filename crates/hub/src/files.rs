@@ -60,7 +60,7 @@ impl Bounds {
         Ok(path)
     }
 
-    /// The file `name` directly in the directory, or `None` where there is no such entry.
+    /// The file `name` in the directory, or in a directory of it, or `None` where there is no such entry.
     pub(crate) fn optional(&self, name: &str) -> Result<Option<PathBuf>, HubError> {
         let path = self.root.join(name);
         match path.symlink_metadata() {

@@ -67,6 +67,9 @@ pub struct LocalModel {
     pub chat_template: Option<PathBuf>,
     /// The tokenizer's files.
     pub tokenizer: TokenizerFiles,
+    /// Where there is a `modules.json` of sentence-transformers: it, and each `FOLDER/config.json` that it may
+    /// name.
+    pub modules: Vec<PathBuf>,
     /// The weights.
     pub weights: Weights,
 }
@@ -112,6 +115,7 @@ fn from_gguf_file(reference: &ModelRef, path: &Path) -> Result<LocalModel, HubEr
         generation_config: None,
         chat_template: None,
         tokenizer: TokenizerFiles::default(),
+        modules: Vec::new(),
         weights: Weights::Gguf(file),
     })
 }
@@ -154,8 +158,19 @@ fn from_dir(
             vocab: bounds.optional("vocab.json")?,
             merges: bounds.optional("merges.txt")?,
         },
+        modules: modules(&bounds, &names)?,
         weights,
     })
+}
+
+/// The files by which sentence-transformers describes an embedder.
+fn modules(bounds: &Bounds, names: &[String]) -> Result<Vec<PathBuf>, HubError> {
+    let Some(list) = bounds.optional("modules.json")? else { return Ok(Vec::new()) };
+    let mut files = vec![list];
+    for name in names.iter().filter(|name| bounds.root().join(name).is_dir()) {
+        files.extend(bounds.optional(&format!("{name}/config.json"))?);
+    }
+    Ok(files)
 }
 
 /// Names of the directory's entries, sorted.

@@ -15,13 +15,25 @@ pub struct PullProgress {
 }
 
 /// Whether a file of a repository is downloaded: safetensors, GGUF, JSON, Jinja, text, and the vocabularies
-/// `tokenizer.model` and `tekken.json`, all at the top of the repository. Pickled weights never are.
+/// `tokenizer.model` and `tekken.json`, all at the top of the repository; and the `config.json` of
+/// sentence-transformers' pooling module, without which an embedder does not know its vectors. Pickled weights
+/// never are.
 pub fn is_wanted_file(path: &str) -> bool {
+    if let Some((folder, "config.json")) = path.split_once('/') {
+        return is_pooling_folder(folder);
+    }
     if path.contains(['/', '\\']) || path.starts_with('.') {
         return false;
     }
     path == "tokenizer.model"
         || ["safetensors", "gguf", "json", "jinja", "txt"].iter().any(|ext| has_extension(path, ext))
+}
+
+/// The name that sentence-transformers gives a pooling module's folder: `1_Pooling`, by its place in
+/// `modules.json`.
+pub(crate) fn is_pooling_folder(name: &str) -> bool {
+    let place = name.strip_suffix("_Pooling").unwrap_or_default();
+    (1..=2).contains(&place.len()) && place.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// The files to download out of a repository's listing, sorted.
@@ -82,6 +94,34 @@ mod tests {
             "..\\x.json",
         ] {
             assert!(!is_wanted_file(file), "{file}");
+        }
+    }
+
+    #[test]
+    fn the_pooling_modules_configuration_is_pulled_and_nothing_else_of_a_folder() {
+        let files = select(&[
+            "1_Pooling/config.json",
+            "1_Pooling/model.safetensors",
+            "2_Dense/config.json",
+            "model.safetensors",
+            "modules.json",
+            "onnx/config.json",
+        ]);
+        assert_eq!(files.unwrap(), ["1_Pooling/config.json", "model.safetensors", "modules.json"]);
+        assert!(is_wanted_file("12_Pooling/config.json"));
+        for path in [
+            "_Pooling/config.json",
+            "x_Pooling/config.json",
+            "../config.json",
+            "1_Pooling/../config.json",
+            "1_Pooling/1_Pooling/config.json",
+            "/1_Pooling/config.json",
+            "1_Pooling\\config.json",
+            "1_Pooling/tokenizer.json",
+            "123_Pooling/config.json",
+            "1_pooling/config.json",
+        ] {
+            assert!(!is_wanted_file(path), "{path}");
         }
     }
 

@@ -232,6 +232,39 @@ fn the_store_by_branch_and_commit() {
 }
 
 #[test]
+fn the_configuration_of_a_pooling_module_is_found_and_may_not_be_elsewhere() {
+    let files = [
+        ("config.json", "{}"),
+        ("model.safetensors", "x"),
+        ("1_Pooling/config.json", "{}"),
+        ("2_Normalize/README", "x"),
+    ];
+    let dir = dir_of(&files);
+    assert!(resolve_dir(dir.path()).unwrap().modules.is_empty(), "nothing names it");
+    put(dir.path(), &[("modules.json", "[]")]);
+    let root = dir.path().canonicalize().unwrap();
+    let expected = [root.join("modules.json"), root.join("1_Pooling/config.json")];
+    assert_eq!(resolve_dir(dir.path()).unwrap().modules, expected);
+
+    let outside = dir_of(&[("config.json", "{}")]);
+    fs::remove_dir_all(dir.path().join("1_Pooling")).unwrap();
+    symlink(outside.path(), dir.path().join("1_Pooling")).unwrap();
+    let error = resolve_dir(dir.path()).unwrap_err();
+    assert!(matches!(error, HubError::Escapes { .. }), "{error}");
+    assert!(error.to_string().contains("1_Pooling/config.json"), "{error}");
+
+    // As the store has it: a link to a blob of the same repository.
+    let (store, options) = store_with_repo();
+    let repo = store.path().join("models--org--tiny");
+    put(&repo, &[("blobs/ccc", "[]")]);
+    let snapshot = repo.join("snapshots").join(COMMIT);
+    fs::create_dir(snapshot.join("1_Pooling")).unwrap();
+    symlink("../../blobs/ccc", snapshot.join("modules.json")).unwrap();
+    symlink("../../../blobs/aaa", snapshot.join("1_Pooling/config.json")).unwrap();
+    assert_eq!(resolve(&ModelRef::parse("org/tiny").unwrap(), &options).unwrap().modules.len(), 2);
+}
+
+#[test]
 fn a_store_cannot_lead_out_of_itself() {
     let (store, options) = store_with_repo();
     let reference = ModelRef::parse("org/tiny").unwrap();

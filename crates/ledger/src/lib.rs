@@ -4,10 +4,14 @@
 //! answer, knows no HTTP and no model.
 
 mod chain;
+pub mod date;
 mod error;
+pub mod event;
+pub mod export;
 pub mod identity;
 mod ledger;
 pub mod location;
+pub mod price;
 mod row;
 mod scope;
 pub mod secret;

@@ -10,7 +10,7 @@ use std::str::FromStr;
 use crate::chain::ChainKey;
 use crate::error::StoreError;
 use crate::store::sqlite::SqliteOptions;
-use crate::store::{SqlStore, Store};
+use crate::store::{Outbox, SqlStore, Store};
 
 /// Why a URL names no store. Never repeats the URL, which may hold a password by mistake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -157,6 +157,24 @@ impl Location {
             #[cfg(feature = "postgres")]
             Kind::Postgres(config) => {
                 Box::new(SqlStore::new(crate::store::postgres::Postgres::of((**config).clone()), key)?)
+            }
+        })
+    }
+
+    /// Opens its queue of ended rows, beside a server that writes them.
+    ///
+    /// # Errors
+    /// As [`Location::open_beside`].
+    pub fn open_outbox(&self) -> Result<Box<dyn Outbox>, StoreError> {
+        self.must_exist()?;
+        Ok(match &self.kind {
+            Kind::Sqlite(path) => {
+                let options = SqliteOptions { exclusive: false, ..SqliteOptions::default() };
+                Box::new(SqlStore::open(path, None, &options)?)
+            }
+            #[cfg(feature = "postgres")]
+            Kind::Postgres(config) => {
+                Box::new(SqlStore::new(crate::store::postgres::Postgres::of((**config).clone()), None)?)
             }
         })
     }

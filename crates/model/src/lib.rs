@@ -30,6 +30,7 @@ pub mod spec;
 mod storage;
 #[cfg(feature = "test-support")]
 pub mod testing;
+pub mod texts;
 pub mod weights;
 
 pub use cache::{CacheBudget, CacheReport};

@@ -3,44 +3,30 @@
 //! Owns the order of loading, the choice between sources, and what is handed to others besides the executor
 //! (tokenizer files, chat template, generation defaults). It opens no socket and downloads nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use mirai_engine::{BLOCK_TOKENS, Geometry};
-use serde_json::{Map, Value};
 
 use crate::arch::{Description, describe};
 use crate::backend::{Backend, CacheDtype, CacheLayout, StepLimits, Storage};
 use crate::cache::{CacheBudget, CacheReport, CacheRequest, Grouping, plan_cache};
-use crate::config::{Config, MAX_CONFIG_BYTES, parse_object};
+use crate::config::{MAX_CONFIG_BYTES, parse_object};
 use crate::convert::{Conversion, Quantization};
 use crate::dummy::DummySource;
 use crate::error::{ModelError, Result};
 use crate::executor::ModelExecutor;
 use crate::forward::Model;
-use crate::gguf::{GgufSource, GgufTokenizer};
+use crate::gguf::GgufSource;
 use crate::mmap::FileSource;
 use crate::pooling::{PublishedPooling, Task};
 use crate::safetensors::SafetensorsSource;
 use crate::spec::{Head, ModelSpec};
+use crate::texts::Texts;
 use crate::weights::WeightSource;
 
 /// Most entries of a model's directory.
 const MAX_ENTRIES: usize = 10_000;
-/// Largest tokenizer or template file.
-const MAX_TEXT_FILE: usize = 64 << 20;
-/// Files that make a tokenizer, as far as they are there.
-const TOKENIZER_FILES: [&str; 8] = [
-    "tokenizer.json",
-    "tekken.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-];
-
 /// Where a model is.
 #[derive(Clone, Debug)]
 pub enum ModelSource {
@@ -157,15 +143,6 @@ pub enum Phase {
 /// Told while loading: the phase and the share of it that is done, from 0 to 1.
 pub type Progress<'a> = dyn FnMut(Phase, f32) + 'a;
 
-/// What a tokenizer is made from.
-#[derive(Clone, Debug)]
-pub enum TokenizerData {
-    /// Files by name; possibly none.
-    Files(BTreeMap<String, Vec<u8>>),
-    /// The vocabulary of a GGUF file.
-    Gguf(Box<GgufTokenizer>),
-}
-
 /// A model that is ready to run.
 pub struct LoadedModel<B: Backend> {
     /// For the engine.
@@ -176,12 +153,8 @@ pub struct LoadedModel<B: Backend> {
     pub weight_bytes: u64,
     /// What the cache has room for.
     pub cache: CacheReport,
-    /// For the `text` crate.
-    pub tokenizer: TokenizerData,
-    /// Jinja source, if the model brings one.
-    pub chat_template: Option<String>,
-    /// `generation_config.json`, if there is one.
-    pub generation_config: Option<Map<String, Value>>,
+    /// Vocabulary, chat template, defaults of generation.
+    pub texts: Texts,
     /// Tokens that end a text: the configuration's and the generation defaults'. Sorted.
     pub eos_ids: Vec<u32>,
     /// Tensors in the files that the model has no place for.
@@ -195,9 +168,7 @@ struct Opened {
     spec: ModelSpec,
     weights: Box<dyn WeightSource>,
     unused_tensors: Vec<String>,
-    tokenizer: TokenizerData,
-    chat_template: Option<String>,
-    generation_config: Option<Map<String, Value>>,
+    texts: Texts,
     pooling: Option<PublishedPooling>,
 }
 
@@ -214,7 +185,7 @@ pub fn load<B: Backend>(
     progress(Phase::Opening, 0.0);
     let opened = open(source, options)?;
     let spec = opened.spec;
-    let eos_ids = eos_ids(&spec, opened.generation_config.as_ref())?;
+    let eos_ids = opened.texts.eos_ids(&spec)?;
     let request = CacheRequest {
         budget: options.cache,
         snapshot_bytes: options.snapshot_bytes,
@@ -282,9 +253,7 @@ pub fn load<B: Backend>(
         executor,
         spec,
         cache,
-        tokenizer: opened.tokenizer,
-        chat_template: opened.chat_template,
-        generation_config: opened.generation_config,
+        texts: opened.texts,
         eos_ids,
         unused_tensors: opened.unused_tensors,
         pooling: opened.pooling,
@@ -338,13 +307,19 @@ fn plan_on_device<B: Backend>(
         table_len: request.context(spec)?.div_ceil(BLOCK_TOKENS),
     };
     let room = backend
-        .cache_room(&draft, request.max_model_len)
+        .cache_room(&draft)
         .map_err(|source| ModelError::Backend { what: "KV cache".into(), source })?;
     let bytes = room.ok_or_else(|| ModelError::Option {
         option: "kv cache",
         why: "is what the device has left, and this device does not say how much that is".into(),
     })?;
-    plan_cache(spec, &CacheRequest { budget: CacheBudget::Bytes(bytes), ..*request })
+    let planned = plan_cache(spec, &CacheRequest { budget: CacheBudget::Bytes(bytes), ..*request });
+    planned.map_err(|mut error| {
+        if let ModelError::CacheTooSmall { memory, .. } = &mut error {
+            *memory = backend.memory_table();
+        }
+        error
+    })
 }
 
 /// Reads the specification alone: for checks and plans that need no weights.
@@ -376,21 +351,13 @@ fn open_gguf(name: &str, file: &FileSource, options: &LoadOptions) -> Result<Ope
     let gguf = GgufSource::open(name, file)?;
     let mut spec = gguf.spec()?;
     options.task.apply(&mut spec, None)?;
-    let tokenizer = gguf.tokenizer()?;
+    let texts = Texts::of_gguf(&gguf)?;
     let unused_tensors = gguf.unused(&spec)?;
     let weights: Box<dyn WeightSource> = match options.dummy {
         Some(seed) => Box::new(dummy(seed, &spec, options)?),
         None => Box::new(gguf),
     };
-    Ok(Opened {
-        spec,
-        weights,
-        unused_tensors,
-        chat_template: tokenizer.chat_template.clone(),
-        tokenizer: TokenizerData::Gguf(Box::new(tokenizer)),
-        generation_config: None,
-        pooling: None,
-    })
+    Ok(Opened { spec, weights, unused_tensors, texts, pooling: None })
 }
 
 /// What the configuration says, with the head that the task needs, and what the folder says about pooling.
@@ -424,74 +391,9 @@ fn open_files(place: &str, files: &BTreeMap<String, FileSource>, options: &LoadO
             (Box::new(source), unused.names)
         }
     };
-    let mut tokenizer = BTreeMap::new();
-    for name in TOKENIZER_FILES {
-        if let Some(file) = files.get(name) {
-            tokenizer.insert(name.to_owned(), file.read(name, MAX_TEXT_FILE)?);
-        }
-    }
-    let generation_config = match files.get("generation_config.json") {
-        None => None,
-        Some(file) => {
-            let name = "generation_config.json";
-            Some(parse_object(name, file.open(name)?.as_ref(), MAX_CONFIG_BYTES)?)
-        }
-    };
-    Ok(Opened {
-        spec,
-        weights,
-        unused_tensors,
-        chat_template: chat_template(files, &tokenizer)?,
-        tokenizer: TokenizerData::Files(tokenizer),
-        generation_config,
-        pooling,
-    })
+    Ok(Opened { spec, weights, unused_tensors, texts: Texts::of_files(files)?, pooling })
 }
 
 fn dummy(seed: u64, spec: &ModelSpec, options: &LoadOptions) -> Result<DummySource> {
     DummySource::new(seed, options.dtype.or(spec.dtype).unwrap_or(Storage::Bf16))
-}
-
-fn eos_ids(spec: &ModelSpec, generation: Option<&Map<String, Value>>) -> Result<Vec<u32>> {
-    let mut ids: BTreeSet<u32> = spec.eos.iter().copied().collect();
-    if let Some(object) = generation {
-        let config = Config::new("generation_config.json", object);
-        ids.extend(config.token_ids("eos_token_id", spec.vocab)?);
-    }
-    Ok(ids.into_iter().collect())
-}
-
-/// `chat_template.jinja`, else `chat_template.json`, else `chat_template` of `tokenizer_config.json`: a text, or
-/// a list of named templates of which `default` counts.
-fn chat_template(
-    files: &BTreeMap<String, FileSource>,
-    tokenizer: &BTreeMap<String, Vec<u8>>,
-) -> Result<Option<String>> {
-    const JINJA: &str = "chat_template.jinja";
-    if let Some(file) = files.get(JINJA) {
-        let bytes = file.read(JINJA, MAX_TEXT_FILE)?;
-        let text = String::from_utf8(bytes);
-        return text.map(Some).map_err(|e| ModelError::corrupt(JINJA, "file", format!("not UTF-8: {e}")));
-    }
-    const JSON: &str = "chat_template.json";
-    let (name, bytes) = match files.get(JSON) {
-        Some(file) => (JSON, file.read(JSON, MAX_TEXT_FILE)?),
-        None => match tokenizer.get("tokenizer_config.json") {
-            Some(bytes) => ("tokenizer_config.json", bytes.clone()),
-            None => return Ok(None),
-        },
-    };
-    let object = parse_object(name, &bytes, MAX_TEXT_FILE)?;
-    match object.get("chat_template") {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::String(text)) => Ok(Some(text.clone())),
-        Some(Value::Array(list)) => {
-            let default = list.iter().find(|t| t["name"] == "default").and_then(|t| t["template"].as_str());
-            let default = default.ok_or_else(|| {
-                ModelError::field(name, "chat_template", "the list has no template named `default`")
-            })?;
-            Ok(Some(default.to_owned()))
-        }
-        Some(_) => Err(ModelError::field(name, "chat_template", "expected a text or a list of templates")),
-    }
 }

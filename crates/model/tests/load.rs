@@ -3,9 +3,10 @@
 
 use mirai_engine::Executor;
 use mirai_model::backend::{BackendError, Storage};
-use mirai_model::loader::{Phase, TokenizerData, read_spec};
+use mirai_model::loader::{Phase, read_spec};
 use mirai_model::reference::Reference;
 use mirai_model::testing::{Driver, Script};
+use mirai_model::texts::TokenizerData;
 use mirai_model::{CacheBudget, LoadOptions, LoadedModel, ModelError, ModelSource, Quantization, load};
 
 const CONFIG: &[u8] = br#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64,
@@ -25,7 +26,7 @@ fn open(
 }
 
 fn template(files: &[(&str, &'static [u8])]) -> Option<String> {
-    open(files, &options()).unwrap().chat_template
+    open(files, &options()).unwrap().texts.chat_template
 }
 
 #[test]
@@ -55,10 +56,10 @@ fn tokenizer_files_and_generation_defaults_are_handed_out() {
         ("generation_config.json", br#"{"eos_token_id": [2, 7], "temperature": 0.6}"#),
     ];
     let model = open(files, &options()).unwrap();
-    let TokenizerData::Files(tokenizer) = &model.tokenizer else { panic!("files were given") };
+    let TokenizerData::Files(tokenizer) = &model.texts.tokenizer else { panic!("files were given") };
     assert_eq!(tokenizer.keys().collect::<Vec<_>>(), ["merges.txt", "tokenizer.json"]);
     assert_eq!(model.eos_ids, [2, 3, 7]);
-    assert_eq!(model.generation_config.unwrap()["temperature"], 0.6);
+    assert_eq!(model.texts.generation_config.unwrap()["temperature"], 0.6);
     let bad = [("generation_config.json", &br#"{"eos_token_id": 50}"#[..])];
     let e = open(&bad, &options()).err().unwrap();
     assert!(e.to_string().starts_with("generation_config.json: field `eos_token_id`"), "{e}");

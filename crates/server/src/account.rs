@@ -59,7 +59,7 @@ impl Accounting {
             user: pseudonym.map(|pseudonym| pseudonym.value),
             ..Row::default()
         };
-        match self.ledger.open(row) {
+        match self.ledger.open(row, charge.arrived) {
             Ok(open) => Ok(Account(Some(Arc::new(open)))),
             Err(fault) => Err(refusal(&fault)),
         }

@@ -38,11 +38,13 @@ pub enum FileError {
 /// It cannot be read, is no regular file, or is longer than `limit`.
 pub(crate) fn read(path: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
     let fail = |source| FileError::Read { path: path.to_owned(), source };
-    // Before it is opened: to open a pipe is to wait for who writes it.
-    if !std::fs::metadata(path).map_err(fail)?.is_file() {
-        return Err(FileError::NotRegular { path: path.to_owned() });
-    }
+    let regular = |data: std::fs::Metadata| {
+        if data.is_file() { Ok(()) } else { Err(FileError::NotRegular { path: path.to_owned() }) }
+    };
+    // Before it is opened, for to open a pipe is to wait for who writes it; and after, for what was really opened.
+    regular(std::fs::metadata(path).map_err(fail)?)?;
     let file = std::fs::File::open(path).map_err(fail)?;
+    regular(file.metadata().map_err(fail)?)?;
     let mut bytes = Vec::new();
     file.take(limit + 1).read_to_end(&mut bytes).map_err(fail)?;
     if bytes.len() as u64 > limit {

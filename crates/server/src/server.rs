@@ -181,8 +181,7 @@ impl Server {
     pub async fn bind(config: ServerConfig) -> Result<Self, BindError> {
         config.validate()?;
         let counts = Arc::new(Metrics::new());
-        let auth = Auth::load(&config, counts.clone())?;
-        let tls = config.tls.clone().map(Tls::load).transpose()?.map(Arc::new);
+        let (auth, tls) = read_files(&config, counts.clone()).await?;
         let (listener, address) = bind_one(SocketAddr::new(config.host, config.port))?;
         let metrics = config.metrics_listen.map(bind_one).transpose()?;
         let admin = config.identity.admin_listen.map(bind_one).transpose()?;
@@ -274,6 +273,20 @@ impl Server {
         close_ledger(state).await;
         reason
     }
+}
+
+/// The keys and certificates that the configuration names, read where a file that does not answer holds up
+/// nothing else.
+async fn read_files(
+    config: &ServerConfig,
+    counts: Arc<Metrics>,
+) -> Result<(Auth, Option<Arc<Tls>>), BindError> {
+    let config = config.clone();
+    let read = move || {
+        let auth = Auth::load(&config, counts)?;
+        Ok((auth, config.tls.map(Tls::load).transpose()?.map(Arc::new)))
+    };
+    tokio::task::spawn_blocking(read).await.expect("keys and certificates are read without a panic")
 }
 
 fn bind_one(address: SocketAddr) -> Result<(TcpListener, SocketAddr), BindError> {

@@ -72,6 +72,9 @@ impl Scheduler {
         for &save in &flight.saves {
             self.settle_snapshot(save);
         }
+        // Before the rows: one that ends its sequence is part of what that cost.
+        let work = flight.rows.iter().map(|row| (row.seq, row.len));
+        self.meter.step(self.now, outcome.device_time, work);
         let mut step_tokens = 0;
         let StepOutcome { rows, tokens, .. } = outcome;
         for (&row, result) in flight.rows.iter().zip(rows) {
@@ -90,8 +93,7 @@ impl Scheduler {
         let seq = &mut self.seqs[s];
         seq.inflight -= 1;
         seq.drawing -= u8::from(row.output == RowOutput::Sample);
-        // Rows are committed in order, each from where the last one ended.
-        let computed = row.end - seq.committed;
+        let computed = row.len;
         seq.committed = row.end;
         if seq.stage == Stage::Draining {
             if seq.inflight == 0 {

@@ -1,6 +1,7 @@
 //! How sequences end.
 
 use super::Scheduler;
+use crate::energy::Pending;
 use crate::ids::RequestId;
 use crate::request::{Event, FinishReason, Time};
 use crate::sequence::Stage;
@@ -64,6 +65,15 @@ impl Scheduler {
         let seq = &mut self.seqs[s];
         seq.usage.completion_tokens = kept;
         seq.usage.wasted_tokens += seq.output.len() as u32 - kept + u32::from(seq.drawing);
+        let pending = self.inflight.iter().filter_map(|flight| {
+            let row = flight.rows.iter().find(|row| row.seq == s)?;
+            let step_tokens = flight.rows.iter().map(|row| u64::from(row.len)).sum();
+            Some(Pending { tokens: row.len, step_tokens })
+        });
+        let bill = self.meter.bill(s, pending);
+        (seq.usage.device_micros, seq.usage.energy_microjoules) =
+            (bill.device_micros, bill.energy_microjoules);
+        seq.usage.energy_method = bill.method;
         let (usage, choice, request, before) = (seq.usage, seq.choice, seq.request, seq.stage);
         let entry = &mut self.requests[request];
         self.counters.finished += 1;
@@ -117,6 +127,7 @@ impl Scheduler {
             self.slots.push(self.seqs[s].slot);
         }
         self.draining -= 1;
+        self.meter.close(s);
         let seq = self.seqs.remove(s);
         self.fair.leave(seq.tenant);
         let entry = &mut self.requests[seq.request];

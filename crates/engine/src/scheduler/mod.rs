@@ -26,6 +26,7 @@ use std::sync::Arc;
 
 use crate::config::EngineConfig;
 use crate::door::{AdmissionError, Door, chunk_limit};
+use crate::energy::Meter;
 use crate::fair::{FairShare, Place};
 use crate::ids::{BLOCK_TOKENS, RequestId, SeqId, SlotId, SnapshotId};
 use crate::params::{SamplingParams, Task};
@@ -62,6 +63,8 @@ impl Default for HashKey {
 #[derive(Clone, Copy, Debug)]
 struct FlightRow {
     seq: u32,
+    /// Its tokens.
+    len: u32,
     /// Position after its last token.
     end: u32,
     output: RowOutput,
@@ -135,6 +138,9 @@ pub struct Scheduler {
     plans: u64,
     events: Vec<Event>,
     counters: Counters,
+    meter: Meter,
+    /// The last time that anybody said.
+    now: Time,
     /// Scratch: the nodes of a hit, and the prefilling sequences of a plan.
     path: Vec<NodeId>,
     prefilling: Vec<u32>,
@@ -218,6 +224,8 @@ impl Scheduler {
             plans: 0,
             events: Vec::new(),
             counters: Counters { blocks_total: u64::from(pages), ..Counters::default() },
+            meter: Meter::new(config.devices),
+            now: Time::ZERO,
             path: Vec::new(),
             prefilling: Vec::new(),
             #[cfg(feature = "test-hooks")]
@@ -278,6 +286,7 @@ impl Scheduler {
             let groups = self.geometry.groups.len();
             let seq = Sequence::new(id, request, tenant, choice, &self.requests[request].body, groups);
             let s = self.seqs.insert(seq);
+            self.meter.open(s);
             self.requests[request].alive.push(s);
             if choice == 0 || !shares {
                 self.enqueue(s);
@@ -311,6 +320,18 @@ impl Scheduler {
         self.requests.len() == 0 && self.inflight.is_empty()
     }
 
+    /// Says what time it is, so that a step that is committed next counts as over by then; and what the energy
+    /// counter showed, if it was read just now.
+    pub fn observe(&mut self, now: Time, microjoules: Option<u64>) {
+        self.now = self.now.max(now);
+        if self.inflight.is_empty() {
+            self.meter.rested(self.now);
+        }
+        if let Some(microjoules) = microjoules {
+            self.meter.reading(self.now, microjoules);
+        }
+    }
+
     /// Submitted steps that are not committed.
     #[must_use]
     pub fn steps_in_flight(&self) -> usize {
@@ -340,6 +361,8 @@ impl Scheduler {
             blocks_used: u64::from(self.pool.used()),
             blocks_cached: u64::from(self.pool.cached()),
             snapshots_cached: u64::from(self.snapshots.cached()),
+            energy_attributed_microjoules: self.meter.attributed_microjoules(),
+            energy_idle_microjoules: self.meter.idle_microjoules(),
             ..self.counters
         }
     }

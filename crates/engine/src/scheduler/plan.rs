@@ -14,6 +14,7 @@ impl Scheduler {
     pub fn plan(&mut self, now: Time, plan: &mut StepPlan) {
         assert!(self.inflight.len() < 2, "one step of look-ahead");
         self.plans += 1;
+        self.observe(now, None);
         plan.saves.clear();
         plan.opens.clear();
         plan.appends.clear();
@@ -80,7 +81,7 @@ impl Scheduler {
             seq.planned += 1;
             seq.inflight += 1;
             seq.drawing += 1;
-            flight.rows.push(FlightRow { seq: s, end: seq.planned, output: RowOutput::Sample });
+            flight.rows.push(FlightRow { seq: s, len: 1, end: seq.planned, output: RowOutput::Sample });
             self.fair.charge(seq.tenant, 1);
         }
     }
@@ -166,7 +167,7 @@ impl Scheduler {
         seq.inflight += 1;
         seq.drawing += u8::from(draws);
         seq.slot_drew = draws;
-        flight.rows.push(FlightRow { seq: s, end, output });
+        flight.rows.push(FlightRow { seq: s, len: end - start, end, output });
         let tenant = seq.tenant;
         self.fair.charge(tenant, end - start);
         if end == known {

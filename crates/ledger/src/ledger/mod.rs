@@ -282,12 +282,13 @@ impl Ledger {
     }
 
     /// Accounts for a request from now on. Returns at once: the row becomes durable while the request is
-    /// queued and computed. The ledger salts the user's pseudonym, and keeps the row's `state`, `finish` and durations itself.
+    /// queued and computed. Durations count from `arrived`. The ledger
+    /// salts the user's pseudonym, and keeps the row's `state`, `finish` and durations itself.
     ///
     /// # Errors
     /// The request must not be served.
-    pub fn open(&self, row: Row) -> Result<Open, Unavailable> {
-        open_on(&self.shared, row)
+    pub fn open(&self, row: Row, arrived: Instant) -> Result<Open, Unavailable> {
+        open_on(&self.shared, row, arrived)
     }
 
     /// How it is.
@@ -351,7 +352,7 @@ impl Drop for Ledger {
     }
 }
 
-fn open_on(shared: &Arc<Shared>, mut row: Row) -> Result<Open, Unavailable> {
+fn open_on(shared: &Arc<Shared>, mut row: Row, arrived: Instant) -> Result<Open, Unavailable> {
     let counters = &shared.counters;
     row.state = State::Open;
     row.finish = Finish::None;
@@ -372,7 +373,7 @@ fn open_on(shared: &Arc<Shared>, mut row: Row) -> Result<Open, Unavailable> {
         counters.refused_full.add(1);
         return Err(Unavailable::Full(shared.config.max_open));
     }
-    let slot = Arc::new(Slot::new(row, Instant::now()));
+    let slot = Arc::new(Slot::new(row, arrived));
     shared.submit(&slot, true);
     Ok(Open::new(slot, shared.clone()))
 }

@@ -5,6 +5,7 @@
 
 mod audit;
 mod merge;
+mod outbox;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 mod recover;
@@ -19,12 +20,16 @@ mod usage;
 
 use std::time::Duration;
 
+pub use outbox::{Batch, Outbox};
 pub use sql::SqlStore;
-pub use usage::{UsageQuery, UsageRow};
+pub use usage::{Grouping, MAX_FILTER, UsageKey, UsageQuery, UsageRow, for_each_usage};
 
 use crate::chain::{Epoch, Hash, Link};
 use crate::error::StoreError;
 use crate::row::Row;
+
+/// Ends what a store is doing, from another thread.
+pub type Interrupter = Box<dyn Fn() + Send + Sync>;
 
 /// What a row is now, on its way to the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -154,7 +159,7 @@ pub trait Store: Send {
     /// The store failed.
     fn release(&mut self, owner: &Epoch) -> Result<(), StoreError>;
 
-    /// Sums over closed and open rows, by time bucket, application, key and model.
+    /// Sums over rows, in the order of buckets, applications, keys, models and price lists.
     ///
     /// # Errors
     /// The store failed.
@@ -213,7 +218,7 @@ pub trait Store: Send {
     /// The store failed, or a row cannot be read.
     fn links(&mut self, chain: &Epoch, after: u64, limit: usize) -> Result<Vec<AuditLink>, StoreError>;
 
-    /// The schema's version: no row is of a newer one.
+    /// The newest version that a row may have.
     ///
     /// # Errors
     /// The store failed.
@@ -224,4 +229,10 @@ pub trait Store: Send {
     /// # Errors
     /// The store failed.
     fn count(&mut self) -> Result<u64, StoreError>;
+
+    /// What ends a statement that runs, from another thread; the statement then fails as unavailable. `None`
+    /// where the database itself bounds every statement.
+    fn interrupter(&self) -> Option<Interrupter> {
+        None
+    }
 }

@@ -19,7 +19,11 @@ pub(super) struct Migration {
     pub(super) statements: fn() -> Vec<String>,
 }
 
-pub(super) const MIGRATIONS: &[Migration] = &[Migration { version: 1, needs: 1, statements: first }];
+pub(super) const MIGRATIONS: &[Migration] = &[
+    Migration { version: 1, needs: 1, statements: first },
+    // How far consumers of ended rows were told. A build without it tells nobody.
+    Migration { version: 3, needs: 1, statements: super::outbox::tables },
+];
 
 /// The fields of the first release. Later ones come by `ALTER TABLE ... ADD COLUMN`.
 const FIRST_FIELDS: u16 = 33;

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::chain::{ChainKey, Epoch};
 use crate::error::StoreError;
-use crate::row::{FIELDS, Row, RowError};
+use crate::row::{FIELDS, Row, RowError, SCHEMA_VERSION};
 use crate::value::{Cell, CellError, Value};
 
 /// A connection to a database.
@@ -58,6 +58,10 @@ pub trait Sql: Send {
     /// The database failed.
     fn lock_schema(&mut self) -> Result<(), StoreError> {
         Ok(())
+    }
+    /// As [`Store::interrupter`].
+    fn interrupter(&self) -> Option<super::Interrupter> {
+        None
     }
     /// Called after rows were erased: old copies must not stay behind in logs.
     ///
@@ -280,12 +284,19 @@ impl<C: Sql> Store for SqlStore<C> {
     }
 
     fn schema(&mut self) -> Result<u32, StoreError> {
-        self.schema_version(false).map(|(version, _)| version)
+        let (found, _) = self.schema_version(false)?;
+        let known = super::schema::MIGRATIONS.iter().map(|step| step.version).max().unwrap_or(0);
+        // What a newer build made of its rows is not known; more than one version for each step it is not.
+        Ok(SCHEMA_VERSION + found.saturating_sub(known))
     }
 
     fn count(&mut self) -> Result<u64, StoreError> {
         let rows = self.sql.query("SELECT COUNT(*) FROM mirai_request", &[])?;
         take(&mut rows.into_iter().flatten(), "count")
+    }
+
+    fn interrupter(&self) -> Option<super::Interrupter> {
+        self.sql.interrupter()
     }
 }
 

@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rusqlite::types::{ToSqlOutput, ValueRef};
 use rusqlite::{Connection, ErrorCode, OpenFlags, ToSql, params_from_iter};
 
+use super::Interrupter;
 use super::sql::{Sql, SqlStore};
 use crate::chain::ChainKey;
 use crate::error::StoreError;
@@ -225,6 +226,11 @@ impl Sql for Sqlite {
 
     fn now(&mut self) -> Result<i64, StoreError> {
         Ok(system_micros())
+    }
+
+    fn interrupter(&self) -> Option<Interrupter> {
+        let handle = self.connection.get_interrupt_handle();
+        Some(Box::new(move || handle.interrupt()))
     }
 
     /// Deleted content is overwritten in the file; here it leaves the log too, unless a reader needs it still.

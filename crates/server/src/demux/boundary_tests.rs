@@ -10,11 +10,13 @@ use mirai_engine::sim::{SimConfig, SimExecutor};
 use mirai_engine::{EngineConfig, Event, FinishReason, Geometry, GroupKind, RequestId, SamplingParams};
 use mirai_text::Tokenizer;
 use serde_json::{Value, json};
+use tokio::sync::{oneshot, watch};
 
 use super::sink::{Sink, Ticket};
 use super::stream::{Polled, StreamBuffer};
-use super::{Context, Demux, Registration};
+use super::{CallRegistration, Context, Demux, Registration};
 use crate::account::Account;
+use crate::error::ApiError;
 use crate::metrics::Metrics;
 use crate::model::{GenerationDefaults, ModelInfo, ServedModel};
 use crate::task::Task;
@@ -129,8 +131,8 @@ fn data(text: &str) -> Vec<Value> {
     lines.map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-#[test]
-fn a_panic_in_one_request_ends_that_request_alone() {
+/// A demultiplexer whose events the test makes.
+fn start() -> (Demux, mpsc::SyncSender<Vec<Event>>, Arc<Metrics>) {
     let (info, engine, _own_events) = ModelInfo::split(served());
     let metrics = Arc::new(Metrics::new());
     let context = Context {
@@ -141,7 +143,74 @@ fn a_panic_in_one_request_ends_that_request_alone() {
         error_message_copy: false,
     };
     let (events, received) = mpsc::sync_channel(8);
-    let demux = Demux::start(context, received, None).unwrap();
+    (Demux::start(context, received, None).unwrap(), events, metrics)
+}
+
+/// A call of `items` items, and its two ends: progress and answer.
+type CallEnds = (watch::Receiver<u32>, oneshot::Receiver<Result<Vec<Box<[f32]>>, ApiError>>);
+
+fn call(demux: &Demux, first: u64, items: u32) -> CallEnds {
+    let ((progress, ended), (sink, answer)) = (watch::channel(0), oneshot::channel());
+    let registration = CallRegistration {
+        first: RequestId(first),
+        items,
+        ticket: Arc::new(Ticket::new(1)),
+        account: Account::default(),
+        arrived: Instant::now(),
+        arrived_engine: Duration::ZERO,
+        progress,
+        sink,
+    };
+    demux.register(registration).unwrap();
+    (ended, answer)
+}
+
+/// Both events with which an item ends.
+fn pooled(request: u64) -> [Event; 2] {
+    let (request, usage) = (RequestId(request), mirai_engine::SeqUsage::default());
+    let values = Box::new([request.0 as f32]);
+    [
+        Event::Pooled { request, values },
+        Event::Finished { request, choice: 0, reason: FinishReason::Pooled, usage },
+    ]
+}
+
+#[test]
+fn a_panic_in_one_call_ends_that_call_alone() {
+    let (demux, events, metrics) = start();
+    let bomb = Waker::from(Arc::new(Bomb));
+    let (mut victims_progress, victim) = call(&demux, 1, 2);
+    let (_progress, neighbour) = call(&demux, 3, 1);
+    let mut waits = std::pin::pin!(victims_progress.changed());
+    assert!(waits.as_mut().poll(&mut std::task::Context::from_waker(&bomb)).is_pending());
+    // In one batch, the victim first: what comes after it must not be lost.
+    events.send(pooled(1).into_iter().chain(pooled(3)).collect()).unwrap();
+    assert_eq!(neighbour.blocking_recv().unwrap().unwrap(), [Box::from([3.0])]);
+    assert_eq!(victim.blocking_recv().unwrap().unwrap_err().code, "internal_error");
+    assert_eq!(metrics.panics.get(), 1);
+}
+
+#[test]
+fn a_panic_while_calls_are_aborted_spares_the_others() {
+    let (demux, events, metrics) = start();
+    let bomb = Waker::from(Arc::new(Bomb));
+    let (mut victims_progress, victim) = call(&demux, 1, 1);
+    let (_progress, neighbour) = call(&demux, 2, 1);
+    let mut waits = std::pin::pin!(victims_progress.changed());
+    assert!(waits.as_mut().poll(&mut std::task::Context::from_waker(&bomb)).is_pending());
+    demux.abort_all(ApiError::draining("over"));
+    assert_eq!(neighbour.blocking_recv().unwrap().unwrap_err().code, "draining");
+    assert_eq!(victim.blocking_recv().unwrap().unwrap_err().code, "draining");
+    assert_eq!(metrics.panics.get(), 1);
+    // The thread lives, and serves the next one.
+    let (_progress, next) = call(&demux, 3, 1);
+    events.send(pooled(3).into()).unwrap();
+    assert_eq!(next.blocking_recv().unwrap().unwrap().len(), 1);
+}
+
+#[test]
+fn a_panic_in_one_request_ends_that_request_alone() {
+    let (demux, events, metrics) = start();
     let [victim, neighbour] = [Arc::new(StreamBuffer::default()), Arc::new(StreamBuffer::default())];
     demux.register(stream(1, &victim)).unwrap();
     demux.register(stream(2, &neighbour)).unwrap();

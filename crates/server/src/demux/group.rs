@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use mirai_engine::{Event, FinishReason, RequestId, RowFault, SamplingParams, SeqUsage, Time, TokenLogprobs};
 
-use super::Context;
 use super::choice::{Choice, Pushed};
 use super::clock::Clock;
 use super::outcome::outcome;
-use super::settle::{self, Settlement};
+use super::settle::Settlement;
 use super::sink::{Sink, Ticket};
+use super::{Context, Fallible};
 use crate::account::Account;
 use crate::error::ApiError;
 use crate::format::chunk::{self, Events, Finish, Piece, UsageCounts, UsageField};
@@ -331,7 +331,7 @@ impl Group {
         }
         if self.open == 0 {
             cx.metrics.e2e.observe_time(now.saturating_duration_since(self.arrived));
-            cx.metrics.request_ended();
+            cx.metrics.engine_requests_ended(self.prompts.len() as u64);
         }
     }
 
@@ -345,9 +345,9 @@ impl Group {
     ) {
         let choice = &self.choices[index];
         let metrics = &cx.metrics;
-        let ended = if self.ticket.is_gone() {
+        let ended = if self.ticket.has_left() {
             Ended::Abort
-        } else if self.failed {
+        } else if self.failed || self.ticket.is_gone() {
             Ended::Error
         } else if choice.finish.as_ref().is_some_and(|f| f.reason == "stop") {
             Ended::Stop
@@ -358,12 +358,11 @@ impl Group {
         if *reason == FinishReason::Fault(RowFault::NonFinite) {
             metrics.corrupted.inc();
         }
-        let wasted = settle::wasted(usage, choice.tokens);
+        let wasted = self.settlement.part_ended(reason, ended == Ended::Stop, usage, choice.tokens);
         metrics.wasted_tokens.add(wasted);
         metrics.preemptions.observe(f64::from(usage.preemptions));
         metrics.request_generation_tokens.observe(f64::from(choice.tokens));
         self.clocks[index].end(choice.tokens, now, metrics);
-        self.settlement.part_ended(reason, ended == Ended::Stop, wasted);
     }
 
     /// The answer is complete.
@@ -411,8 +410,32 @@ impl Group {
         whole::write(identity, choices, self.usage)
     }
 
+    /// Hands the batch's bytes over. A client that lets too much wait loses its request.
+    pub(crate) fn flush(&mut self, cx: &Context, now: Instant) {
+        self.dirty = false;
+        let Sink::Stream(buffer) = &self.sink else { return };
+        self.last_sent = now;
+        self.settlement.checkpoint(self.usage, &self.ticket);
+        if !buffer.push(&mut self.out, self.usage.completion, cx.max_stream_buffer) {
+            self.out.clear();
+            cx.metrics.slow_readers.inc();
+            self.fail(&ApiError::slow_reader("the client reads its stream too slowly"), cx);
+        }
+    }
+
+    /// A comment, if nothing was sent for `every`.
+    pub(crate) fn ping(&mut self, every: Duration, cx: &Context, now: Instant) {
+        let silent = now.saturating_duration_since(self.last_sent) >= every;
+        if silent && !self.closed && matches!(self.sink, Sink::Stream(_)) {
+            self.out.extend_from_slice(chunk::PING);
+            self.flush(cx, now);
+        }
+    }
+}
+
+impl Fallible for Group {
     /// Ends the request with an error, and its sequences with it.
-    pub(crate) fn fail(&mut self, error: &ApiError, cx: &Context) {
+    fn fail(&mut self, error: &ApiError, cx: &Context) {
         if self.closed {
             return;
         }
@@ -436,28 +459,6 @@ impl Group {
         }
         for request in self.requests() {
             cx.engine.cancel(request);
-        }
-    }
-
-    /// Hands the batch's bytes over. A client that lets too much wait loses its request.
-    pub(crate) fn flush(&mut self, cx: &Context, now: Instant) {
-        self.dirty = false;
-        let Sink::Stream(buffer) = &self.sink else { return };
-        self.last_sent = now;
-        self.settlement.checkpoint(self.usage, &self.ticket);
-        if !buffer.push(&mut self.out, self.usage.completion, cx.max_stream_buffer) {
-            self.out.clear();
-            cx.metrics.slow_readers.inc();
-            self.fail(&ApiError::slow_reader("the client reads its stream too slowly"), cx);
-        }
-    }
-
-    /// A comment, if nothing was sent for `every`.
-    pub(crate) fn ping(&mut self, every: Duration, cx: &Context, now: Instant) {
-        let silent = now.saturating_duration_since(self.last_sent) >= every;
-        if silent && !self.closed && matches!(self.sink, Sink::Stream(_)) {
-            self.out.extend_from_slice(chunk::PING);
-            self.flush(cx, now);
         }
     }
 }

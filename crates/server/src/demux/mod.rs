@@ -43,11 +43,31 @@ pub(crate) struct Context {
     pub(crate) error_message_copy: bool,
 }
 
+/// A request on its way into the demultiplexer.
+#[derive(Debug)]
+pub(crate) enum Announced {
+    /// Ends in text.
+    Group(Box<Registration>),
+    /// Ends in pooling.
+    Call(CallRegistration),
+}
+
+impl From<Registration> for Announced {
+    fn from(registration: Registration) -> Self {
+        Self::Group(Box::new(registration))
+    }
+}
+
+impl From<CallRegistration> for Announced {
+    fn from(registration: CallRegistration) -> Self {
+        Self::Call(registration)
+    }
+}
+
 /// What the connections' side leaves for the thread.
 #[derive(Debug, Default)]
 struct Inbox {
-    registrations: Vec<Registration>,
-    calls: Vec<CallRegistration>,
+    announced: Vec<Announced>,
     /// Ends every request with this error.
     abort: Option<ApiError>,
     /// The thread is gone.
@@ -93,24 +113,13 @@ impl Demux {
         Ok(demux)
     }
 
-    /// Announces a request. Must come before its first prompt goes to the engine. Fails if the thread is gone.
-    pub(crate) fn register(&self, registration: Registration) -> Result<(), ApiError> {
+    /// Announces a request. Must come before the first part of it goes to the engine. Fails if the thread is gone.
+    pub(crate) fn register(&self, request: impl Into<Announced>) -> Result<(), ApiError> {
         let mut inbox = lock(&self.inbox);
         if inbox.closed {
             return Err(ApiError::engine_stopped("the engine stopped").retry_after(Duration::from_secs(10)));
         }
-        inbox.registrations.push(registration);
-        Ok(())
-    }
-
-    /// Announces a call that ends in pooling. Must come before its first item goes to the engine. Fails if the
-    /// thread is gone.
-    pub(crate) fn register_call(&self, registration: CallRegistration) -> Result<(), ApiError> {
-        let mut inbox = lock(&self.inbox);
-        if inbox.closed {
-            return Err(ApiError::engine_stopped("the engine stopped").retry_after(Duration::from_secs(10)));
-        }
-        inbox.calls.push(registration);
+        inbox.announced.push(request.into());
         Ok(())
     }
 
@@ -195,20 +204,19 @@ impl Thread {
     }
 
     fn read_inbox(&mut self, now: Instant) {
-        let (registrations, calls, abort) = {
+        let (announced, abort) = {
             let mut inbox = lock(&self.inbox);
-            let Inbox { registrations, calls, abort, .. } = &mut *inbox;
-            (std::mem::take(registrations), std::mem::take(calls), abort.take())
+            (std::mem::take(&mut inbox.announced), inbox.abort.take())
         };
-        for registration in registrations {
-            self.insert(registration, now);
-        }
-        for registration in calls {
-            self.calls.insert(registration, &self.context);
+        for request in announced {
+            match request {
+                Announced::Group(registration) => self.insert(*registration, now),
+                Announced::Call(registration) => self.calls.insert(registration, &self.context),
+            }
         }
         if let Some(error) = abort {
             for group in self.groups.iter_mut().flatten() {
-                group.fail(&error, &self.context);
+                guarded(&mut **group, &self.context, |group, cx| group.fail(&error, cx));
             }
             self.calls.fail_all(&error, &self.context);
         }
@@ -241,7 +249,7 @@ impl Thread {
             };
             let Some(group) = &mut self.groups[index] else { continue };
             let was_dirty = group.dirty;
-            guarded(group, &self.context, |group, cx| group.on_event(prompt, event, cx, now));
+            guarded(&mut **group, &self.context, |group, cx| group.on_event(prompt, event, cx, now));
             if group.dirty && !was_dirty {
                 self.dirty.push(index);
             }
@@ -255,7 +263,7 @@ impl Thread {
         let mut dirty = std::mem::take(&mut self.dirty);
         for index in dirty.drain(..) {
             if let Some(group) = self.groups[index].as_mut().filter(|group| group.dirty) {
-                guarded(group, &self.context, |group, cx| group.flush(cx, now));
+                guarded(&mut **group, &self.context, |group, cx| group.flush(cx, now));
             }
         }
         self.dirty = dirty;
@@ -263,12 +271,12 @@ impl Thread {
 
     /// Pings, and looks after requests and calls whose engine is silent.
     fn tick(&mut self, now: Instant) {
-        self.calls.tick(&self.context);
+        self.calls.tick(&self.context, now);
         for index in 0..self.groups.len() {
             let Some(group) = &mut self.groups[index] else { continue };
             group.settle_late(now);
             if let Some(every) = self.ping_every {
-                guarded(group, &self.context, |group, cx| group.ping(every, cx, now));
+                guarded(&mut **group, &self.context, |group, cx| group.ping(every, cx, now));
             }
             if group.is_over() {
                 self.remove(index);
@@ -282,7 +290,7 @@ impl Thread {
         for request in group.requests() {
             self.requests.remove(&request);
         }
-        if group.ticket.is_gone() {
+        if group.ticket.has_left() {
             self.context.metrics.disconnects.inc();
         }
         self.context.metrics.streams.add(-1);
@@ -297,7 +305,7 @@ impl Thread {
         let error = ApiError::engine_stopped("the engine stopped").retry_after(Duration::from_secs(10));
         for index in 0..self.groups.len() {
             if let Some(group) = &mut self.groups[index] {
-                group.fail(&error, &self.context);
+                guarded(&mut **group, &self.context, |group, cx| group.fail(&error, cx));
                 self.remove(index);
             }
         }
@@ -306,10 +314,18 @@ impl Thread {
     }
 }
 
+/// An open request, as the boundary around its code sees it.
+trait Fallible {
+    /// Ends it with an error, once; later calls do nothing.
+    fn fail(&mut self, error: &ApiError, cx: &Context);
+}
+
 /// Runs code of one request; a panic ends that request and nothing else.
-fn guarded(group: &mut Group, cx: &Context, code: impl FnOnce(&mut Group, &Context)) {
-    if catch_unwind(AssertUnwindSafe(|| code(group, cx))).is_err() {
+fn guarded<T: Fallible>(request: &mut T, cx: &Context, code: impl FnOnce(&mut T, &Context)) {
+    if catch_unwind(AssertUnwindSafe(|| code(request, cx))).is_err() {
         cx.metrics.panics.inc();
-        group.fail(&ApiError::internal("this request failed; others are not affected"), cx);
+        let error = ApiError::internal("this request failed; others are not affected");
+        // What panicked may be the very code that tells the client: then nothing more can be done for it.
+        let _ = catch_unwind(AssertUnwindSafe(|| request.fail(&error, cx)));
     }
 }

@@ -10,10 +10,13 @@ use std::time::Instant;
 use mirai_engine::{Event, FinishReason, RequestId, RowFault, SamplingParams, SeqUsage, Time};
 use tokio::sync::{oneshot, watch};
 
-use super::Context;
 use super::outcome::outcome;
+use super::settle::Settlement;
 use super::sink::Ticket;
+use super::{Context, Fallible, guarded};
+use crate::account::Account;
 use crate::error::ApiError;
+use crate::format::chunk::UsageCounts;
 use crate::metrics::Ended;
 
 /// What a call's items gave, in their order.
@@ -26,6 +29,8 @@ pub(crate) struct Registration {
     pub(crate) first: RequestId,
     pub(crate) items: u32,
     pub(crate) ticket: Arc<Ticket>,
+    /// The call's row.
+    pub(crate) account: Account,
     /// When the head of the request arrived.
     pub(crate) arrived: Instant,
     /// The same on the engine's clock.
@@ -40,6 +45,7 @@ struct Call {
     first: RequestId,
     items: u32,
     ticket: Arc<Ticket>,
+    settlement: Settlement,
     arrived: Instant,
     arrived_engine: Time,
     progress: Option<watch::Sender<u32>>,
@@ -59,6 +65,7 @@ impl Call {
             first: r.first,
             items: r.items,
             ticket: r.ticket,
+            settlement: Settlement::new(r.account, false),
             arrived: r.arrived,
             arrived_engine: r.arrived_engine,
             progress: Some(r.progress),
@@ -106,11 +113,12 @@ impl Call {
         now: Instant,
     ) {
         self.ended += 1;
+        cx.metrics.engine_requests_ended(1);
         if let Err(mut error) = outcome(reason, &SamplingParams::default(), cx, 0) {
             if self.items > 1 {
                 error.message = format!("item {index}: {}", error.message);
             }
-            self.fail(error, cx);
+            self.fail(&error, cx);
         }
         self.count_end(index, reason, usage, cx, now);
         if let Some(progress) = &self.progress {
@@ -119,15 +127,27 @@ impl Call {
         if self.ended == self.items {
             self.complete();
             cx.metrics.e2e.observe_time(now.saturating_duration_since(self.arrived));
-            cx.metrics.request_ended();
         }
     }
 
-    fn count_end(&self, index: usize, reason: &FinishReason, usage: &SeqUsage, cx: &Context, now: Instant) {
+    /// Ends the call's row.
+    fn settle(&self) {
+        let usage = UsageCounts { cached: self.cached, ..UsageCounts::default() };
+        self.settlement.close(usage, &self.ticket);
+    }
+
+    fn count_end(
+        &mut self,
+        index: usize,
+        reason: &FinishReason,
+        usage: &SeqUsage,
+        cx: &Context,
+        now: Instant,
+    ) {
         let metrics = &cx.metrics;
-        metrics.finished(if self.ticket.is_gone() {
+        metrics.finished(if self.ticket.has_left() {
             Ended::Abort
-        } else if self.failed {
+        } else if self.failed || self.ticket.is_gone() {
             Ended::Error
         } else {
             Ended::Stop
@@ -135,7 +155,7 @@ impl Call {
         if *reason == FinishReason::Fault(RowFault::NonFinite) {
             metrics.corrupted.inc();
         }
-        metrics.wasted_tokens.add(u64::from(usage.wasted_tokens));
+        metrics.wasted_tokens.add(self.settlement.part_ended(reason, true, usage, 0));
         metrics.preemptions.observe(f64::from(usage.preemptions));
         if let Some(scheduled) = self.scheduled[index] {
             metrics.inference.observe_time(now.saturating_duration_since(scheduled));
@@ -151,17 +171,20 @@ impl Call {
         // A receiver that is gone was its client's.
         let _ = sink.send(values.ok_or_else(|| ApiError::internal("an item ended without its numbers")));
     }
+}
 
+impl Fallible for Call {
     /// Ends the call with an error, and its items with it.
-    fn fail(&mut self, error: ApiError, cx: &Context) {
+    fn fail(&mut self, error: &ApiError, cx: &Context) {
         let Some(sink) = self.sink.take() else { return };
-        self.progress = None;
         self.failed = true;
-        self.ticket.finish(if error.code == "deadline_exceeded" { 4 } else { 2 });
-        let _ = sink.send(Err(error));
+        self.settlement.failed(error);
         for item in 0..u64::from(self.items) {
             cx.engine.cancel(RequestId(self.first.0 + item));
         }
+        self.ticket.finish(if error.code == "deadline_exceeded" { 4 } else { 2 });
+        let _ = sink.send(Err(error.clone()));
+        self.progress = None;
     }
 }
 
@@ -188,14 +211,15 @@ impl Calls {
         if index >= u64::from(call.items) {
             return;
         }
-        call.on_event(index as usize, event, cx, now);
+        guarded(call, cx, |call, cx| call.on_event(index as usize, event, cx, now));
         if call.is_over() {
             self.remove(first, cx);
         }
     }
 
-    /// Forgets calls that were refused or left half way.
-    pub(super) fn tick(&mut self, cx: &Context) {
+    /// Forgets calls that were refused or left half way, and ends rows whose engine is silent.
+    pub(super) fn tick(&mut self, cx: &Context, now: Instant) {
+        self.open.values().filter(|call| call.settlement.is_overdue(now)).for_each(Call::settle);
         let over: Vec<RequestId> =
             self.open.iter().filter(|(_, call)| call.is_over()).map(|(&first, _)| first).collect();
         for first in over {
@@ -206,7 +230,7 @@ impl Calls {
     /// Ends every call with this error.
     pub(super) fn fail_all(&mut self, error: &ApiError, cx: &Context) {
         for call in self.open.values_mut() {
-            call.fail(error.clone(), cx);
+            guarded(call, cx, |call, cx| call.fail(error, cx));
         }
     }
 
@@ -219,8 +243,14 @@ impl Calls {
     }
 
     fn remove(&mut self, first: RequestId, cx: &Context) {
-        let Some(call) = self.open.remove(&first) else { return };
-        if call.ticket.is_gone() {
+        let Some(mut call) = self.open.remove(&first) else { return };
+        call.settle();
+        // Whoever still waits is woken by this, which runs code that is not ours.
+        guarded(&mut call, cx, |call, _| {
+            call.progress = None;
+            call.sink = None;
+        });
+        if call.ticket.has_left() {
             cx.metrics.disconnects.inc();
         }
         cx.metrics.streams.add(-1);

@@ -6,7 +6,7 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use mirai_engine::{FinishReason, SeqUsage};
+use mirai_engine::{EnergyMethod as Method, FinishReason, SeqUsage};
 use mirai_ledger::{Counts, EnergyMethod, Finish, Outcome};
 
 use super::sink::Ticket;
@@ -26,10 +26,20 @@ pub(super) struct Settlement {
     account: Account,
     /// Its head has left as 200 whatever comes after.
     streams: bool,
-    wasted_tokens: u64,
+    /// What its choices cost, those that have ended.
+    spent: Spent,
     /// The least good end of a choice.
     worst: Finish,
     failed: Option<Failure>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Spent {
+    wasted_tokens: u64,
+    device_micros: u64,
+    energy_microjoules: u64,
+    measured: bool,
+    estimated: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -37,6 +47,17 @@ struct Failure {
     status: u16,
     finish: Finish,
     at: Instant,
+}
+
+impl Spent {
+    /// One estimate among measurements makes an estimate of the sum.
+    fn method(&self) -> EnergyMethod {
+        match (self.measured, self.estimated) {
+            (_, true) => EnergyMethod::Estimated,
+            (true, false) => EnergyMethod::Nvml,
+            (false, false) => EnergyMethod::None,
+        }
+    }
 }
 
 /// Of two choices' ends the one that says more.
@@ -50,7 +71,7 @@ fn rank(finish: &Finish) -> u8 {
 
 impl Settlement {
     pub(super) fn new(account: Account, streams: bool) -> Self {
-        Self { account, streams, wasted_tokens: 0, worst: Finish::Stop, failed: None }
+        Self { account, streams, spent: Spent::default(), worst: Finish::Stop, failed: None }
     }
 
     /// Tells how far a stream is: before what it tells leaves.
@@ -58,9 +79,22 @@ impl Settlement {
         self.account.checkpoint(|| self.counts(usage, ticket));
     }
 
-    /// A choice, or an item, has ended; of what was computed for it `wasted` tokens were not delivered.
-    pub(super) fn part_ended(&mut self, reason: &FinishReason, stopped: bool, wasted: u64) {
-        self.wasted_tokens += wasted;
+    /// A choice, or an item, has ended; its client got `delivered` tokens of it. Returns those that were computed
+    /// in vain.
+    pub(super) fn part_ended(
+        &mut self,
+        reason: &FinishReason,
+        stopped: bool,
+        usage: &SeqUsage,
+        delivered: u32,
+    ) -> u64 {
+        let wasted =
+            u64::from(usage.wasted_tokens) + u64::from(usage.completion_tokens.saturating_sub(delivered));
+        self.spent.wasted_tokens += wasted;
+        self.spent.device_micros += usage.device_micros;
+        self.spent.energy_microjoules += usage.energy_microjoules;
+        self.spent.measured |= usage.energy_method == Method::Counter;
+        self.spent.estimated |= usage.energy_method == Method::Estimated;
         let finish = match reason {
             FinishReason::Deadline => Finish::Timeout,
             _ if stopped => Finish::Stop,
@@ -69,6 +103,7 @@ impl Settlement {
         if rank(&finish) > rank(&self.worst) {
             self.worst = finish;
         }
+        wasted
     }
 
     /// The request was ended with an error.
@@ -87,21 +122,19 @@ impl Settlement {
     pub(super) fn close(&self, usage: UsageCounts, ticket: &Ticket) {
         self.account.close(|| {
             let (finish, status) = self.end(ticket);
-            let status = if self.streams && status != CLIENT_CLOSED { 200 } else { status };
-            let status = ticket.failure().unwrap_or(status);
-            Outcome { counts: self.counts(usage, ticket), finish, status, energy_method: EnergyMethod::None }
+            Outcome { counts: self.counts(usage, ticket), finish, status, energy_method: self.spent.method() }
         });
     }
 
     fn end(&self, ticket: &Ticket) -> (Finish, u16) {
-        // What the server did to itself stands over what the client saw of it.
-        if ticket.failure().is_some() {
-            return (Finish::Error, 503);
+        if let Some(status) = ticket.given_up() {
+            return (Finish::Error, status);
         }
-        if ticket.is_gone() {
+        if ticket.has_left() {
             return (Finish::Abort, CLIENT_CLOSED);
         }
         match &self.failed {
+            Some(failure) if self.streams => (failure.finish.clone(), 200),
             Some(failure) => (failure.finish.clone(), failure.status),
             None => (self.worst.clone(), 200),
         }
@@ -113,15 +146,10 @@ impl Settlement {
             completion_tokens: usage.completion,
             reasoning_tokens: usage.reasoning,
             cached_tokens: usage.cached,
-            wasted_tokens: self.wasted_tokens,
+            wasted_tokens: self.spent.wasted_tokens,
             first_token_after: (first > 0).then_some(first),
-            gpu_micros: 0,
-            energy_microjoules: 0,
+            gpu_micros: self.spent.device_micros,
+            energy_microjoules: self.spent.energy_microjoules,
         }
     }
-}
-
-/// Tokens that the engine computed for a choice and its client did not get.
-pub(super) fn wasted(usage: &SeqUsage, delivered: u32) -> u64 {
-    u64::from(usage.wasted_tokens) + u64::from(usage.completion_tokens.saturating_sub(delivered))
 }

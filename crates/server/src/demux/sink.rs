@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use bytes::Bytes;
-use mirai_engine::{EngineHandle, RequestId};
+use mirai_engine::{Admission, AdmissionError, EngineHandle, RequestId};
 use tokio::sync::oneshot;
 
 use super::stream::StreamBuffer;
@@ -21,18 +21,25 @@ pub(crate) enum Sink {
     Whole(Option<oneshot::Sender<Result<Bytes, ApiError>>>),
 }
 
+/// Somebody waits for the answer.
+const HERE: u8 = 0;
+/// The client is gone.
+const LEFT: u8 = 1;
+/// We gave the request up, and the client was told: the engine refused a part of it, or it cannot be accounted for.
+const REFUSED: u8 = 2;
+
 /// Not all prompts of the request have been handed to the engine yet.
 const UNKNOWN: u32 = u32::MAX;
 
 /// What the connection's side and the demultiplexer tell each other, and what the access log reports.
 #[derive(Debug)]
 pub(crate) struct Ticket {
-    /// The client is gone, or the request was refused half way.
-    gone: AtomicBool,
+    /// Why nobody waits for the answer any more: one of the constants below.
+    gone: AtomicU8,
     /// The answer is complete.
     finished: AtomicBool,
-    /// The status under which we gave it up, before its connection lets go of it; 0 if we did not.
-    failed: AtomicU16,
+    /// What its client has heard, if we gave it up.
+    status: AtomicU16,
     /// Prompts that the engine has accepted.
     submitted: AtomicU32,
     pub(crate) prompt_tokens: AtomicU64,
@@ -49,9 +56,9 @@ pub(crate) const OUTCOMES: [&str; 5] = ["open", "ok", "error", "abort", "timeout
 impl Ticket {
     pub(crate) fn new(prompt_tokens: u64) -> Self {
         Self {
-            gone: AtomicBool::new(false),
+            gone: AtomicU8::new(HERE),
             finished: AtomicBool::new(false),
-            failed: AtomicU16::new(0),
+            status: AtomicU16::new(0),
             submitted: AtomicU32::new(UNKNOWN),
             prompt_tokens: AtomicU64::new(prompt_tokens),
             cached_tokens: AtomicU64::new(0),
@@ -61,19 +68,25 @@ impl Ticket {
         }
     }
 
+    /// Nobody waits for the answer any more.
     pub(crate) fn is_gone(&self) -> bool {
-        self.gone.load(Ordering::Acquire)
+        self.gone.load(Ordering::Acquire) != HERE
+    }
+
+    /// The client is gone, which is not what was done to it.
+    pub(crate) fn has_left(&self) -> bool {
+        self.gone.load(Ordering::Acquire) == LEFT
     }
 
     /// Gives the request up: what follows is not the client's doing. `status` is what it has heard.
-    pub(crate) fn fail(&self, status: u16) {
-        self.failed.store(status, Ordering::Release);
+    pub(crate) fn give_up(&self, status: u16) {
+        self.status.store(status, Ordering::Relaxed);
+        self.let_go(REFUSED);
     }
 
     /// The status under which it was given up, if it was.
-    pub(crate) fn failure(&self) -> Option<u16> {
-        let status = self.failed.load(Ordering::Acquire);
-        (status != 0).then_some(status)
+    pub(crate) fn given_up(&self) -> Option<u16> {
+        (self.gone.load(Ordering::Acquire) == REFUSED).then(|| self.status.load(Ordering::Relaxed))
     }
 
     /// How many prompts the engine has accepted, once that is known.
@@ -82,15 +95,21 @@ impl Ticket {
         (submitted != UNKNOWN).then_some(submitted)
     }
 
-    pub(crate) fn set_submitted(&self, prompts: u32) {
+    fn set_submitted(&self, prompts: u32) {
         self.submitted.store(prompts, Ordering::Release);
     }
 
-    /// The client is gone, or the request was refused half way. A finished one is neither.
-    pub(crate) fn leave(&self) {
+    /// The first reason why nobody waits any more stands; a finished request has none.
+    fn let_go(&self, reason: u8) {
         if !self.finished.load(Ordering::Acquire) {
-            self.gone.store(true, Ordering::Release);
+            // A failed exchange has found a reason.
+            let _ = self.gone.compare_exchange(HERE, reason, Ordering::AcqRel, Ordering::Acquire);
         }
+    }
+
+    /// The answer was complete and good: nothing is left to cancel.
+    fn is_answered(&self) -> bool {
+        self.finished.load(Ordering::Acquire) && self.outcome.load(Ordering::Relaxed) == 1
     }
 
     /// Marks the answer as complete: from now on nothing has to be cancelled.
@@ -100,28 +119,71 @@ impl Ticket {
     }
 
     pub(crate) fn outcome(&self) -> &'static str {
-        let outcome = usize::from(self.outcome.load(Ordering::Relaxed));
-        if self.is_gone() && outcome == 0 { "abort" } else { OUTCOMES[outcome.min(OUTCOMES.len() - 1)] }
+        match (usize::from(self.outcome.load(Ordering::Relaxed)), self.gone.load(Ordering::Acquire)) {
+            (0, LEFT) => "abort",
+            (0, REFUSED) => "error",
+            (outcome, _) => OUTCOMES[outcome.min(OUTCOMES.len() - 1)],
+        }
     }
 }
 
-/// Cancels what is left of a request when its connection lets go of it.
+/// What the engine has accepted of a request. It is cancelled when the request's connection lets go of this
+/// before the answer is complete.
 #[derive(Debug)]
 pub(crate) struct LeaveGuard {
-    pub(crate) ticket: Arc<Ticket>,
-    pub(crate) engine: EngineHandle,
-    pub(crate) first: RequestId,
-    pub(crate) prompts: u32,
+    ticket: Arc<Ticket>,
+    engine: EngineHandle,
+    /// The engine's id of the first prompt; the others follow.
+    first: RequestId,
+    accepted: u32,
+}
+
+impl LeaveGuard {
+    pub(crate) fn new(ticket: Arc<Ticket>, engine: EngineHandle, first: RequestId) -> Self {
+        Self { ticket, engine, first, accepted: 0 }
+    }
+
+    /// Prompts that the engine has accepted.
+    pub(crate) fn accepted(&self) -> u32 {
+        self.accepted
+    }
+
+    /// The engine's id of the next prompt.
+    pub(crate) fn next(&self) -> RequestId {
+        RequestId(self.first.0 + u64::from(self.accepted))
+    }
+
+    /// Hands the next prompts to the engine; their ids begin with [`Self::next`].
+    ///
+    /// # Errors
+    /// The engine's.
+    pub(crate) fn submit(&mut self, admission: Admission) -> Result<(), AdmissionError> {
+        let prompts = admission.len() as u32;
+        admission.submit()?;
+        self.accepted += prompts;
+        Ok(())
+    }
+
+    /// The engine has all that it will get.
+    pub(crate) fn complete(&self) {
+        self.ticket.set_submitted(self.accepted);
+    }
+
+    /// Ends the request before its time: see [`Ticket::give_up`].
+    pub(crate) fn give_up(&self, status: u16) {
+        self.ticket.give_up(status);
+    }
 }
 
 impl Drop for LeaveGuard {
     fn drop(&mut self) {
-        if self.ticket.finished.load(Ordering::Acquire) {
+        self.complete();
+        if self.ticket.is_answered() {
             return;
         }
-        self.ticket.gone.store(true, Ordering::Release);
-        for i in 0..self.prompts {
-            self.engine.cancel(RequestId(self.first.0 + u64::from(i)));
+        self.ticket.let_go(LEFT);
+        for prompt in 0..u64::from(self.accepted) {
+            self.engine.cancel(RequestId(self.first.0 + prompt));
         }
     }
 }
@@ -136,9 +198,22 @@ mod tests {
         assert_eq!((ticket.outcome(), ticket.submitted()), ("open", None));
         ticket.set_submitted(2);
         assert_eq!(ticket.submitted(), Some(2));
-        ticket.gone.store(true, Ordering::Release);
+        ticket.let_go(LEFT);
         assert_eq!(ticket.outcome(), "abort");
+        ticket.let_go(REFUSED);
+        assert!(ticket.has_left(), "the first reason stands");
         ticket.finish(1);
         assert_eq!(ticket.outcome(), "ok");
+    }
+
+    #[test]
+    fn a_refused_request_has_not_left_and_a_finished_one_is_not_gone() {
+        let refused = Ticket::new(1);
+        refused.let_go(REFUSED);
+        assert_eq!((refused.is_gone(), refused.has_left(), refused.outcome()), (true, false, "error"));
+        let finished = Ticket::new(1);
+        finished.finish(2);
+        finished.let_go(LEFT);
+        assert_eq!((finished.is_gone(), finished.is_answered()), (false, false));
     }
 }

@@ -186,7 +186,7 @@ impl StreamReader {
     /// What waits may not leave: the client hears why, and no end that sounds like one.
     fn break_off(&mut self, error: &ApiError) -> Bytes {
         // Its head has left.
-        self.guard.ticket.fail(200);
+        self.guard.give_up(200);
         let mut out = Vec::new();
         chunk::error(&mut out, error, self.error_message_copy);
         let mut state = self.buffer.lock();

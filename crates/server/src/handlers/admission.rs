@@ -8,6 +8,7 @@ use mirai_engine::{AdmissionError, Time};
 use crate::account::{Account, Charge};
 use crate::auth::{Attribution, Caller};
 use crate::config::seconds;
+use crate::demux::sink::LeaveGuard;
 use crate::error::ApiError;
 use crate::http::reply::Scope;
 use crate::metrics::Refused;
@@ -44,10 +45,19 @@ pub(super) fn account(state: &State, charge: &Charge<'_>) -> Result<Account, Api
     accounting.open(charge, &state.auth).inspect_err(|_| state.metrics.refused(Refused::Ledger))
 }
 
-/// When the request ends whatever its state, on the engine's clock.
+/// When the request ends whatever its state, on the engine's clock: the caller's patience, but no longer than the
+/// server's own limit.
 pub(super) fn deadline(state: &State, live: &Live, scope: &Scope) -> Time {
-    let left = seconds(state.config.timeouts.request_seconds).saturating_sub(scope.arrived.elapsed());
-    live.engine.now().saturating_add(left)
+    let most = seconds(state.config.timeouts.request_seconds);
+    let whole = scope.patience.map_or(most, |patience| patience.min(most));
+    live.engine.now().saturating_add(whole.saturating_sub(scope.arrived.elapsed()))
+}
+
+/// Gives up a request of which the engine refused a part, and says what that means for its client.
+pub(super) fn refused(state: &State, live: &Live, guard: &LeaveGuard, error: &AdmissionError) -> ApiError {
+    let error = refusal(state, live, error);
+    guard.give_up(error.status.as_u16());
+    error
 }
 
 /// What the engine's refusal means for a client.
@@ -55,7 +65,7 @@ pub(super) fn refusal(state: &State, live: &Live, error: &AdmissionError) -> Api
     let waiting = live.engine.counters().queued_requests;
     let full = |reason| {
         state.metrics.refused(reason);
-        ApiError::saturated("the queue is full").retry_after(state.metrics.drain_time(waiting))
+        ApiError::saturated("the queue is full").retry_after(state.metrics.queue_drain_time(waiting))
     };
     match error {
         AdmissionError::QueueFull { .. } => full(Refused::QueueRequests),

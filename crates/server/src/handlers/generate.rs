@@ -12,7 +12,7 @@ use mirai_engine::{EngineRequest, RequestId, Task};
 use mirai_ledger::Endpoint;
 use tokio::sync::oneshot;
 
-use super::admission::{account, attributed, deadline, refusal, serving};
+use super::admission::{account, attributed, deadline, refusal, refused, serving};
 use super::judged;
 use crate::account::{Charge, Needs};
 use crate::auth::{self, Caller};
@@ -108,12 +108,10 @@ async fn admit(
         arrived: scope.arrived,
         arrived_engine: live.engine.now().saturating_sub(scope.arrived.elapsed()),
     })?;
-    let guard = LeaveGuard { ticket: ticket.clone(), engine: live.engine.clone(), first, prompts: count };
-    if let Err(error) = admission.submit() {
-        // The engine has ended, and with it the demultiplexer will: it closes what was announced.
-        ticket.fail(503);
-        return Err(refusal(state, live, &error));
-    }
+    let mut guard = LeaveGuard::new(ticket.clone(), live.engine.clone(), first);
+    // The engine has ended if it refuses now; the demultiplexer then ends what was announced.
+    guard.submit(admission).map_err(|error| refused(state, live, &guard, &error))?;
+    guard.complete();
     scope.ticket = Some(ticket.clone());
     for length in lengths {
         state.metrics.prompt_tokens.add(length);
@@ -122,7 +120,7 @@ async fn admit(
     match answer {
         Answer::Stream(buffer) => {
             // The head of a 200 tells that there is a row.
-            account.wait(Needs::Tokens(0)).await.inspect_err(|_| ticket.fail(503))?;
+            account.wait(Needs::Tokens(0)).await.inspect_err(|_| ticket.give_up(503))?;
             Ok(Reply::stream(StreamReader::new(buffer, state.config.error_message_copy, guard)))
         }
         Answer::Whole(receiver) => {

@@ -10,7 +10,7 @@ mod info;
 mod pool;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hyper::body::Incoming;
 use hyper::header::{HOST, HeaderMap};
@@ -21,7 +21,7 @@ use crate::auth::Caller;
 use crate::error::ApiError;
 use crate::handlers::pool::PoolKind;
 use crate::health::{self, Probe};
-use crate::http::body::{self, HeldBody};
+use crate::http::body::{self, HeldBody, Share};
 use crate::http::io::ConnState;
 use crate::http::reply::{Body, Reply, Scope};
 use crate::ids;
@@ -59,6 +59,7 @@ pub(crate) async fn handle(
         metrics: state.metrics.clone(),
         conn,
         arrived: Instant::now(),
+        patience: None,
         route: None,
         method: method_name(request.method()),
         id: format!("req-{}", state.ids.public()),
@@ -113,6 +114,21 @@ fn check_head(request: &Request<Incoming>) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// How long the caller says it will wait: `X-Request-Timeout`, in seconds.
+fn patience(headers: &HeaderMap) -> Result<Option<Duration>, ApiError> {
+    let mut values = headers.get_all("x-request-timeout").iter();
+    let seconds = match (values.next(), values.next()) {
+        (None, _) => return Ok(None),
+        (Some(value), None) => value.to_str().ok().and_then(|text| text.trim().parse::<f64>().ok()),
+        (Some(_), Some(_)) => None,
+    };
+    let patience = seconds.filter(|seconds| *seconds > 0.0).and_then(|s| Duration::try_from_secs_f64(s).ok());
+    patience.map(Some).ok_or_else(|| {
+        ApiError::invalid_value("`X-Request-Timeout` must be one number of seconds above 0")
+            .param("X-Request-Timeout")
+    })
+}
+
 async fn dispatch(
     state: &Arc<State>,
     door: Door,
@@ -135,6 +151,7 @@ async fn dispatch(
         Match::None => return Err(ApiError::not_found("no such path; GET /openapi.json lists them")),
     };
     scope.route = Some(route);
+    scope.patience = patience(request.headers())?;
     route.route().access.admits(&caller)?;
     match route.route().target {
         Target::Chat => generate::generate(state, request, caller, Kind::Chat, scope).await,
@@ -190,6 +207,11 @@ impl Judge {
     fn rules(&self) -> Rules<'_> {
         self.state.rules(&self.live.model)
     }
+
+    /// Keeps the budget of bodies for `bytes` of this one that are held until its answer is written.
+    fn keep(&mut self, bytes: usize) -> Share {
+        self.body.keep(bytes)
+    }
 }
 
 /// Reads a JSON body and judges it on a worker.
@@ -197,13 +219,13 @@ async fn judged<T: Send + 'static>(
     state: &Arc<State>,
     live: &Arc<Live>,
     request: Request<Incoming>,
-    job: impl FnOnce(&Judge) -> Result<T, ApiError> + Send + 'static,
+    job: impl FnOnce(&mut Judge) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
     body::check_headers(request.headers())?;
     let config = &state.config;
     let body = body::read(request.into_body(), &config.limits, &config.timeouts, &state.metrics).await?;
-    let judge = Judge { state: state.clone(), live: live.clone(), body };
-    on_worker(state, move || job(&judge)).await
+    let mut judge = Judge { state: state.clone(), live: live.clone(), body };
+    on_worker(state, move || job(&mut judge)).await
 }
 
 /// Runs what reads a body's text on a worker.
@@ -212,11 +234,14 @@ async fn on_worker<T: Send + 'static>(
     job: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
     match state.workers.run(job).await {
-        Ok(result) => result,
+        Ok(result) => {
+            state.metrics.job_ended();
+            result
+        }
         Err(JobError::Full) => {
             state.metrics.refused(Refused::Workers);
             Err(ApiError::saturated("too many requests wait to be tokenized")
-                .retry_after(state.metrics.drain_time(state.config.limits.max_queued_jobs as u64)))
+                .retry_after(state.metrics.jobs_drain_time(state.config.limits.max_queued_jobs as u64)))
         }
         Err(JobError::Panicked) => {
             state.metrics.panics.inc();

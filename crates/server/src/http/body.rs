@@ -23,12 +23,19 @@ const BYTES_PER_SECOND: f64 = 16.0 * 1024.0;
 #[derive(Debug)]
 pub(crate) struct HeldBody {
     pub(crate) bytes: Bytes,
-    _share: Share,
+    share: Share,
 }
 
-/// A part of the budget.
+impl HeldBody {
+    /// Keeps the budget for `bytes` of what was made of the body, which outlive it.
+    pub(crate) fn keep(&mut self, bytes: usize) -> Share {
+        self.share.split(bytes)
+    }
+}
+
+/// A part of the budget, given back when dropped.
 #[derive(Debug)]
-struct Share {
+pub(crate) struct Share {
     metrics: Arc<Metrics>,
     bytes: usize,
 }
@@ -44,6 +51,15 @@ impl Share {
             return Err(error.retry_after(Duration::from_secs(1)).closing());
         }
         Ok(())
+    }
+}
+
+impl Share {
+    /// Parts with `bytes`, as far as it has so many.
+    fn split(&mut self, bytes: usize) -> Self {
+        let bytes = bytes.min(self.bytes);
+        self.bytes -= bytes;
+        Self { metrics: self.metrics.clone(), bytes }
     }
 }
 
@@ -107,7 +123,7 @@ pub(crate) async fn read(
         share.grow(data.len(), limits.max_inflight_body_bytes)?;
         bytes.extend_from_slice(&data);
     }
-    Ok(HeldBody { bytes: bytes.freeze(), _share: share })
+    Ok(HeldBody { bytes: bytes.freeze(), share })
 }
 
 #[cfg(test)]
@@ -144,7 +160,10 @@ mod tests {
         assert_eq!(second.grow(60, 100).unwrap_err().status, 503);
         drop(second);
         first.grow(40, 100).unwrap();
+        let kept = first.split(30);
         drop(first);
+        assert_eq!(metrics.body_bytes.get(), 30);
+        drop(kept);
         assert_eq!(metrics.body_bytes.get(), 0);
     }
 }

@@ -6,6 +6,7 @@
 mod device;
 mod histogram;
 pub(crate) mod identity;
+mod ledger;
 mod render;
 
 use std::sync::Arc;
@@ -196,7 +197,8 @@ pub(crate) struct Metrics {
     pub(crate) params_max_tokens: Histogram,
     pub(crate) params_n: Histogram,
     pub(crate) preemptions: Histogram,
-    rate: FinishRate,
+    engine_rate: FinishRate,
+    job_rate: FinishRate,
 }
 
 impl Metrics {
@@ -241,7 +243,8 @@ impl Metrics {
             params_max_tokens: counts(TOKENS),
             params_n: counts(CHOICES),
             preemptions: counts(PREEMPTIONS),
-            rate: FinishRate::default(),
+            engine_rate: FinishRate::default(),
+            job_rate: FinishRate::default(),
         }
     }
 
@@ -273,25 +276,30 @@ impl Metrics {
         [taken.get(), refused.get()]
     }
 
-    /// Counts the end of a request, for the estimate of how fast the queue drains.
-    pub(crate) fn request_ended(&self) {
-        self.rate.count(self.started.elapsed().as_secs());
+    /// Counts the end of so many of the engine's requests (prompts or items, which its queue counts too).
+    pub(crate) fn engine_requests_ended(&self, count: u64) {
+        self.engine_rate.count(self.started.elapsed().as_secs(), count);
     }
 
-    /// When a place among `waiting` requests should be free, at the rate of the last seconds.
-    pub(crate) fn drain_time(&self, waiting: u64) -> Duration {
-        let per_second = self.rate.per_second(self.started.elapsed().as_secs());
-        if per_second <= 0.0 {
-            return Duration::from_secs(10);
-        }
-        // Not the whole queue has to drain, but at a tenth of it a newcomer stands a chance against others.
-        Duration::from_secs_f64((waiting as f64 * 0.1 / per_second).clamp(1.0, 60.0))
+    /// When a place in the engine's queue of `waiting` requests should be free, at the rate of the last seconds.
+    pub(crate) fn queue_drain_time(&self, waiting: u64) -> Duration {
+        self.engine_rate.drain_time(waiting, self.started.elapsed().as_secs())
+    }
+
+    /// Counts the end of a worker's job.
+    pub(crate) fn job_ended(&self) {
+        self.job_rate.count(self.started.elapsed().as_secs(), 1);
+    }
+
+    /// When a place among `waiting` jobs of the workers should be free, at the rate of the last seconds.
+    pub(crate) fn jobs_drain_time(&self, waiting: u64) -> Duration {
+        self.job_rate.drain_time(waiting, self.started.elapsed().as_secs())
     }
 }
 
 const WINDOW: u64 = 10;
 
-/// Ends of requests in each of the last seconds. Slots are reused; a slot of another second counts as 0.
+/// What ended in each of the last seconds. Slots are reused; a slot of another second counts as 0.
 #[derive(Debug, Default)]
 struct FinishRate {
     /// (second << 32) | count
@@ -299,10 +307,10 @@ struct FinishRate {
 }
 
 impl FinishRate {
-    fn count(&self, second: u64) {
+    fn count(&self, second: u64, count: u64) {
         let slot = &self.slots[(second % WINDOW) as usize];
         let _ = slot.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| {
-            Some(if old >> 32 == second & 0xffff_ffff { old + 1 } else { (second << 32) | 1 })
+            Some(if old >> 32 == second & 0xffff_ffff { old + count } else { (second << 32) | count })
         });
     }
 
@@ -317,6 +325,16 @@ impl FinishRate {
             .sum();
         sum as f64 / now.clamp(1, WINDOW) as f64
     }
+
+    /// When a place in a queue of `waiting` should be free.
+    fn drain_time(&self, waiting: u64, now: u64) -> Duration {
+        let per_second = self.per_second(now);
+        if per_second <= 0.0 {
+            return Duration::from_secs(10);
+        }
+        // Not the whole queue has to drain, but at a tenth of it a newcomer stands a chance against others.
+        Duration::from_secs_f64((waiting as f64 * 0.1 / per_second).clamp(1.0, 60.0))
+    }
 }
 
 #[cfg(test)]
@@ -328,9 +346,8 @@ mod tests {
     fn rate_is_that_of_the_last_seconds() {
         let rate = FinishRate::default();
         for second in 100..120 {
-            for _ in 0..4 {
-                rate.count(second);
-            }
+            rate.count(second, 3);
+            rate.count(second, 1);
         }
         assert!((rate.per_second(119) - 4.0).abs() < 1e-9);
         assert!((rate.per_second(124) - 2.0).abs() < 1e-9);
@@ -339,14 +356,22 @@ mod tests {
 
     #[test]
     fn drain_time_follows_the_rate() {
+        let rate = FinishRate::default();
+        assert_eq!(rate.drain_time(100, 50), Duration::from_secs(10));
+        (40..50).for_each(|second| rate.count(second, 5));
+        assert_eq!(rate.drain_time(1000, 49), Duration::from_secs(20));
+        assert_eq!(rate.drain_time(1, 49), Duration::from_secs(1));
+        assert_eq!(rate.drain_time(1 << 40, 49), Duration::from_secs(60));
+    }
+
+    #[test]
+    fn the_engine_and_the_workers_have_rates_of_their_own() {
         let metrics = Metrics::new();
-        assert_eq!(metrics.drain_time(100), Duration::from_secs(10));
-        for _ in 0..10 {
-            metrics.request_ended();
-        }
-        let time = metrics.drain_time(1000);
-        assert!(time >= Duration::from_secs(1) && time <= Duration::from_secs(60), "{time:?}");
-        assert!(metrics.drain_time(1) >= Duration::from_secs(1));
+        metrics.engine_requests_ended(1000);
+        assert_eq!(metrics.queue_drain_time(100), Duration::from_secs(1));
+        assert_eq!(metrics.jobs_drain_time(100), Duration::from_secs(10), "none is known");
+        metrics.job_ended();
+        assert!(metrics.jobs_drain_time(600) > Duration::from_secs(30));
     }
 
     #[test]

@@ -5,8 +5,10 @@
 use std::fmt::Write as _;
 
 use mirai_engine::{BLOCK_TOKENS, Counters, STEP_TOKEN_BOUNDS};
+use mirai_ledger::Ledger;
 
 use super::identity::{Credential, Decision, IdentityMetrics, Lookup};
+use super::ledger::ledger;
 use super::{CLASSES, DeviceFigure, Ended, Histogram, Metrics, Refused, Reloaded};
 use crate::routes::ROUTES;
 
@@ -22,7 +24,7 @@ pub(crate) struct EngineView<'a> {
     pub(crate) oldest_queued_seconds: f64,
 }
 
-struct Page {
+pub(super) struct Page {
     out: String,
     /// `engine="0",model_name="..."`, for the aliases.
     labels: String,
@@ -41,7 +43,7 @@ impl Page {
         };
     }
 
-    fn single(&mut self, name: &str, kind: &str, help: &str, value: f64) {
+    pub(super) fn single(&mut self, name: &str, kind: &str, help: &str, value: f64) {
         self.family(name, kind, help);
         self.sample(name, "", value);
     }
@@ -59,7 +61,15 @@ impl Page {
     }
 
     /// A histogram of which `rows` are (bound, observations up to it).
-    fn buckets(&mut self, name: &str, help: &str, labels: &str, rows: &[(f64, u64)], sum: f64, count: u64) {
+    pub(super) fn buckets(
+        &mut self,
+        name: &str,
+        help: &str,
+        labels: &str,
+        rows: &[(f64, u64)],
+        sum: f64,
+        count: u64,
+    ) {
         self.family(name, "histogram", help);
         let comma = if labels.is_empty() { "" } else { "," };
         for (bound, value) in rows {
@@ -75,6 +85,7 @@ impl Page {
 pub(crate) fn render(
     metrics: &Metrics,
     engine: Option<EngineView<'_>>,
+    rows: Option<&Ledger>,
     draining: bool,
     tasks: usize,
 ) -> String {
@@ -92,6 +103,9 @@ pub(crate) fn render(
     identity(&mut page, &metrics.identity);
     requests(&mut page, metrics);
     device(&mut page, metrics);
+    if let Some(rows) = rows {
+        ledger(&mut page, rows);
+    }
     for (name, help, histogram) in own_histograms(metrics) {
         page.histogram(name, help, "", histogram);
     }
@@ -245,6 +259,13 @@ fn engine_metrics(page: &mut Page, view: EngineView<'_>) {
     ] {
         page.single(name, kind, help, value);
     }
+    let name = "mirai_energy_joules_total";
+    page.family(name, "counter", "Energy of the devices: of requests, and while no step ran.");
+    for (state, microjoules) in
+        [("attributed", c.energy_attributed_microjoules), ("idle", c.energy_idle_microjoules)]
+    {
+        page.sample(name, &format!("state=\"{state}\""), microjoules as f64 * 1e-6);
+    }
     step_sizes(page, "mirai_engine_iteration_tokens", "", c);
     page.family("mirai_kv_blocks", "gauge", "KV blocks by state.");
     for (state, value) in [("used", c.blocks_used), ("cached", c.blocks_cached), ("free", free)] {
@@ -355,7 +376,7 @@ mod tests {
         // Steps of 300 and of 20,000 tokens.
         (counters.steps_by_tokens[7], counters.steps_by_tokens[13]) = (1, 1);
         let view = EngineView { model: "a\"b", counters: &counters, oldest_queued_seconds: 0.0 };
-        let page = render(&metrics, Some(view), false, 3);
+        let page = render(&metrics, Some(view), None, false, 3);
         let map = series(&page);
         assert_eq!(map["vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"a\\\"b\"}"], 0.5);
         let steps = |suffix: &str, le: &str| {
@@ -385,7 +406,7 @@ mod tests {
 
     #[test]
     fn without_a_model_there_are_no_aliases() {
-        let page = render(&Metrics::new(), None, true, 0);
+        let page = render(&Metrics::new(), None, None, true, 0);
         assert!(!page.contains("vllm:"));
         assert_eq!(series(&page)["mirai_draining"], 1.0);
     }

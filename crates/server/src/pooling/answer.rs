@@ -9,6 +9,8 @@ use crate::api::pooling::{
     Embedding, EmbeddingResponse, EmbeddingValues, PoolingUsage, RerankResponse, RerankResult,
     ReturnedDocument, Score, ScoreResponse,
 };
+use mirai_ledger::Endpoint;
+
 use crate::error::ApiError;
 use crate::http::reply::Reply;
 use crate::task::{ScoreRule, embedding};
@@ -36,6 +38,38 @@ pub(crate) enum Shape {
         rule: ScoreRule,
         raw: bool,
     },
+}
+
+/// Bytes that JSON takes for a number of an embedding, and for a result beside its document.
+const NUMBER_BYTES: usize = 12;
+const RESULT_BYTES: usize = 64;
+
+impl Shape {
+    /// The kind of work, for the ledger.
+    pub(crate) fn endpoint(&self) -> Endpoint {
+        match self {
+            Self::Embeddings { .. } => Endpoint::Embeddings,
+            Self::Rerank { .. } => Endpoint::Rerank,
+            Self::Scores { .. } => Endpoint::Score,
+        }
+    }
+
+    /// Bytes of the request that the answer repeats.
+    pub(crate) fn repeated_bytes(&self) -> usize {
+        match self {
+            Self::Rerank { documents: Some(documents), .. } => documents.iter().map(String::len).sum(),
+            _ => 0,
+        }
+    }
+
+    /// About how many bytes the answer to `values` has.
+    pub(crate) fn answer_bytes(&self, values: &[Box<[f32]>]) -> usize {
+        let each = match self {
+            Self::Embeddings { .. } => values.first().map_or(0, |values| values.len() * NUMBER_BYTES),
+            Self::Rerank { .. } | Self::Scores { .. } => 0,
+        };
+        self.repeated_bytes() + values.len() * (each + RESULT_BYTES)
+    }
 }
 
 /// How documents are repeated.
@@ -133,6 +167,7 @@ fn ranked(scores: &[f64], top: usize, documents: Option<Vec<String>>, style: Sty
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::http::reply::Content;
 
     #[test]
     fn equal_scores_keep_their_order() {
@@ -140,6 +175,34 @@ mod tests {
         let order: Vec<u32> = results.iter().map(|result| result.index).collect();
         assert_eq!(order, [1, 0, 2]);
         assert!(results.iter().all(|result| result.document.is_none()));
+    }
+
+    #[test]
+    fn the_size_of_an_answer_is_known_before_it_is_written() {
+        let identity = Identity { id: "x", model: "m", tokens: 3 };
+        let rerank = |documents| Shape::Rerank {
+            rule: ScoreRule::Sigmoid,
+            raw: false,
+            top: 64,
+            documents,
+            style: Style::Objects,
+        };
+        let embeddings =
+            |base64| Shape::Embeddings { base64, dimensions: None, normalize: true, width: 1024 };
+        let vector: Box<[f32]> = (0..1024).map(|i| (i as f32).sin()).collect();
+        let (vectors, logits) = (vec![vector; 8], vec![Box::from([0.3f32]); 64]);
+        for (name, shape, values) in [
+            ("documents", rerank(Some(vec!["document ".repeat(1000); 64])), &logits),
+            ("scores", rerank(None), &logits),
+            ("floats", embeddings(false), &vectors),
+            ("base64", embeddings(true), &vectors),
+        ] {
+            let guess = shape.answer_bytes(values);
+            let Content::Bytes(bytes) = write(shape, values, identity).unwrap().content else {
+                panic!("answers are whole")
+            };
+            assert!((bytes.len() / 2..3 * bytes.len()).contains(&guess), "{name}: {guess}, {}", bytes.len());
+        }
     }
 
     #[test]

@@ -58,18 +58,12 @@ pub(crate) fn judge(mut body: Body, rules: Rules<'_>, style: Style) -> Result<Po
     };
     let model = resolve_model(name.as_deref(), rules.model)?.clone();
     rules.model.task.check(wanted)?;
-    let (param, (items, shape)) = match (body, &rules.model.task) {
-        (Body::Embeddings(body), Task::Embed(spec)) => ("input", embeddings(body, spec, rules)?),
-        (Body::Rerank(body), Task::Score(spec)) => ("documents", rerank(body, spec, rules, style)?),
+    let (items, shape) = match (body, &rules.model.task) {
+        (Body::Embeddings(body), Task::Embed(spec)) => embeddings(body, spec, rules)?,
+        (Body::Rerank(body), Task::Score(spec)) => rerank(body, spec, rules, style)?,
         (Body::Score(body), Task::Score(spec)) => score(body, spec, rules)?,
         _ => return Err(ApiError::internal("this request failed; others are not affected")),
     };
-    let total: usize = items.iter().map(Vec::len).sum();
-    let limit = rules.limits.max_item_tokens;
-    if items.len() > 1 && total > limit {
-        let text = format!("`{param}` has {total} tokens in {} items, the limit is {limit}", items.len());
-        return Err(ApiError::invalid_value(text).param(param));
-    }
     Ok(PoolingRequest { model, items: items.into_iter().map(Arc::from).collect(), shape, attribution })
 }
 
@@ -107,16 +101,8 @@ fn embeddings(body: EmbeddingRequest, spec: &EmbedSpec, rules: Rules<'_>) -> Res
     let input = body.input.ok_or_else(|| missing("input"))?;
     check_count("input", input.len(), rules)?;
     let items = match input {
-        PromptInput::Texts(texts) => texts
-            .into_iter()
-            .enumerate()
-            .map(|(index, text)| tokens::text(index, &text, special, truncation, rules))
-            .collect::<Result<Vec<_>, _>>()?,
-        PromptInput::Ids(lists) => lists
-            .into_iter()
-            .enumerate()
-            .map(|(index, ids)| tokens::ids(index, ids, truncation, rules))
-            .collect::<Result<Vec<_>, _>>()?,
+        PromptInput::Texts(texts) => tokens::texts(&texts, special, truncation, rules)?,
+        PromptInput::Ids(lists) => tokens::id_lists(lists, truncation, rules)?,
     };
     let normalize = body.normalize.unwrap_or(spec.normalize);
     Ok((items, Shape::Embeddings { base64, dimensions, normalize, width: spec.width }))
@@ -192,7 +178,7 @@ fn rerank(body: RerankRequest, spec: &ScoreSpec, rules: Rules<'_>, style: Style)
     check_count("documents", documents.len(), rules)?;
     let documents: Vec<String> =
         documents.into_iter().map(crate::api::pooling::Document::into_text).collect();
-    let mut pairs = Pairs::new(&spec.pair, truncation, ("query", "documents"), rules)?;
+    let pairs = Pairs::new(&spec.pair, truncation, ("query", "documents"), rules)?;
     let items = pairs.one_with_each(&query, &documents)?;
     let top = body.top_n.filter(|&top| top > 0).map_or(documents.len(), |top| top as usize);
     let shown = (body.return_documents != Some(false)).then_some(documents);
@@ -215,7 +201,7 @@ fn texts<const N: usize>(
     }
 }
 
-fn score(body: ScoreRequest, spec: &ScoreSpec, rules: Rules<'_>) -> Result<(&'static str, Judged), ApiError> {
+fn score(body: ScoreRequest, spec: &ScoreSpec, rules: Rules<'_>) -> Result<Judged, ApiError> {
     let raw = raw(body.use_activation, body.raw_scores)?;
     let truncation = truncation(body.truncate_prompt_tokens, body.truncate, rules)?;
     let (query, queries) = texts([("text_1", body.text_1), ("queries", body.queries)])?;
@@ -223,7 +209,7 @@ fn score(body: ScoreRequest, spec: &ScoreSpec, rules: Rules<'_>) -> Result<(&'st
         texts([("text_2", body.text_2), ("documents", body.documents), ("items", body.items)])?;
     check_count(query, queries.len(), rules)?;
     check_count(document, documents.len(), rules)?;
-    let mut pairs = Pairs::new(&spec.pair, truncation, (query, document), rules)?;
+    let pairs = Pairs::new(&spec.pair, truncation, (query, document), rules)?;
     let items = match queries.as_slice() {
         [only] => pairs.one_with_each(only, &documents)?,
         many if many.len() == documents.len() => pairs.each_with_its_own(many, &documents)?,
@@ -236,5 +222,5 @@ fn score(body: ScoreRequest, spec: &ScoreSpec, rules: Rules<'_>) -> Result<(&'st
             return Err(ApiError::invalid_value(text).param(query));
         }
     };
-    Ok((document, (items, Shape::Scores { rule: spec.rule, raw })))
+    Ok((items, Shape::Scores { rule: spec.rule, raw }))
 }

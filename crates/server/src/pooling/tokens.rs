@@ -26,8 +26,79 @@ impl Truncation {
     }
 }
 
+/// Tokens that the items of one call may still have together. Counted while items are made, so that no more is
+/// ever held than may be computed. A call of one item is limited by the model alone.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Budget {
+    /// `None`: no limit.
+    left: Option<usize>,
+    limit: usize,
+    items: usize,
+    /// Field that the items come from.
+    param: &'static str,
+}
+
+impl Budget {
+    pub(super) fn new(param: &'static str, items: usize, rules: Rules<'_>) -> Self {
+        let limit = rules.limits.max_item_tokens;
+        Self { left: (items > 1).then_some(limit), limit, items, param }
+    }
+
+    /// Takes `tokens` of it.
+    fn take(&mut self, tokens: usize) -> Result<(), ApiError> {
+        if let Some(left) = self.left {
+            self.left = Some(left.checked_sub(tokens).ok_or_else(|| self.exceeded())?);
+        }
+        Ok(())
+    }
+
+    /// Refuses items that cannot fit, because each has at least so many tokens.
+    fn check_least(&self, tokens: usize) -> Result<(), ApiError> {
+        match self.left {
+            Some(left) if tokens.saturating_mul(self.items) > left => Err(self.exceeded()),
+            _ => Ok(()),
+        }
+    }
+
+    fn exceeded(&self) -> ApiError {
+        let Self { limit, items, param, .. } = *self;
+        let text =
+            format!("the {items} items of `{param}` have more than {limit} tokens, which is the limit");
+        ApiError::invalid_value(text).param(param)
+    }
+}
+
+/// Texts alone, each between the special tokens that the tokenizer adds.
+pub(super) fn texts(
+    texts: &[String],
+    special: bool,
+    truncation: Truncation,
+    rules: Rules<'_>,
+) -> Result<Vec<Vec<u32>>, ApiError> {
+    let one = |(index, item): (usize, &String)| text(index, item, special, truncation, rules);
+    within(Budget::new("input", texts.len(), rules), texts.iter().enumerate().map(one))
+}
+
+/// Token ids as a client sent them.
+pub(super) fn id_lists(
+    lists: Vec<Vec<u32>>,
+    truncation: Truncation,
+    rules: Rules<'_>,
+) -> Result<Vec<Vec<u32>>, ApiError> {
+    let budget = Budget::new("input", lists.len(), rules);
+    within(budget, lists.into_iter().enumerate().map(|(index, list)| ids(index, list, truncation, rules)))
+}
+
+/// The items one after the other, as long as they stay within the budget.
+fn within(
+    mut budget: Budget,
+    items: impl Iterator<Item = Result<Vec<u32>, ApiError>>,
+) -> Result<Vec<Vec<u32>>, ApiError> {
+    items.map(|item| item.and_then(|ids| budget.take(ids.len()).map(|()| ids))).collect()
+}
+
 /// A text alone, between the special tokens that the tokenizer adds.
-pub(super) fn text(
+fn text(
     index: usize,
     text: &str,
     special: bool,
@@ -36,8 +107,9 @@ pub(super) fn text(
 ) -> Result<Vec<u32>, ApiError> {
     let tokenizer = &rules.model.tokenizer;
     let encode = |text: &str| tokenizer.encode(text, special, false);
-    let mut ids = encode(text).map_err(|error| at(index, encoding("input", &error)))?;
     let (limit, cuts) = truncation.limit(rules);
+    let text = if cuts { beginning(text, rules) } else { text };
+    let mut ids = encode(text).map_err(|error| at(index, encoding("input", &error)))?;
     if cuts && ids.len() > limit {
         let around = encode("").map_err(|error| at(index, encoding("input", &error)))?;
         ids = cut(ids, &around, limit).ok_or_else(|| {
@@ -48,8 +120,8 @@ pub(super) fn text(
     check(index, "input", ids, rules)
 }
 
-/// Token ids as a client sent them.
-pub(super) fn ids(
+/// Token ids of one item.
+fn ids(
     index: usize,
     mut ids: Vec<u32>,
     truncation: Truncation,
@@ -59,6 +131,11 @@ pub(super) fn ids(
         ids.truncate(limit);
     }
     check(index, "input", ids, rules)
+}
+
+/// As much of a text as the tokenizer takes: what is behind it would be cut anyway, in tokens.
+fn beginning<'t>(text: &'t str, rules: Rules<'_>) -> &'t str {
+    &text[..text.floor_char_boundary(rules.model.tokenizer.max_input_bytes())]
 }
 
 /// Cuts what lies between the special tokens `around` a text, of which some come before it and the rest after.
@@ -138,20 +215,23 @@ impl<'a> Pairs<'a> {
         Ok(Self { format, before, after, limit, cuts, params, rules })
     }
 
+    fn budget(&self, documents: &[String]) -> Budget {
+        Budget::new(self.params.1, documents.len(), self.rules)
+    }
+
     /// The prompts of one query with each document.
-    pub(super) fn one_with_each(
-        &mut self,
-        query: &str,
-        documents: &[String],
-    ) -> Result<Vec<Vec<u32>>, ApiError> {
+    pub(super) fn one_with_each(&self, query: &str, documents: &[String]) -> Result<Vec<Vec<u32>>, ApiError> {
         let head = self.head(0, query)?;
+        let budget = self.budget(documents);
+        // A short body can ask for a long query over and over: that is seen before the first document is.
+        budget.check_least(head.len() + self.after.len())?;
         let pair = |(index, document): (usize, &String)| self.pair(index, query, &head, document);
-        documents.iter().enumerate().map(pair).collect()
+        within(budget, documents.iter().enumerate().map(pair))
     }
 
     /// The prompts of each query with the document of the same number.
     pub(super) fn each_with_its_own(
-        &mut self,
+        &self,
         queries: &[String],
         documents: &[String],
     ) -> Result<Vec<Vec<u32>>, ApiError> {
@@ -159,12 +239,17 @@ impl<'a> Pairs<'a> {
             let head = self.head(index, query)?;
             self.pair(index, query, &head, document)
         };
-        queries.iter().zip(documents).enumerate().map(pair).collect()
+        within(self.budget(documents), queries.iter().zip(documents).enumerate().map(pair))
     }
 
     fn encode(&self, index: usize, param: &'static str, text: &str) -> Result<Vec<u32>, ApiError> {
         let ids = self.rules.model.tokenizer.encode(text, false, false);
         ids.map_err(|error| at(index, encoding(param, &error)))
+    }
+
+    /// The beginning of a text that ends in a document, if documents are cut.
+    fn cut<'t>(&self, text: &'t str) -> &'t str {
+        if self.cuts { beginning(text, self.rules) } else { text }
     }
 
     /// Everything before the document, which is never cut. Where query and document are encoded together, the
@@ -198,13 +283,13 @@ impl<'a> Pairs<'a> {
         let mut ids = match self.format {
             PairFormat::Tokens { .. } => {
                 let mut ids = head.to_vec();
-                ids.extend(self.encode(index, param, document)?);
+                ids.extend(self.encode(index, param, self.cut(document))?);
                 ids
             }
             PairFormat::Text { query: query_label, document: document_label, .. } => {
                 let mut ids = self.before.clone();
                 let text = format!("{query_label}{query}{document_label}{document}");
-                ids.extend(self.encode(index, param, &text)?);
+                ids.extend(self.encode(index, param, self.cut(&text))?);
                 ids
             }
         };

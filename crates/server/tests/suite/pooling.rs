@@ -183,6 +183,40 @@ async fn long_items_are_refused_or_cut() {
     server.stop().await;
 }
 
+/// The tokenizer's limit of bytes is no other limit for whoever wants long texts cut.
+#[tokio::test(flavor = "multi_thread")]
+async fn texts_beyond_the_limit_of_bytes_are_cut_too() {
+    // 64 bytes for each token of the context; its last byte is in the middle of a character.
+    let long = format!("a{}", "é".repeat(CONTEXT as usize * 33));
+    let limit = CONTEXT as usize * 64;
+    assert!(long.len() > limit && !long.is_char_boundary(limit));
+    let server = TestServer::start(embedder()).await;
+    let answer = post(server.address, "/v1/embeddings", &json!({"input": [long]})).await;
+    assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!("input[0]")));
+    let answer = fine(&server, "/v1/embeddings", &json!({"input": [long], "truncate": true})).await;
+    assert_eq!(answer["usage"]["prompt_tokens"], STEP);
+    let cut = &bytes(&long)[..STEP as usize];
+    assert!(close(&numbers(&answer["data"][0]["embedding"]), &expected(cut, 8)));
+    server.stop().await;
+
+    let texts = PairFormat::Text {
+        before: "<|im_start|>".to_owned(),
+        query: "Q".to_owned(),
+        document: "D".to_owned(),
+        after: "<|im_end|>".to_owned(),
+    };
+    let judge = Task::Score(ScoreSpec { pair: texts, rule: ScoreRule::Sigmoid });
+    for options in [scorer(), Options { task: judge, ..scorer() }] {
+        let server = TestServer::start(options).await;
+        let body = json!({"query": "q", "documents": [long], "truncate": true});
+        assert_eq!(fine(&server, "/v1/rerank", &body).await["usage"]["total_tokens"], STEP);
+        let body = json!({"query": long, "documents": ["x"], "truncate": true});
+        let answer = post(server.address, "/v1/rerank", &body).await;
+        assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!("query[0]")), "never cut");
+        server.stop().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn documents_are_ranked() {
     let server = TestServer::start(scorer()).await;
@@ -279,11 +313,15 @@ async fn templates_and_two_logits() {
     assert_eq!(answer["results"][1]["relevance_score"], 0.5);
     let body = json!({"query": "q", "documents": ["y".repeat(5000)], "truncate_prompt_tokens": 30});
     assert_eq!(fine(&server, "/v1/rerank", &body).await["usage"]["total_tokens"], 30);
-    // Pairs of one query share its blocks in a causal model's prefix cache.
-    let body = json!({"query": "q".repeat(64), "documents": ["y"]});
-    fine(&server, "/v1/rerank", &body).await;
-    fine(&server, "/v1/rerank", &body).await;
-    assert!(server.metric("mirai_cached_tokens_total").await >= 64.0);
+    // Pairs of one query share its blocks in a causal model's prefix cache, whatever their documents are.
+    let cached = async || server.metric("mirai_cached_tokens_total").await;
+    let pair = |document: &str| json!({"query": "q".repeat(64), "documents": [document]});
+    let before = cached().await;
+    fine(&server, "/v1/rerank", &pair("y")).await;
+    assert_eq!(cached().await, before, "nobody has asked this before");
+    fine(&server, "/v1/rerank", &pair("z")).await;
+    // 76 tokens come before the document: four whole blocks of 16.
+    assert_eq!(cached().await, before + 64.0);
     server.stop().await;
 }
 
@@ -410,6 +448,97 @@ async fn a_client_that_leaves_takes_its_items_along() {
     server.stop().await;
 }
 
+/// Documents outlive their body where the answer repeats them: they stay within the budget of bodies.
+#[tokio::test(flavor = "multi_thread")]
+async fn documents_that_an_answer_repeats_are_held_within_the_budget() {
+    let mut options = Options { slots: 1, ..scorer() };
+    (options.config.limits.max_body_bytes, options.config.limits.max_inflight_body_bytes) = (4096, 4096);
+    let server = TestServer::start(options).await;
+    let document = "x".repeat(300);
+    let body = |repeated: bool| json!({"query": "q", "documents": vec![&document; 10], "return_documents": repeated});
+    for (repeated, held, status) in [(false, 0.0, 200), (true, 3000.0, 503)] {
+        server.engine.hooks().freeze();
+        server.until("a standstill", PATIENCE, async |s| s.engine.hooks().is_frozen()).await;
+        let call = {
+            let (address, body) = (server.address, body(repeated));
+            tokio::spawn(async move { post(address, "/v1/rerank", &body).await })
+        };
+        server
+            .until("items with the engine", PATIENCE, async |s| {
+                s.metric("mirai_queued_requests").await == 10.0
+            })
+            .await;
+        assert_eq!(server.metric("mirai_http_body_bytes").await, held);
+        let beside = {
+            let (address, body) = (server.address, body(false));
+            tokio::spawn(async move { post(address, "/v1/rerank", &body).await })
+        };
+        if status == 503 {
+            // The engine stands still: only a refusal comes.
+            let answer = beside.await.unwrap();
+            assert_eq!((answer.status, &answer.json()["error"]["code"]), (503, &json!("overloaded")));
+            server.engine.hooks().thaw();
+        } else {
+            server.engine.hooks().thaw();
+            assert_eq!(beside.await.unwrap().status, 200);
+        }
+        let answer = call.await.unwrap().json();
+        assert_eq!(answer["results"][0].get("document").is_some(), repeated);
+        server
+            .until("the budget given back", PATIENCE, async |s| {
+                s.metric("mirai_http_body_bytes").await == 0.0
+            })
+            .await;
+    }
+    server.stop().await;
+}
+
+/// The queue counts items, so its rate must: a call of many items is not one request.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_of_items_is_not_said_to_drain_as_slowly_as_calls() {
+    let engine = EngineConfig { max_queued_requests: 200, ..EngineConfig::default() };
+    let server = TestServer::start(Options { engine, ..embedder() }).await;
+    let items = |count: usize| json!({"input": vec!["a"; count]});
+    fine(&server, "/v1/embeddings", &items(200)).await;
+    server.engine.hooks().freeze();
+    server.until("a standstill", PATIENCE, async |s| s.engine.hooks().is_frozen()).await;
+    let (address, body) = (server.address, items(200));
+    let waiting = tokio::spawn(async move { post(address, "/v1/embeddings", &body).await });
+    server
+        .until("the queue to fill", PATIENCE, async |s| s.metric("mirai_queued_requests").await == 200.0)
+        .await;
+    let refused = post(server.address, "/v1/embeddings", &items(1)).await;
+    let after: u64 = refused.header("retry-after").unwrap().parse().unwrap();
+    // 200 items ended within the last ten seconds, and a tenth of 200 has to. As calls: twenty seconds or more.
+    assert!(refused.status == 503 && after <= 2, "{after}");
+    server.engine.hooks().thaw();
+    assert_eq!(waiting.await.unwrap().status, 200);
+    server.stop().await;
+}
+
+/// It was the server that ended it: no client has left.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_call_is_no_disconnect() {
+    let engine = EngineConfig { max_queued_requests: 1, ..EngineConfig::default() };
+    let server = TestServer::start(Options { engine, slots: 1, ..embedder() }).await;
+    server.engine.hooks().freeze();
+    let address = server.address;
+    let first = tokio::spawn(async move { post(address, "/v1/embeddings", &json!({"input": "a"})).await });
+    server
+        .until("the queue to fill", PATIENCE, async |s| s.metric("mirai_queued_requests").await == 1.0)
+        .await;
+    for _ in 0..5 {
+        let answer = post(address, "/v1/embeddings", &json!({"input": ["b", "c"]})).await;
+        assert_eq!((answer.status, &answer.json()["error"]["code"]), (503, &json!("overloaded")));
+    }
+    server.engine.hooks().thaw();
+    assert_eq!(first.await.unwrap().status, 200);
+    server.until("streams released", PATIENCE, async |s| s.metric("mirai_streams").await == 0.0).await;
+    assert_eq!(server.metric("mirai_disconnects_total").await, 0.0);
+    assert_eq!(server.metric("mirai_prompt_tokens_total").await, 1.0, "refused items are none");
+    server.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn drains_and_dead_engines_end_calls() {
     let mut options = Options { step: Duration::from_millis(50), slots: 1, ..embedder() };
@@ -446,6 +575,45 @@ async fn sizes_of_calls_are_limited() {
     refused(&answer, "invalid_value", "input");
     // One item is limited by the model alone.
     fine(&server, "/v1/embeddings", &json!({"input": "a".repeat(30)})).await;
+    server.stop().await;
+}
+
+/// What is beyond the limit is not even tokenized: the fault of a later item is never seen.
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_are_counted_while_items_are_made() {
+    let limited = |mut options: Options| {
+        options.config.limits.max_item_tokens = 20;
+        options
+    };
+    let server = TestServer::start(limited(embedder())).await;
+    let long = "a".repeat(STEP as usize + 1);
+    for input in [json!(["a".repeat(21), "b", long]), json!([vec![5; 21], [5], vec![5; STEP as usize + 1]])] {
+        let answer = post(server.address, "/v1/embeddings", &json!({"input": input})).await;
+        refused(&answer, "invalid_value", "input");
+        assert!(
+            answer.text().contains("3 items") && answer.text().contains("20 tokens"),
+            "{}",
+            answer.text()
+        );
+    }
+    // Cut before they are counted.
+    let body = json!({"input": [long, "a".repeat(10)], "truncate_prompt_tokens": 10});
+    assert_eq!(fine(&server, "/v1/embeddings", &body).await["usage"]["total_tokens"], 20);
+    server.stop().await;
+
+    let server = TestServer::start(limited(scorer())).await;
+    // Four special tokens and the query's three: three times that is too much, whatever the documents are.
+    let body = json!({"query": "qqq", "documents": [long, "", ""]});
+    refused(&post(server.address, "/v1/rerank", &body).await, "invalid_value", "documents");
+    let body = json!({"text_1": "qqq", "text_2": [long, "", ""]});
+    refused(&post(server.address, "/v1/score", &body).await, "invalid_value", "text_2");
+    // Twice that leaves six.
+    let body = json!({"query": "qqq", "documents": ["xxx", "xxx"]});
+    fine(&server, "/v1/rerank", &body).await;
+    let body = json!({"query": "qqq", "documents": ["x".repeat(14), long]});
+    refused(&post(server.address, "/v1/rerank", &body).await, "invalid_value", "documents");
+    let body = json!({"queries": ["q", "q", "q".repeat(600)], "documents": ["x".repeat(16), "x", "x"]});
+    refused(&post(server.address, "/v1/score", &body).await, "invalid_value", "documents");
     server.stop().await;
 }
 

@@ -56,7 +56,7 @@ fn say(line: std::fmt::Arguments<'_>) {
 
 /// One client's stream. The tape is written after the permission and before the next token, as bytes leave.
 async fn stream(ledger: &Ledger, n: u64, length: u64) {
-    let Ok(open) = ledger.open(crate::store::tests::request(n)) else { return };
+    let Ok(open) = ledger.open(crate::store::tests::request(n), Instant::now()) else { return };
     if open.opened().await.is_err() {
         return;
     }

@@ -82,7 +82,7 @@ impl Rig {
     }
 
     pub(super) fn open(&self, n: u64) -> Result<Open, Unavailable> {
-        open_on(&self.shared, crate::store::tests::request(n))
+        open_on(&self.shared, crate::store::tests::request(n), Instant::now())
     }
 
     /// The process dies and is started again.

@@ -109,7 +109,7 @@ fn too_many_or_wrong_requests_are_refused_and_leave_no_row() {
     let opens = [rig.open(1).unwrap(), rig.open(2).unwrap()];
     assert_eq!(rig.open(3).unwrap_err(), Unavailable::Full(2));
     let wrong = Row { model: "x".repeat(300), ..crate::store::tests::request(4) };
-    assert!(matches!(open_on(&rig.shared, wrong), Err(Unavailable::Row(_))));
+    assert!(matches!(open_on(&rig.shared, wrong, Instant::now()), Err(Unavailable::Row(_))));
     drop(opens);
     rig.settle();
     let third = rig.open(3).unwrap();
@@ -124,7 +124,7 @@ fn two_requests_of_one_id_are_told_apart() {
     let first = rig.open(1).unwrap();
     rig.settle();
     let twin = Row { application: "other".into(), ..crate::store::tests::request(1) };
-    let second = open_on(&rig.shared, twin).unwrap();
+    let second = open_on(&rig.shared, twin, Instant::now()).unwrap();
     rig.settle();
     assert_eq!((second.permitted(), second.fault()), (None, Some(Unavailable::Conflict)));
     assert_eq!((first.permitted(), first.fault()), (Some(16), None));
@@ -411,7 +411,7 @@ fn a_start_needs_a_store_or_a_spool() {
     let folder = tempfile::tempdir().unwrap();
     let spool = || Some(Spool::open(&folder.path().join("spool"), 1 << 20).unwrap());
     let ledger = start(away(), spool()).unwrap();
-    let open = ledger.open(crate::store::tests::request(1)).unwrap();
+    let open = ledger.open(crate::store::tests::request(1), Instant::now()).unwrap();
     open.close(&ended(2));
     ledger.stop();
     assert!(open.is_closed());

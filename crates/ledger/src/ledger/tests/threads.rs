@@ -14,7 +14,7 @@ async fn many_requests_share_commits_and_each_keeps_its_window() {
     for n in 0..64u64 {
         let ledger = ledger.clone();
         tasks.push(tokio::spawn(async move {
-            let open = ledger.open(crate::store::tests::request(n)).unwrap();
+            let open = ledger.open(crate::store::tests::request(n), Instant::now()).unwrap();
             open.opened().await.unwrap();
             for token in 1..=60 {
                 open.checkpoint(&counts(token));
@@ -47,7 +47,7 @@ async fn who_waits_learns_that_the_store_is_away() {
     let config =
         LedgerConfig { retry: Duration::from_millis(1), stall: Duration::from_millis(5), ..config() };
     let ledger = Ledger::start(Box::new(store), None, config).unwrap();
-    let first = ledger.open(crate::store::tests::request(1)).unwrap();
+    let first = ledger.open(crate::store::tests::request(1), Instant::now()).unwrap();
     first.opened().await.unwrap();
     *plan.lock().unwrap() = DOWN;
     first.checkpoint(&counts(20));
@@ -75,7 +75,7 @@ async fn who_waits_learns_that_the_store_hangs() {
     let (store, plan) = faulty(&db);
     let config = LedgerConfig { stall: Duration::from_millis(5), ..config() };
     let ledger = Ledger::start(Box::new(store), None, config).unwrap();
-    let open = ledger.open(crate::store::tests::request(1)).unwrap();
+    let open = ledger.open(crate::store::tests::request(1), Instant::now()).unwrap();
     open.opened().await.unwrap();
     {
         // Whoever calls the store waits for this lock.
@@ -96,7 +96,7 @@ async fn a_panic_in_the_thread_is_a_broken_ledger() {
     let db = SqliteFile::new();
     let (store, plan) = faulty(&db);
     let ledger = Ledger::start(Box::new(store), None, config()).unwrap();
-    let open = ledger.open(crate::store::tests::request(7)).unwrap();
+    let open = ledger.open(crate::store::tests::request(7), Instant::now()).unwrap();
     open.opened().await.unwrap();
     // Whoever calls the store panics from now on: it unwraps this lock.
     let poison = std::thread::spawn(move || {
@@ -107,7 +107,7 @@ async fn a_panic_in_the_thread_is_a_broken_ledger() {
     open.checkpoint(&counts(30));
     assert_eq!(open.may_send(60).await, Err(Unavailable::Store));
     assert_eq!(ledger.health(), Health::Broken);
-    assert!(ledger.open(crate::store::tests::request(8)).is_err());
+    assert!(ledger.open(crate::store::tests::request(8), Instant::now()).is_err());
     drop(ledger);
 }
 
@@ -115,10 +115,13 @@ async fn a_panic_in_the_thread_is_a_broken_ledger() {
 fn stopping_refuses_new_work_and_leaves_open_rows_to_recovery() {
     let db = SqliteFile::new();
     let ledger = start(&db, config());
-    let open = ledger.open(crate::store::tests::request(1)).unwrap();
+    let open = ledger.open(crate::store::tests::request(1), Instant::now()).unwrap();
     let shared = ledger.shared.clone();
     ledger.stop();
-    assert_eq!(open_on(&shared, crate::store::tests::request(2)).unwrap_err(), Unavailable::Stopping);
+    assert_eq!(
+        open_on(&shared, crate::store::tests::request(2), Instant::now()).unwrap_err(),
+        Unavailable::Stopping
+    );
     assert_eq!(open.permitted(), Some(16), "what was said before is stored");
     let next = start(&db, config());
     next.stop();
@@ -134,7 +137,7 @@ async fn clients(ledger: &Ledger, first: u64, stop: &AtomicBool) -> Vec<(String,
         n += 1;
         let row = crate::store::tests::request(n);
         let (id, tokens) = (row.id.clone(), 10 + n % 20);
-        let open = ledger.open(row).unwrap();
+        let open = ledger.open(row, Instant::now()).unwrap();
         open.opened().await.unwrap();
         for token in 1..=tokens {
             open.checkpoint(&counts(token));

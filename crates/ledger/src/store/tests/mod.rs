@@ -25,6 +25,11 @@ pub(crate) fn key() -> ChainKey {
     ChainKey::new(1, &[7; 32]).unwrap()
 }
 
+/// The version that this build brings a database to.
+pub(crate) fn newest() -> u32 {
+    super::schema::MIGRATIONS.iter().map(|step| step.version).max().unwrap()
+}
+
 /// A database of one kind, for one test.
 pub(crate) trait Database {
     type Driver: Sql;

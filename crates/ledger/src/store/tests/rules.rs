@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::error::StoreError;
-use crate::store::{Purged, Recovered, UsageQuery};
+use crate::store::{Grouping, Outbox, Purged, Recovered, UsageQuery, UsageRow, for_each_usage};
 
 /// Names each test for SQLite, and all of them for databases that are dear to start.
 macro_rules! on_each {
@@ -37,6 +37,9 @@ on_each! {
     a_purge_leaves_a_signed_head
     a_purge_waits_for_what_runs
     sums_are_by_bucket_application_key_and_model
+    sums_are_filtered_grouped_and_read_in_pages
+    ended_rows_are_told_once_and_again_after_a_fault
+    one_replica_tells
     rows_are_read_in_pages
 }
 
@@ -301,12 +304,12 @@ fn sums_are_by_bucket_application_key_and_model(db: &impl Database) {
     assert_eq!((all[0].application.as_str(), all[0].start), ("app-0", 0));
     assert_eq!((all[0].requests, all[0].open, all[0].completion_tokens), (3, 1, 10 + 13 + 100));
     assert_eq!((all[0].prompt_tokens, all[0].key_id.as_str(), all[0].model.as_str()), (15, "k", "demo"));
-    let query = UsageQuery { from: 1000, to: 1006, bucket: 2 };
+    let query = UsageQuery { from: 1000, to: 1006, bucket: 2, ..UsageQuery::ALL };
     let buckets = store.usage(&query).unwrap();
     let starts: Vec<i64> = buckets.iter().map(|row| row.start).collect();
     assert_eq!(starts, [1000, 1000, 1002, 1002, 1004, 1004]);
     assert_eq!(buckets.iter().map(|row| row.completion_tokens).sum::<u64>(), 75);
-    assert!(store.usage(&UsageQuery { from: 0, to: 10, bucket: 0 }).unwrap().is_empty());
+    assert!(store.usage(&UsageQuery { from: 0, to: 10, bucket: 0, ..UsageQuery::ALL }).unwrap().is_empty());
 }
 
 fn rows_are_read_in_pages(db: &impl Database) {
@@ -322,4 +325,140 @@ fn rows_are_read_in_pages(db: &impl Database) {
         seen += page.len();
     }
     assert_eq!((seen, store.count().unwrap()), (5, 5));
+}
+
+fn sums_are_filtered_grouped_and_read_in_pages(db: &impl Database) {
+    let mut store = db.connect();
+    let me = store.register("a", LEASE, false).unwrap();
+    let row = |n: u64| Row {
+        queued_at: 10 * n as i64 + n as i64 % 7,
+        key_id: format!("k{}", n % 4),
+        model: format!("m{}", n % 2),
+        price_version: (n % 5 > 0).then(|| format!("p{}", n % 5)),
+        energy_microjoules: n,
+        energy_method: if n % 2 == 0 { crate::EnergyMethod::Nvml } else { crate::EnergyMethod::Estimated },
+        ..request(n)
+    };
+    let rows: Vec<Entry> = (0..60).map(|n| new(if n < 50 { closed(&row(n), n) } else { row(n) })).collect();
+    store.commit(&me, LEASE, &rows).unwrap();
+    let total = |rows: &[UsageRow]| {
+        let mut sum = UsageRow::default();
+        rows.iter().for_each(|row| sum.add(row));
+        (sum.requests, sum.open, sum.completion_tokens, sum.energy_microjoules, sum.measured_microjoules)
+    };
+    let closed_only = UsageQuery { closed_only: true, ..UsageQuery::ALL };
+    for bits in 0..16_u8 {
+        let group_by = Grouping {
+            application: bits & 1 > 0,
+            key_id: bits & 2 > 0,
+            model: bits & 4 > 0,
+            price_version: bits & 8 > 0,
+        };
+        let query = UsageQuery { group_by, bucket: 100, from: 3, to: 597, ..closed_only.clone() };
+        let whole = store.usage(&query).unwrap();
+        assert_eq!(total(&whole), (49, 10, 49 * 50 / 2, 49 * 50 / 2, 24 * 25));
+        let keys: Vec<_> =
+            whole.iter().map(|r| (r.start, &r.application, &r.key_id, &r.model, &r.price_version)).collect();
+        assert!(keys.windows(2).all(|pair| pair[0] < pair[1]), "in order, and none twice");
+        assert_eq!(whole[0].start, 3, "the first bucket begins with the query");
+        assert!(bits & 1 > 0 || whole.iter().all(|row| row.application.is_empty()));
+        for page in [1, 3, 1000] {
+            let mut paged = Vec::new();
+            for_each_usage::<StoreError>(&mut store, &query, page, |row| {
+                paged.push(row);
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(paged, whole, "pages of {page}");
+        }
+    }
+    let filtered = UsageQuery {
+        applications: vec!["app-0".into(), "app-1".into(), "no'body".into()],
+        key_ids: vec!["k1".into()],
+        models: vec!["m1".into()],
+        ..UsageQuery::ALL
+    };
+    let expected = (0..60).filter(|n| n % 3 < 2 && n % 4 == 1).count() as u64;
+    assert_eq!(total(&store.usage(&filtered).unwrap()).0, expected);
+    // What names no list gets the one that was in force when it came.
+    let lists = vec![(100, "p1".to_owned()), (300, "late".to_owned())];
+    let by_list = Grouping { price_version: true, ..Grouping::default() };
+    let query = UsageQuery { group_by: by_list, price_lists: lists, ..UsageQuery::ALL };
+    let by_list = store.usage(&query).unwrap();
+    let by_list: Vec<_> = by_list.iter().map(|row| (row.price_version.as_str(), row.requests)).collect();
+    assert_eq!(by_list, [("", 2), ("late", 6), ("p1", 12 + 4), ("p2", 12), ("p3", 12), ("p4", 12)]);
+    let capped = UsageQuery { limit: 2, bucket: 10, ..UsageQuery::ALL };
+    assert_eq!(store.usage(&capped).unwrap().len(), 2);
+    // What still runs is a line of its own where nothing has ended.
+    let late = UsageQuery { from: 500, bucket: 1000, group_by: Grouping::default(), ..closed_only };
+    assert_eq!(total(&store.usage(&late).unwrap()), (0, 10, 0, 0, 0));
+}
+
+fn told(store: &mut impl Outbox, limit: usize) -> Vec<String> {
+    let mut out = Vec::new();
+    loop {
+        let batch = store.next("billing", limit).unwrap();
+        if batch.is_empty() {
+            return out;
+        }
+        out.extend(batch.rows.iter().map(|(row, _)| format!("{} {}", row.id, row.finish.as_str())));
+        assert!(store.told("billing", "me", &batch).unwrap());
+    }
+}
+
+fn ended_rows_are_told_once_and_again_after_a_fault(db: &impl Database) {
+    let mut store = db.connect();
+    let (a, b) = (store.register("a", LEASE, false).unwrap(), store.register("b", LEASE, false).unwrap());
+    assert!(store.hold("billing", "me", LEASE).unwrap());
+    assert_eq!((told(&mut store, 5).len(), store.pending("billing").unwrap()), (0, 0));
+    let rows: Vec<Entry> = (0..5).map(|n| new(request(n))).collect();
+    store.commit(&a, LEASE, &rows).unwrap();
+    store.commit(&b, LEASE, &[new(closed(&request(10), 1))]).unwrap();
+    // In the order in which they end, not in that of their ids.
+    let end = |n| old(closed(&request(n), 2));
+    store.commit(&a, LEASE, &[end(3), end(1)]).unwrap();
+    assert_eq!(store.pending("billing").unwrap(), 5 + 2 + 2);
+    let first = store.next("billing", 100).unwrap();
+    assert_eq!(first.rows.len(), 3);
+    assert_eq!(store.next("billing", 100).unwrap(), first, "until it is told, it is to be told");
+    assert_eq!(told(&mut store, 2), ["R000003 stop", "R000001 stop", "R000010 stop"]);
+    // A batch of which nobody remembers whether it was told does not set the place back.
+    assert!(store.told("billing", "me", &first).unwrap());
+    assert_eq!((told(&mut store, 2).len(), store.pending("billing").unwrap()), (0, 0));
+    // Recovery ends a row, and its owner comes back with what it knows: two events, with two digests.
+    expire(&mut store, &a);
+    store.recover(&b, 100).unwrap();
+    assert_eq!(told(&mut store, 3), ["R000000 crashed", "R000002 crashed", "R000004 crashed"]);
+    let again = store.register("a", LEASE, false).unwrap();
+    store.commit(&again, LEASE, &[new(closed(&request(2), 9))]).unwrap();
+    assert_eq!(told(&mut store, 3), ["R000002 stop"]);
+    // Another consumer hears of everything, each request once as it is now.
+    let all = store.next("other", 100).unwrap();
+    assert_eq!(all.rows.len(), 6);
+    // What was purged is gone for those who were not told.
+    store.purge(i64::MAX, 100).unwrap();
+    assert_eq!(store.next("third", 100).unwrap().rows.len(), 0);
+    sound(&mut store);
+}
+
+fn one_replica_tells(db: &impl Database) {
+    let (mut one, mut two) = (db.connect(), db.connect());
+    let me = one.register("a", LEASE, false).unwrap();
+    one.commit(&me, LEASE, &[new(closed(&request(1), 1))]).unwrap();
+    assert!(one.hold("billing", "me", LEASE).unwrap());
+    assert!(one.hold("billing", "me", LEASE).unwrap());
+    assert!(!two.hold("billing", "you", LEASE).unwrap());
+    assert!(two.hold("other", "you", LEASE).unwrap());
+    let batch = two.next("billing", 10).unwrap();
+    assert!(!two.told("billing", "you", &batch).unwrap(), "without the right nothing is remembered");
+    assert_eq!(one.next("billing", 10).unwrap(), batch);
+    // A lease that is over is anybody's; who had it is refused.
+    one.sql.execute("UPDATE mirai_outbox_lease SET lease_until = 0", &[]).unwrap();
+    assert!(two.hold("billing", "you", LEASE).unwrap());
+    assert!(!one.told("billing", "me", &batch).unwrap());
+    assert!(two.told("billing", "you", &batch).unwrap());
+    one.let_go("billing", "me").unwrap();
+    assert!(!one.hold("billing", "me", LEASE).unwrap());
+    two.let_go("billing", "you").unwrap();
+    assert!(one.hold("billing", "me", LEASE).unwrap());
 }
