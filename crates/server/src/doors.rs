@@ -134,7 +134,7 @@ pub fn markdown() -> String {
          (`MIRAI_BLESS=1 cargo test -p mirai-server --test suite doors` writes it anew).\n\n\
          `in`: the request is answered. A number: the status of the refusal. `HEAD` is `GET` without a body.\n\
          A method that a path does not have, and a path that does not exist, are 405 and 404 for whoever has a good\n\
-         credential, and 401 for everybody else. Paths are taken exactly as written: `//`, `/./`, `%2e`, capitals and a\n\
+         credential, and the refusal of the credential for everybody else. Paths are taken exactly as written: `//`, `/./`, `%2e`, capitals and a\n\
          slash at the end are other paths.\n\n| credential | what it is |\n|---|---|\n",
     );
     for (_, name, what, _) in CREDENTIALS {

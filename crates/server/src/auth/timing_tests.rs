@@ -6,12 +6,10 @@
 //! normal number, however loaded the machine. A comparison that stops at the first difference is measured beside it
 //! and must be found out, or the test proves nothing.
 
-use std::hint::black_box;
-use std::time::Instant;
-
 use mirai_ledger::identity::{NewKey, Pepper};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use std::hint::black_box;
 
 use super::*;
 
@@ -25,7 +23,7 @@ fn t_between(samples: usize, seed: u64, mut work: impl FnMut(usize)) -> f64 {
     // The first calls pay for cold caches, whichever class they are of.
     for i in 0..samples + samples / 10 {
         let class = usize::from(random.random::<bool>());
-        let start = Instant::now();
+        let start = std::time::Instant::now();
         for _ in 0..BATCH {
             work(class);
         }

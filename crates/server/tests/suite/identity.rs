@@ -3,14 +3,16 @@
 
 use std::time::Duration;
 
+use mirai_ledger::identity::UserKey;
 use mirai_server::Unknown;
 use serde_json::json;
 
+use crate::accounting::{ledger, row_of};
 use crate::client::{Answer, request};
 use crate::provider::{AUDIENCE, Provider, now};
 use crate::signer::Signer;
 use crate::support::*;
-use crate::world::World;
+use crate::world::{USER_KEY, World};
 
 fn outcome(answer: &Answer) -> (u16, String) {
     let code = answer.json()["error"]["code"].as_str().unwrap_or_default().to_owned();
@@ -430,4 +432,56 @@ async fn administrators_have_a_door_of_their_own() {
         assert_eq!(answer.status, 404, "{path}");
     }
     world.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_say_who_called_and_never_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("ledger.db");
+    let world = World::with(|options| options.ledger = Some(ledger(&file))).await;
+    let opaque = world.opaque("row-opaque", world.active("4711@chat"));
+    let consumer = ("X-Consumer-Username", "Consumer-1");
+    let body = json!({"user": "zoe-in-body"});
+    let cases: [(&str, &[(&str, &str)], serde_json::Value, [&str; 2], u32, Option<&str>); 7] = [
+        (&world.keys[0], &[], json!({}), ["default", "key-1"], 0, None),
+        (&world.keys[1], &[], body.clone(), ["chat", "chat-1"], 1, Some("zoe-in-body")),
+        (&world.signed("chat-app", &json!({})), &[], body.clone(), ["chat", "keycloak"], 0, Some("user-1")),
+        (&opaque, &[], json!({}), ["chat", "zitadel"], 0, Some("user-2")),
+        (&world.keys[4], &[consumer], json!({}), ["chat", "gateway-1"], 1, None),
+        (
+            &world.keys[4],
+            &[consumer, ("X-End-User", "zoe-in-header")],
+            body,
+            ["chat", "gateway-1"],
+            1,
+            Some("zoe-in-header"),
+        ),
+        (
+            &world.keys[4],
+            &[],
+            json!({"metadata": {"application": "ops", "user": "zoe-in-metadata"}}),
+            ["ops", "gateway-1"],
+            1,
+            Some("zoe-in-metadata"),
+        ),
+    ];
+    let key = UserKey::new(1, USER_KEY.as_bytes()).unwrap();
+    for (token, headers, more, [application, key_id], version, user) in cases {
+        let answer = world.post(token, headers, &more).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        let row = row_of(&file, answer.json()["id"].as_str().unwrap());
+        assert_eq!(
+            (row.application.as_str(), row.key_id.as_str(), row.key_version),
+            (application, key_id, version)
+        );
+        assert_eq!(row.user, user.map(|user| key.pseudonym(application, user)), "{more}");
+        assert_eq!(row.user_key_version, u32::from(user.is_some()));
+    }
+    world.server.stop().await;
+    for entry in std::fs::read_dir(folder.path()).unwrap() {
+        let bytes = std::fs::read(entry.unwrap().path()).unwrap();
+        for name in ["zoe-in", "user-1", "user-2"] {
+            assert!(crate::client::find(&bytes, name.as_bytes()).is_none(), "{name} is on disk");
+        }
+    }
 }

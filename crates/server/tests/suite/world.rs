@@ -21,6 +21,7 @@ pub struct World {
     directory: tempfile::TempDir,
 }
 
+pub const USER_KEY: &str = "user-key-user-key-user-key-user-key-0123";
 const PEPPER: &str = "pepper-0123456789-0123456789-0123456789";
 
 fn stanza(name: &str, settings: &str, key: &NewKey) -> String {
@@ -70,7 +71,7 @@ impl World {
         let (text, [chat, batch, ops, gateway]) = applications();
         std::fs::write(at("applications.toml"), text).unwrap();
         std::fs::write(at("pepper"), format!("1 {PEPPER}\n")).unwrap();
-        std::fs::write(at("users"), format!("1 {}\n", "user-key-".repeat(6))).unwrap();
+        std::fs::write(at("users"), format!("1 {USER_KEY}\n")).unwrap();
         std::fs::write(at("secret"), format!("{SECRET}\n")).unwrap();
         let provider = Provider::start().await;
         let signer = Signer::new("ES256");
