@@ -12,6 +12,7 @@ pub mod api;
 mod auth;
 pub mod config;
 mod demux;
+pub mod doors;
 pub mod error;
 mod file;
 mod format;

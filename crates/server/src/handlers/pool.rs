@@ -13,7 +13,7 @@ use mirai_engine::{AdmissionError, EngineHandle, EngineRequest, SamplingParams, 
 use mirai_ledger::quota::Demand;
 use tokio::sync::{oneshot, watch};
 
-use super::admission::{account, deadline, refusal, refused, serving};
+use super::admission::{account, attributed, deadline, refusal, refused, serving};
 use super::judged;
 use crate::account::{Charge, Needs};
 use crate::auth::{self, Caller};
@@ -68,8 +68,7 @@ pub(crate) async fn pool(
     .await?;
     // The drain may have begun while the body came.
     serving(state)?;
-    let caller = state.auth.attributed(caller, &judged.attribution)?;
-    scope.called_by(&caller);
+    let caller = attributed(state, caller, &judged.attribution, scope)?;
     admit(state, &live, judged, &caller, scope).await
 }
 

@@ -375,6 +375,59 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn certificates_are_always_verified() {
+        let directory = tempfile::tempdir().unwrap();
+        let make = |name: &str| {
+            let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+            let path = directory.path().join(name);
+            std::fs::write(&path, made.cert.pem()).unwrap();
+            (made, path)
+        };
+        let ((made, ours), (_, other)) = (make("ours.pem"), make("other.pem"));
+        let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![made.cert.der().clone()], key)
+            .unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let acceptor = acceptor.clone();
+                tokio::spawn(async move {
+                    let Ok(mut stream) = acceptor.accept(stream).await else { return };
+                    let mut buffer = [0; 4096];
+                    if stream.read(&mut buffer).await.is_ok() {
+                        let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+                        stream.write_all(answer).await.unwrap();
+                    }
+                });
+            }
+        });
+        let trusting = |path: &Path| {
+            let trust = ArcSwapOption::new(Some(trust(Some(path)).unwrap()));
+            Client::new(Duration::from_secs(20), Arc::new(trust))
+        };
+        for (bundle, host, expected) in [
+            (&ours, "localhost", Ok("ok")),
+            (&other, "localhost", Err(CallError::Tls)),
+            (&ours, "127.0.0.1", Err(CallError::Tls)),
+        ] {
+            let target = Target::parse(&format!("https://{host}:{port}/")).unwrap();
+            let got = trusting(bundle).call(&target, Call::Get, 8).await;
+            assert_eq!(got.as_deref().map_err(|error| *error), expected.map(str::as_bytes), "{host}");
+        }
+        let target = Target::parse(&format!("https://localhost:{port}/")).unwrap();
+        let nobody = client(Duration::from_secs(20));
+        assert_eq!(nobody.call(&target, Call::Get, 8).await, Err(CallError::Tls), "no authority is trusted");
+    }
+
+    #[tokio::test]
     async fn a_connection_is_used_again() {
         let (target, connections) = server(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await;
         let client = client(Duration::from_secs(20));
