@@ -20,6 +20,7 @@ mod serve;
 mod task;
 mod telemetry;
 mod tokenizer;
+mod usage;
 mod verify;
 
 use std::process::ExitCode;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(*options),
         Command::CheckConfig(args) => serve::check_config(&args),
         Command::Pull(args) => pull::run(&args),
+        Command::Usage(args) => usage::run(&args),
         Command::Verify(args) => verify::run(&args),
     };
     match result {

@@ -99,6 +99,9 @@ where
         // First: a store that cannot be had should not cost a load.
         if let Some(accounting) = ledger::start(&config.ledger)? {
             for_load.account(accounting).map_err(Failure::run)?;
+            if let Some(location) = ledger::place(&config.ledger)? {
+                for_load.read_usage(location).map_err(Failure::run)?;
+            }
         }
         let model = load(&config, &for_load)?;
         for_load.ready(model).map_err(Failure::run)?;

@@ -13,6 +13,7 @@ mod auth;
 pub mod config;
 mod demux;
 pub mod error;
+mod events;
 mod format;
 mod handlers;
 mod health;
@@ -30,6 +31,7 @@ mod server;
 mod state;
 mod task;
 mod unsupported;
+mod usage;
 mod validate;
 mod worker;
 

@@ -28,6 +28,8 @@ pub(crate) enum Target {
     Model,
     Tokenize,
     Detokenize,
+    /// Sums of requests.
+    Usage,
     Version,
     OpenApi,
     Health,
@@ -60,6 +62,7 @@ impl Route {
             Target::Score => "/v1/score",
             Target::Models => "/v1/models",
             Target::Model => "/v1/models/{model}",
+            Target::Usage => "/v1/organization/usage/completions",
             _ => self.path,
         }
     }
@@ -91,6 +94,7 @@ pub(crate) const ROUTES: &[Route] = &[
     row("GET", "/models/{model}", true, Access::Key, Target::Model),
     row("POST", "/tokenize", true, Access::Key, Target::Tokenize),
     row("POST", "/detokenize", true, Access::Key, Target::Detokenize),
+    row("GET", "/organization/usage/completions", true, Access::Key, Target::Usage),
     row("GET", "/version", false, Access::Key, Target::Version),
     row("GET", "/openapi.json", false, Access::Key, Target::OpenApi),
     row("GET", "/health", false, Access::Open, Target::Health),

@@ -23,7 +23,9 @@ use crate::http::tls::{Tls, TlsError};
 use crate::metrics::DeviceFigure;
 use crate::model::{ModelInfo, ServedModel};
 use crate::state::{Drain, Live, Loading, State};
+use crate::usage::Reader;
 use mirai_engine::EngineHealth;
+use mirai_ledger::location::Location;
 
 /// Why the server cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -152,6 +154,14 @@ impl ServerHandle {
     /// There is one already.
     pub fn account(&self, accounting: Accounting) -> Result<(), ReadyError> {
         if self.state.set_accounting(accounting) { Ok(()) } else { Err(ReadyError::TwoLedgers) }
+    }
+
+    /// Takes the place from which usage is read: `GET /v1/organization/usage/completions` answers from now on.
+    ///
+    /// # Errors
+    /// There is one already.
+    pub fn read_usage(&self, ledger: Location) -> Result<(), ReadyError> {
+        if self.state.set_usage(Reader::new(ledger)) { Ok(()) } else { Err(ReadyError::TwoLedgers) }
     }
 
     /// Takes a figure of the device that computes, for `/metrics`; none is "not known".

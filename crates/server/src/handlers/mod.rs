@@ -7,6 +7,7 @@ mod admission;
 mod generate;
 mod info;
 mod pool;
+mod usage;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -150,6 +151,8 @@ async fn dispatch(
         Target::Model => info::model(state, rest.unwrap_or_default()),
         Target::Tokenize => info::tokenize(state, request).await,
         Target::Detokenize => info::detokenize(state, request).await,
+        // No key has a name yet: all belong to the application without one.
+        Target::Usage => usage::usage(state, request.uri(), usage::Sees::Own("")).await,
         Target::Version => Ok(info::version()),
         Target::OpenApi => Ok(info::openapi()),
         Target::Health | Target::HealthLive => Ok(health::answer(state, Probe::Live)),

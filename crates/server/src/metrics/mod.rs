@@ -5,6 +5,7 @@
 
 mod device;
 mod histogram;
+mod ledger;
 mod render;
 
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 pub(crate) use device::Device;
 pub use device::DeviceFigure;
 pub(crate) use histogram::Histogram;
-pub(crate) use render::{CONTENT_TYPE, EngineView, render};
+pub(crate) use render::{CONTENT_TYPE, EngineView, LedgerView, render};
 
 use crate::routes::{ROUTES, RouteId};
 

@@ -5,8 +5,10 @@
 use std::fmt::Write as _;
 
 use mirai_engine::{BLOCK_TOKENS, Counters, STEP_TOKEN_BOUNDS};
+use mirai_ledger::Ledger;
 
 use super::{CLASSES, DeviceFigure, Ended, Histogram, Metrics, Refused, Reloaded};
+use crate::events::EventCounters;
 use crate::routes::ROUTES;
 
 /// What Prometheus expects.
@@ -21,18 +23,25 @@ pub(crate) struct EngineView<'a> {
     pub(crate) oldest_queued_seconds: f64,
 }
 
-struct Page {
+/// What a scrape sees of accounting.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct LedgerView<'a> {
+    pub(crate) ledger: Option<&'a Ledger>,
+    pub(crate) events: Option<&'a EventCounters>,
+}
+
+pub(super) struct Page {
     out: String,
     /// `engine="0",model_name="..."`, for the aliases.
     labels: String,
 }
 
 impl Page {
-    fn family(&mut self, name: &str, kind: &str, help: &str) {
+    pub(super) fn family(&mut self, name: &str, kind: &str, help: &str) {
         let _ = writeln!(self.out, "# HELP {name} {help}\n# TYPE {name} {kind}");
     }
 
-    fn sample(&mut self, name: &str, labels: &str, value: f64) {
+    pub(super) fn sample(&mut self, name: &str, labels: &str, value: f64) {
         let _ = if labels.is_empty() {
             writeln!(self.out, "{name} {value}")
         } else {
@@ -40,7 +49,7 @@ impl Page {
         };
     }
 
-    fn single(&mut self, name: &str, kind: &str, help: &str, value: f64) {
+    pub(super) fn single(&mut self, name: &str, kind: &str, help: &str, value: f64) {
         self.family(name, kind, help);
         self.sample(name, "", value);
     }
@@ -58,7 +67,15 @@ impl Page {
     }
 
     /// A histogram of which `rows` are (bound, observations up to it).
-    fn buckets(&mut self, name: &str, help: &str, labels: &str, rows: &[(f64, u64)], sum: f64, count: u64) {
+    pub(super) fn buckets(
+        &mut self,
+        name: &str,
+        help: &str,
+        labels: &str,
+        rows: &[(f64, u64)],
+        sum: f64,
+        count: u64,
+    ) {
         self.family(name, "histogram", help);
         let comma = if labels.is_empty() { "" } else { "," };
         for (bound, value) in rows {
@@ -76,6 +93,7 @@ pub(crate) fn render(
     engine: Option<EngineView<'_>>,
     draining: bool,
     tasks: usize,
+    ledger: LedgerView<'_>,
 ) -> String {
     let labels =
         engine.map_or_else(String::new, |e| format!("engine=\"0\",model_name=\"{}\"", escape(e.model)));
@@ -90,6 +108,12 @@ pub(crate) fn render(
     reloads(&mut page, metrics);
     requests(&mut page, metrics);
     device(&mut page, metrics);
+    if let Some(ledger) = ledger.ledger {
+        super::ledger::ledger(&mut page, ledger);
+    }
+    if let Some(events) = ledger.events {
+        super::ledger::events(&mut page, events);
+    }
     for (name, help, histogram) in own_histograms(metrics) {
         page.histogram(name, help, "", histogram);
     }
@@ -300,7 +324,7 @@ fn aliases(page: &mut Page, m: &Metrics, view: EngineView<'_>) {
 }
 
 /// Label values: backslash, quote and line feed.
-fn escape(value: &str) -> String {
+pub(super) fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
@@ -335,7 +359,7 @@ mod tests {
         // Steps of 300 and of 20,000 tokens.
         (counters.steps_by_tokens[7], counters.steps_by_tokens[13]) = (1, 1);
         let view = EngineView { model: "a\"b", counters: &counters, oldest_queued_seconds: 0.0 };
-        let page = render(&metrics, Some(view), false, 3);
+        let page = render(&metrics, Some(view), false, 3, LedgerView::default());
         let map = series(&page);
         assert_eq!(map["vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"a\\\"b\"}"], 0.5);
         let steps = |suffix: &str, le: &str| {
@@ -365,7 +389,7 @@ mod tests {
 
     #[test]
     fn without_a_model_there_are_no_aliases() {
-        let page = render(&Metrics::new(), None, true, 0);
+        let page = render(&Metrics::new(), None, true, 0, LedgerView::default());
         assert!(!page.contains("vllm:"));
         assert_eq!(series(&page)["mirai_draining"], 1.0);
     }

@@ -18,3 +18,4 @@ mod reasoning;
 mod slow;
 mod support;
 mod tls;
+mod usage;
