@@ -3,11 +3,13 @@
 //! Owns the parameters and their bounds. Who calls sees what its own application used, unless it may see all.
 
 use hyper::Uri;
+use mirai_ledger::Scope;
 use mirai_ledger::date::{DAY, HOUR, MINUTE, SECOND};
 use mirai_ledger::store::sqlite::system_micros;
 use mirai_ledger::store::{Grouping, MAX_FILTER, UsageQuery, UsageRow};
 
 use crate::api::usage::{UsageBucket, UsagePage, UsageResult};
+use crate::auth::Caller;
 use crate::error::ApiError;
 use crate::http::reply::Reply;
 use crate::routes;
@@ -27,6 +29,12 @@ pub(crate) enum Sees<'a> {
     All,
     /// That of one application.
     Own(&'a str),
+}
+
+impl<'a> Sees<'a> {
+    pub(crate) fn of(caller: &'a Caller) -> Self {
+        if caller.scopes.has(Scope::Admin) { Self::All } else { Self::Own(&caller.application) }
+    }
 }
 
 /// What was asked for.

@@ -5,16 +5,19 @@
 
 mod device;
 mod histogram;
+pub(crate) mod identity;
 mod ledger;
 mod render;
+mod usage;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 pub(crate) use device::Device;
 pub use device::DeviceFigure;
 pub(crate) use histogram::Histogram;
-pub(crate) use render::{CONTENT_TYPE, EngineView, LedgerView, render};
+pub(crate) use render::{CONTENT_TYPE, EngineView, render};
 
 use crate::routes::{ROUTES, RouteId};
 
@@ -95,17 +98,20 @@ impl Refused {
 pub(crate) enum Reloaded {
     ApiKeys,
     Certificates,
+    /// Applications, and the secrets beside them.
+    Identity,
 }
 
 impl Reloaded {
-    pub(crate) const ALL: [(Self, &'static str); 2] =
-        [(Self::ApiKeys, "api_keys"), (Self::Certificates, "certificates")];
+    pub(crate) const ALL: [(Self, &'static str); 3] =
+        [(Self::ApiKeys, "api_keys"), (Self::Certificates, "certificates"), (Self::Identity, "identity")];
 
     /// In words.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::ApiKeys => "API keys",
             Self::Certificates => "TLS certificates",
+            Self::Identity => "applications and their secrets",
         }
     }
 }
@@ -140,7 +146,9 @@ pub(crate) struct Metrics {
     finished: [Counter; 4],
     refused: [Counter; 8],
     /// By [`Reloaded`]: taken, and refused because the files are not usable.
-    reloads: [[Counter; 2]; 2],
+    reloads: [[Counter; 2]; 3],
+    /// Who was let in.
+    pub(crate) identity: Arc<identity::IdentityMetrics>,
     /// Open connections.
     pub(crate) connections: Gauge,
     /// Connections accepted.
@@ -204,6 +212,7 @@ impl Metrics {
             finished: Default::default(),
             refused: Default::default(),
             reloads: Default::default(),
+            identity: Arc::default(),
             connections: Gauge::default(),
             accepted: Counter::default(),
             accept_errors: Counter::default(),

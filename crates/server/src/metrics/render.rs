@@ -7,6 +7,9 @@ use std::fmt::Write as _;
 use mirai_engine::{BLOCK_TOKENS, Counters, STEP_TOKEN_BOUNDS};
 use mirai_ledger::Ledger;
 
+use super::identity::{Credential, Decision, IdentityMetrics, Lookup};
+use super::ledger::ledger;
+use super::usage::{by_application, events};
 use super::{CLASSES, DeviceFigure, Ended, Histogram, Metrics, Refused, Reloaded};
 use crate::events::EventCounters;
 use crate::routes::ROUTES;
@@ -21,13 +24,6 @@ pub(crate) struct EngineView<'a> {
     pub(crate) counters: &'a Counters,
     /// Age of the oldest queued request, seconds.
     pub(crate) oldest_queued_seconds: f64,
-}
-
-/// What a scrape sees of accounting.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct LedgerView<'a> {
-    pub(crate) ledger: Option<&'a Ledger>,
-    pub(crate) events: Option<&'a EventCounters>,
 }
 
 pub(super) struct Page {
@@ -91,9 +87,10 @@ impl Page {
 pub(crate) fn render(
     metrics: &Metrics,
     engine: Option<EngineView<'_>>,
+    rows: Option<&Ledger>,
     draining: bool,
     tasks: usize,
-    ledger: LedgerView<'_>,
+    told: Option<&EventCounters>,
 ) -> String {
     let labels =
         engine.map_or_else(String::new, |e| format!("engine=\"0\",model_name=\"{}\"", escape(e.model)));
@@ -106,13 +103,15 @@ pub(crate) fn render(
     page.single("mirai_tasks", "gauge", "Asynchronous tasks alive.", tasks as f64);
     http(&mut page, metrics);
     reloads(&mut page, metrics);
+    identity(&mut page, &metrics.identity);
     requests(&mut page, metrics);
     device(&mut page, metrics);
-    if let Some(ledger) = ledger.ledger {
-        super::ledger::ledger(&mut page, ledger);
+    if let Some(rows) = rows {
+        ledger(&mut page, rows);
+        by_application(&mut page, rows);
     }
-    if let Some(events) = ledger.events {
-        super::ledger::events(&mut page, events);
+    if let Some(counters) = told {
+        events(&mut page, counters);
     }
     for (name, help, histogram) in own_histograms(metrics) {
         page.histogram(name, help, "", histogram);
@@ -163,6 +162,24 @@ fn reloads(page: &mut Page, metrics: &Metrics) {
     for (what, label) in Reloaded::ALL {
         for (result, value) in ["taken", "refused"].iter().zip(metrics.reloads(what)) {
             page.sample(name, &format!("files=\"{label}\",result=\"{result}\""), value as f64);
+        }
+    }
+}
+
+fn identity(page: &mut Page, metrics: &IdentityMetrics) {
+    let name = "mirai_identity_decisions_total";
+    page.family(name, "counter", "Callers by what they presented and what was decided.");
+    for (credential, credential_label) in Credential::ALL {
+        for (decision, decision_label) in Decision::ALL {
+            let labels = format!("credential=\"{credential_label}\",decision=\"{decision_label}\"");
+            page.sample(name, &labels, metrics.decisions(credential, decision) as f64);
+        }
+    }
+    let name = "mirai_identity_lookups_total";
+    page.family(name, "counter", "Calls to identity providers, and whether they were answered.");
+    for (what, label) in Lookup::ALL {
+        for (result, value) in ["answered", "failed"].iter().zip(metrics.lookups(what)) {
+            page.sample(name, &format!("result=\"{result}\",what=\"{label}\""), value as f64);
         }
     }
 }
@@ -248,6 +265,13 @@ fn engine_metrics(page: &mut Page, view: EngineView<'_>) {
         ("mirai_integrity_failures_total", "counter", "Violated invariants.", c.integrity_failures as f64),
     ] {
         page.single(name, kind, help, value);
+    }
+    let name = "mirai_energy_joules_total";
+    page.family(name, "counter", "Energy of the devices: of requests, and while no step ran.");
+    for (state, microjoules) in
+        [("attributed", c.energy_attributed_microjoules), ("idle", c.energy_idle_microjoules)]
+    {
+        page.sample(name, &format!("state=\"{state}\""), microjoules as f64 * 1e-6);
     }
     step_sizes(page, "mirai_engine_iteration_tokens", "", c);
     page.family("mirai_kv_blocks", "gauge", "KV blocks by state.");
@@ -359,7 +383,7 @@ mod tests {
         // Steps of 300 and of 20,000 tokens.
         (counters.steps_by_tokens[7], counters.steps_by_tokens[13]) = (1, 1);
         let view = EngineView { model: "a\"b", counters: &counters, oldest_queued_seconds: 0.0 };
-        let page = render(&metrics, Some(view), false, 3, LedgerView::default());
+        let page = render(&metrics, Some(view), None, false, 3, None);
         let map = series(&page);
         assert_eq!(map["vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"a\\\"b\"}"], 0.5);
         let steps = |suffix: &str, le: &str| {
@@ -389,7 +413,7 @@ mod tests {
 
     #[test]
     fn without_a_model_there_are_no_aliases() {
-        let page = render(&Metrics::new(), None, true, 0, LedgerView::default());
+        let page = render(&Metrics::new(), None, None, true, 0, None);
         assert!(!page.contains("vllm:"));
         assert_eq!(series(&page)["mirai_draining"], 1.0);
     }
