@@ -6,6 +6,7 @@
 mod device;
 mod layers;
 mod ledger;
+mod usage;
 
 use std::path::PathBuf;
 
@@ -16,6 +17,7 @@ use mirai_server::{IdentityConfig, ServerConfig};
 pub(crate) use device::Device;
 pub(crate) use layers::{ConfigError, Flag, load};
 pub(crate) use ledger::LedgerConfig;
+pub(crate) use usage::UsageConfig;
 
 /// Everything the server can be told. `mirai check-config` prints it; each field is also a key of the TOML file
 /// and, as `MIRAI__SECTION__KEY`, an environment variable.
@@ -30,6 +32,8 @@ pub(crate) struct Config {
     pub(crate) server: ServerConfig,
     /// Accounting for requests.
     pub(crate) ledger: LedgerConfig,
+    /// What usage costs, and who else is told of it.
+    pub(crate) usage: UsageConfig,
     /// Who may call.
     pub(crate) identity: IdentityConfig,
     /// What is written about it.

@@ -14,7 +14,7 @@ use crate::config::Config;
 use crate::exit::Failure;
 #[cfg(not(feature = "test-hooks"))]
 use crate::load;
-use crate::{device, ledger, logging};
+use crate::{device, ledger, logging, usage};
 
 /// Resolves all layers and checks what can be checked without touching the machine.
 fn configuration(args: &ServeArgs) -> Result<Config, Failure> {
@@ -22,6 +22,7 @@ fn configuration(args: &ServeArgs) -> Result<Config, Failure> {
     check_engine(&config)?;
     device::check(&config)?;
     ledger::check(&config.ledger)?;
+    usage::check(&config.usage, config.ledger.store.is_some())?;
     config.server.validate().map_err(Failure::usage)?;
     Ok(config)
 }
@@ -103,11 +104,10 @@ where
     let for_load = handle.clone();
     let loading = tokio::task::spawn_blocking(move || {
         // First: a store that cannot be had should not cost a load.
-        if let Some(accounting) = ledger::start(&config.ledger)? {
+        if let Some(accounting) = ledger::start(&config.ledger, &config.usage)? {
+            let replica = accounting.replica.clone();
             for_load.account(accounting).map_err(Failure::run)?;
-            if let Some(location) = ledger::place(&config.ledger)? {
-                for_load.read_usage(location).map_err(Failure::run)?;
-            }
+            usage::start(&config, &replica, &for_load)?;
         }
         let model = load(&config, &for_load)?;
         for_load.ready(model).map_err(Failure::run)?;

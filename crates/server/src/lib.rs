@@ -42,6 +42,7 @@ pub use auth::{
     IdentitySummary, IntrospectionConfig, IssuerConfig, KeyFileError, MAX_KEYS, Unknown, read_keys,
 };
 pub use config::{ConfigError, Limits, ServerConfig, Timeouts, TlsConfig};
+pub use events::{EventsError, UsageEvents};
 pub use file::FileError;
 pub use http::client::BundleError;
 pub use http::tls::TlsError;

@@ -3,6 +3,7 @@
 //! Owns the order of each command. Formats, sums and erasing belong to `mirai-ledger`.
 
 mod args;
+mod serve;
 
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use mirai_ledger::{State, StoreError, date, event, registry_json, verify};
 
 pub(crate) use args::UsageArgs;
 use args::{BeforeArgs, LedgerArgs, ReportArgs, RowsArgs, UsageCommand, grouping};
+pub(crate) use serve::{check, start};
 
 use crate::config::LedgerConfig;
 use crate::exit::Failure;
@@ -31,7 +33,7 @@ pub(crate) fn run(args: &UsageArgs) -> Result<(), Failure> {
         Some(UsageCommand::Rows(args)) => rows(args, &mut out),
         Some(UsageCommand::Anonymize(args)) => anonymize(args, system_micros()),
         Some(UsageCommand::Purge(args)) => purge(args, system_micros()),
-        Some(UsageCommand::Verify(args)) => check(args, &mut out),
+        Some(UsageCommand::Verify(args)) => verified(args, &mut out),
         Some(UsageCommand::Registry) => registry(&mut out),
     }?;
     notes.iter().for_each(|note| say(note));
@@ -237,7 +239,7 @@ fn purge(args: &BeforeArgs, now: i64) -> Result<Notes, Failure> {
     }
 }
 
-fn check(args: &LedgerArgs, out: &mut (dyn Write + Send)) -> Result<Notes, Failure> {
+fn verified(args: &LedgerArgs, out: &mut (dyn Write + Send)) -> Result<Notes, Failure> {
     let location = place(args)?;
     let failed = store_failure(&location);
     let key = ledger::chain_key(args.chain_key_file.as_deref())?;

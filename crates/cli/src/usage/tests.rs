@@ -77,7 +77,7 @@ impl Bed {
             Some(UsageCommand::Rows(args)) => rows(args, &mut out),
             Some(UsageCommand::Anonymize(args)) => anonymize(args, now),
             Some(UsageCommand::Purge(args)) => purge(args, now),
-            Some(UsageCommand::Verify(args)) => check(args, &mut out),
+            Some(UsageCommand::Verify(args)) => verified(args, &mut out),
             Some(UsageCommand::Registry) => registry(&mut out),
         }?;
         Ok((String::from_utf8(out).unwrap(), notes))

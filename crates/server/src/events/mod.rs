@@ -4,6 +4,9 @@
 //! are to tell is the ledger's; how bytes travel is the [`Deliver`]er's. An event that is refused holds up those
 //! behind it, and says so by its lag: what is billed elsewhere must not be lost quietly.
 
+mod post;
+
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -16,6 +19,9 @@ use mirai_ledger::location::Location;
 use mirai_ledger::price::PriceBook;
 use mirai_ledger::store::sqlite::system_micros;
 use mirai_ledger::store::{Batch, Outbox};
+
+pub use post::EventsError;
+pub(crate) use post::Post;
 
 /// The consumer's name in the store: one, because there is one address.
 const CONSUMER: &str = "events";
@@ -31,8 +37,35 @@ const LOOK: Duration = Duration::from_secs(1);
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 const MOST_WAIT: Duration = Duration::from_secs(60);
 
+/// Where usage events go, and what they say.
+#[derive(Clone, Debug)]
+pub struct UsageEvents {
+    /// Whose rows.
+    pub ledger: Location,
+    /// `https://`, or `http://` where no token is sent.
+    pub url: String,
+    /// File with a bearer token; read again when events are sent.
+    pub token_file: Option<PathBuf>,
+    /// Authorities to trust instead of the system's.
+    pub ca_bundle: Option<PathBuf>,
+    /// What events say.
+    pub options: EventOptions,
+    /// Costs in them.
+    pub prices: Option<Arc<PriceBook>>,
+    /// This process's name among the replicas.
+    pub holder: String,
+}
+
 /// How events reach their receiver.
 pub(crate) trait Deliver: Send + Sync + 'static {
+    /// Called before some events are delivered.
+    ///
+    /// # Errors
+    /// They cannot be now.
+    fn prepare(&self) -> impl Future<Output = Result<(), String>> + Send {
+        std::future::ready(Ok(()))
+    }
+
     /// Returns once the receiver has taken the event.
     ///
     /// # Errors
@@ -95,6 +128,19 @@ async fn blocking<T: Send + 'static>(
     let (value, outbox) = work.await.unwrap_or_else(gone)?;
     *store = Some(outbox);
     Ok(value)
+}
+
+impl Exporter<Post> {
+    pub(crate) fn new(events: UsageEvents) -> Result<Self, EventsError> {
+        Ok(Self {
+            deliver: Post::new(&events.url, events.token_file, events.ca_bundle.as_deref())?,
+            location: events.ledger,
+            options: events.options,
+            prices: events.prices,
+            counters: Arc::default(),
+            holder: events.holder,
+        })
+    }
 }
 
 impl<D: Deliver> Exporter<D> {
@@ -181,6 +227,11 @@ impl<D: Deliver> Exporter<D> {
 
     /// Delivers events, some at once. Returns those that failed.
     async fn attempt(&self, events: Vec<Event>) -> Vec<Event> {
+        if let Err(reason) = self.deliver.prepare().await {
+            self.counters.failures.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(reason, "usage events cannot be sent");
+            return events;
+        }
         let one = |event: Event| async move {
             match self.deliver.deliver(&event).await {
                 Ok(()) => {
