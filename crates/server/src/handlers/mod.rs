@@ -8,6 +8,7 @@ mod admission;
 mod generate;
 mod info;
 mod pool;
+mod usage;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -172,6 +173,7 @@ async fn dispatch(
         Target::Model => info::model(state, rest.unwrap_or_default()),
         Target::Tokenize => info::tokenize(state, request).await,
         Target::Detokenize => info::detokenize(state, request).await,
+        Target::Usage => usage::usage(state, request.uri(), usage::Sees::of(&caller)).await,
         Target::Version => Ok(info::version()),
         Target::OpenApi => Ok(info::openapi()),
         Target::Health | Target::HealthLive => Ok(health::answer(state, Probe::Live)),

@@ -11,7 +11,9 @@ use mirai_ledger::quota::Quotas;
 use super::identity::{Credential, Decision, IdentityMetrics, Lookup};
 use super::ledger::ledger;
 use super::quota;
+use super::usage::{by_application, events};
 use super::{CLASSES, DeviceFigure, Ended, Histogram, Metrics, Refused, Reloaded};
+use crate::events::EventCounters;
 use crate::routes::ROUTES;
 
 /// What Prometheus expects.
@@ -26,6 +28,15 @@ pub(crate) struct EngineView<'a> {
     pub(crate) oldest_queued_seconds: f64,
 }
 
+/// What a scrape sees of the rest of the server: what is not there, or not yet, has no metrics.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Seen<'a> {
+    pub(crate) engine: Option<EngineView<'a>>,
+    pub(crate) rows: Option<&'a Ledger>,
+    pub(crate) quotas: Option<&'a Quotas>,
+    pub(crate) told: Option<&'a EventCounters>,
+}
+
 pub(super) struct Page {
     out: String,
     /// `engine="0",model_name="..."`, for the aliases.
@@ -33,11 +44,11 @@ pub(super) struct Page {
 }
 
 impl Page {
-    fn family(&mut self, name: &str, kind: &str, help: &str) {
+    pub(super) fn family(&mut self, name: &str, kind: &str, help: &str) {
         let _ = writeln!(self.out, "# HELP {name} {help}\n# TYPE {name} {kind}");
     }
 
-    fn sample(&mut self, name: &str, labels: &str, value: f64) {
+    pub(super) fn sample(&mut self, name: &str, labels: &str, value: f64) {
         let _ = if labels.is_empty() {
             writeln!(self.out, "{name} {value}")
         } else {
@@ -84,14 +95,8 @@ impl Page {
 }
 
 /// Writes the page. The aliases and the engine's own metrics appear once a model is loaded.
-pub(crate) fn render(
-    metrics: &Metrics,
-    engine: Option<EngineView<'_>>,
-    rows: Option<&Ledger>,
-    quotas: Option<&Quotas>,
-    draining: bool,
-    tasks: usize,
-) -> String {
+pub(crate) fn render(metrics: &Metrics, seen: Seen<'_>, draining: bool, tasks: usize) -> String {
+    let Seen { engine, rows, quotas, told } = seen;
     let labels =
         engine.map_or_else(String::new, |e| format!("engine=\"0\",model_name=\"{}\"", escape(e.model)));
     let mut page = Page { out: String::with_capacity(32 << 10), labels };
@@ -108,6 +113,10 @@ pub(crate) fn render(
     device(&mut page, metrics);
     if let Some(rows) = rows {
         ledger(&mut page, rows);
+        by_application(&mut page, rows);
+    }
+    if let Some(counters) = told {
+        events(&mut page, counters);
     }
     if let Some(quotas) = quotas {
         quota::quotas(&mut page, quotas);
@@ -358,7 +367,7 @@ fn aliases(page: &mut Page, m: &Metrics, view: EngineView<'_>) {
 }
 
 /// Label values: backslash, quote and line feed.
-fn escape(value: &str) -> String {
+pub(super) fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
@@ -394,7 +403,7 @@ mod tests {
         (counters.steps_by_tokens[7], counters.steps_by_tokens[13]) = (1, 1);
         counters.energy_idle_microjoules = 2_500_000;
         let view = EngineView { model: "a\"b", counters: &counters, oldest_queued_seconds: 0.0 };
-        let page = render(&metrics, Some(view), None, false, 3);
+        let page = render(&metrics, Seen { engine: Some(view), ..Seen::default() }, false, 3);
         let map = series(&page);
         assert_eq!(map["vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"a\\\"b\"}"], 0.5);
         let steps = |suffix: &str, le: &str| {
@@ -426,7 +435,7 @@ mod tests {
 
     #[test]
     fn without_a_model_there_are_no_aliases() {
-        let page = render(&Metrics::new(), None, None, true, 0);
+        let page = render(&Metrics::new(), Seen::default(), true, 0);
         assert!(!page.contains("vllm:"));
         assert_eq!(series(&page)["mirai_draining"], 1.0);
     }

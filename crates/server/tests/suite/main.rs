@@ -22,4 +22,5 @@ mod signer;
 mod slow;
 mod support;
 mod tls;
+mod usage;
 mod world;
