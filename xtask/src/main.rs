@@ -65,6 +65,14 @@ enum Task {
         /// Then prove that they notice faults (long).
         #[arg(long)]
         faults: bool,
+        /// Run the server's black-box suites on the emulated GPU instead (minutes). Needs `MIRAI_TEST_PYTHON`, a Python with
+        /// the package `openai`.
+        #[arg(long, conflicts_with_all = ["faults", "driver"])]
+        server: bool,
+        /// Run the CUDA backend's tests and a server on an emulated driver with AddressSanitizer instead, which watches what
+        /// lies between the regions of device memory (long).
+        #[arg(long, conflicts_with_all = ["faults", "driver", "server"])]
+        watched: bool,
         /// Only build the emulated driver, cublasLt and NVML, in `target/cuda-emu/driver` (`-address`).
         #[arg(long, conflicts_with = "faults")]
         driver: bool,
@@ -105,6 +113,8 @@ fn main() -> ExitCode {
             _ => kernels::Mode::Build,
         }),
         Task::CudaEmu { driver: true, sanitize, .. } => emulation::build_driver(sanitize),
+        Task::CudaEmu { watched: true, .. } => emulation::watched(),
+        Task::CudaEmu { server: true, .. } => emulation::server(),
         Task::CudaEmu { faults, .. } => emulation::check()
             .and_then(|()| emulation::goldens())
             .and_then(|()| if faults { emulation::faults() } else { Ok(()) }),

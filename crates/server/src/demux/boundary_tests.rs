@@ -52,6 +52,8 @@ fn served() -> ServedModel {
     ServedModel {
         names: vec!["m".to_owned()],
         revision: String::new(),
+        estimate: None,
+        footprint: None,
         task: Task::Generate,
         max_model_len: 64,
         tokenizer: Tokenizer::from_json_bytes(tokenizer.to_string().as_bytes()).unwrap(),

@@ -155,7 +155,7 @@ impl Call {
         if *reason == FinishReason::Fault(RowFault::NonFinite) {
             metrics.corrupted.inc();
         }
-        metrics.wasted_tokens.add(self.settlement.part_ended(reason, true, usage, 0));
+        metrics.wasted_tokens.add(self.settlement.part_ended(reason, true, usage, 0, None));
         metrics.preemptions.observe(f64::from(usage.preemptions));
         if let Some(scheduled) = self.scheduled[index] {
             metrics.inference.observe_time(now.saturating_duration_since(scheduled));

@@ -6,11 +6,13 @@ use std::time::Duration;
 use mirai_engine::{AdmissionError, Time};
 
 use crate::account::{Account, Charge};
+use crate::auth::{Attribution, Caller};
 use crate::config::seconds;
 use crate::demux::sink::LeaveGuard;
 use crate::error::ApiError;
 use crate::http::reply::Scope;
 use crate::metrics::Refused;
+use crate::quota::Held;
 use crate::state::{Live, State};
 
 /// The model, or a counted refusal.
@@ -25,10 +27,24 @@ pub(super) fn serving(state: &State) -> Result<&Arc<Live>, ApiError> {
     state.loaded()
 }
 
-/// Opens the request's row, if rows are written.
-pub(super) fn account(state: &State, charge: &Charge<'_>) -> Result<Account, ApiError> {
-    let Some(accounting) = state.accounting() else { return Ok(Account::default()) };
-    accounting.open(charge, &state.auth).inspect_err(|_| state.metrics.refused(Refused::Ledger))
+/// The caller as its body names it. Whoever that is must be allowed here too.
+pub(super) fn attributed(
+    state: &State,
+    caller: Caller,
+    attribution: &Attribution,
+    scope: &mut Scope,
+) -> Result<Caller, ApiError> {
+    let caller = state.auth.attributed(caller, attribution)?;
+    scope.called_by(&caller);
+    scope.route.map_or(Ok(()), |route| route.route().access.admits(&caller))?;
+    Ok(caller)
+}
+
+/// Opens the request's row, if rows are written; its end settles what was taken of its application's limits.
+pub(super) fn account(state: &State, charge: &Charge<'_>, held: Held) -> Result<Account, ApiError> {
+    let open = state.accounting().map(|accounting| accounting.open(charge, &state.auth)).transpose();
+    let open = open.inspect_err(|_| state.metrics.refused(Refused::Ledger))?;
+    Ok(Account::new(open, held.take(), charge.prompt_tokens))
 }
 
 /// When the request ends whatever its state, on the engine's clock: the caller's patience, but no longer than the

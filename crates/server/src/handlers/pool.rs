@@ -10,9 +10,10 @@ use std::time::Duration;
 use hyper::Request;
 use hyper::body::Incoming;
 use mirai_engine::{AdmissionError, EngineHandle, EngineRequest, SamplingParams, Task};
+use mirai_ledger::quota::Demand;
 use tokio::sync::{oneshot, watch};
 
-use super::admission::{account, deadline, refusal, refused, serving};
+use super::admission::{account, attributed, deadline, refusal, refused, serving};
 use super::judged;
 use crate::account::{Charge, Needs};
 use crate::auth::{self, Caller};
@@ -22,6 +23,7 @@ use crate::error::ApiError;
 use crate::http::reply::{Reply, Scope};
 use crate::pooling::answer::{self, Identity, Shape, Style};
 use crate::pooling::{self, Body, PoolingRequest};
+use crate::quota;
 use crate::state::{Live, State};
 
 /// Items of one call that are with the engine at the same time.
@@ -66,8 +68,7 @@ pub(crate) async fn pool(
     .await?;
     // The drain may have begun while the body came.
     serving(state)?;
-    let caller = state.auth.attributed(caller, &judged.attribution)?;
-    scope.tenant = caller.tenant.0;
+    let caller = attributed(state, caller, &judged.attribution, scope)?;
     admit(state, &live, judged, &caller, scope).await
 }
 
@@ -83,6 +84,8 @@ async fn admit(
     let count = items.len() as u32;
     let first = state.ids.engine(count);
     let tokens = items.iter().map(|item| item.len() as u64).sum();
+    let demand = Demand { prompt_tokens: tokens, max_output_tokens: 0, choices: 0 };
+    let held = quota::reserve(state, caller, demand).await?;
     let template = EngineRequest {
         task: Task::Pool,
         id: first,
@@ -111,7 +114,7 @@ async fn admit(
         prompt_tokens: tokens,
         caller,
     };
-    let account = account(state, &charge)?;
+    let account = account(state, &charge, held)?;
     let ticket = Arc::new(Ticket::new(tokens));
     let (sink, answer) = oneshot::channel();
     let (progress, ended) = watch::channel(0);

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use mirai_engine::sim::{Draw, DrawFn, PoolFn, SimConfig, SimExecutor};
 use mirai_engine::{EngineConfig, EngineHandle, Geometry, GroupKind};
 use mirai_ledger::Ledger;
+use mirai_ledger::quota::Quotas;
 use mirai_server::{
     Accounting, ExitReason, FimTokens, GenerationDefaults, ServedModel, Server, ServerConfig, ServerHandle,
     Task,
@@ -110,6 +111,8 @@ pub struct Options {
     pub setup: fn(&mut ServedModel),
     /// What requests are accounted in.
     pub ledger: Option<Ledger>,
+    /// What counts limits.
+    pub quotas: Option<Quotas>,
 }
 
 impl Default for Options {
@@ -129,6 +132,7 @@ impl Default for Options {
             task: Task::Generate,
             setup: |_| {},
             ledger: None,
+            quotas: None,
         }
     }
 }
@@ -137,6 +141,7 @@ impl Default for Options {
 pub struct TestServer {
     pub address: SocketAddr,
     pub metrics_address: Option<SocketAddr>,
+    pub admin_address: Option<SocketAddr>,
     pub handle: ServerHandle,
     pub engine: EngineHandle,
     pub run: JoinHandle<ExitReason>,
@@ -170,6 +175,8 @@ pub fn model(options: &Options) -> ServedModel {
     let mut model = ServedModel {
         names: vec![MODEL.to_owned(), ALIAS.to_owned()],
         revision: String::new(),
+        estimate: None,
+        footprint: None,
         max_model_len: CONTEXT,
         tokenizer,
         template: options
@@ -195,13 +202,17 @@ impl TestServer {
         let server = Server::bind(options.config.clone()).await.unwrap();
         let handle = server.handle();
         let (address, metrics_address) = (server.local_addr(), server.metrics_addr());
+        let admin_address = server.admin_addr();
         if let Some(ledger) = options.ledger.take() {
             handle.account(Accounting { ledger, replica: "pod-0".to_owned() }).unwrap();
+        }
+        if let Some(quotas) = options.quotas.take() {
+            handle.quotas(quotas).unwrap();
         }
         let served = model(&options);
         let engine = served.engine.clone();
         handle.ready(served).unwrap();
-        Self { address, metrics_address, handle, engine, run: tokio::spawn(server.run()) }
+        Self { address, metrics_address, admin_address, handle, engine, run: tokio::spawn(server.run()) }
     }
 
     pub async fn plain() -> Self {
