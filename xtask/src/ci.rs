@@ -10,6 +10,9 @@ use crate::{coverage, emulation, kernels};
 /// The README's test command, word for word.
 const TEST: [&str; 2] = ["test", "--workspace"];
 
+/// Has tests fail, instead of saying that they are skipped, where the emulated CUDA driver is not found.
+const EMULATED: (&str, &str) = ("MIRAI_TEST_REQUIRES_EMULATED_DRIVER", "1");
+
 /// Where instrumented artifacts lie: cargo cannot tell them from plain ones, and either would be taken for the
 /// other in one folder. Lints run there too and share what both need: build scripts, procedural macros.
 const TARGET: &str = "target/coverage";
@@ -18,7 +21,7 @@ pub(crate) fn run() -> Result<()> {
     shell::run("cargo", &["fmt", "--all", "--check"])?;
     shell::run("cargo", &["deny", "--log-level", "error", "check", "bans", "licenses", "sources"])?;
     shell::run_command(cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
-    // The tests of the CUDA backend run on it; without it they are skipped.
+    // The tests of the CUDA backend run on it.
     emulation::build_driver(None)?;
     test_under_coverage()?;
     emulation::check()?;
@@ -42,7 +45,9 @@ fn test_under_coverage() -> Result<()> {
         command
     };
     shell::run_command(with_env(&["llvm-cov", "clean", "--workspace", "--profraw-only"]))?;
-    shell::run_command(with_env(&TEST))?;
+    let mut test = with_env(&TEST);
+    test.env(EMULATED.0, EMULATED.1);
+    shell::run_command(test)?;
     let report = root().join("target/coverage.json");
     let path = report.to_str().context("the workspace's path is not UTF-8")?;
     shell::run_command(with_env(&["llvm-cov", "report", "--json", "--summary-only", "--output-path", path]))?;
@@ -65,6 +70,14 @@ mod tests {
         assert_eq!(parse_env("A='b c'"), Some(("A".into(), "b c".into())));
         assert_eq!(parse_env("export A=b=c"), Some(("A".into(), "b=c".into())));
         assert_eq!(parse_env("nonsense"), None);
+    }
+
+    #[test]
+    fn tests_know_the_variable_that_forbids_them_to_skip() {
+        for support in ["crates/cuda/tests/support/mod.rs", "crates/cli/tests/support/mod.rs"] {
+            let text = std::fs::read_to_string(root().join(support)).unwrap();
+            assert!(text.contains(&format!("\"{}\"", EMULATED.0)), "{support}");
+        }
     }
 
     #[test]

@@ -116,6 +116,15 @@ fn a_driver_that_is_too_old_is_as_good_as_none() {
     assert!(text.contains("device: cpu (the CUDA driver supports CUDA 12.8"), "{text}");
 }
 
+/// What the server lets a request ask for, and what a row has room for on the device, are in different crates.
+#[test]
+fn a_row_has_room_for_all_edits_that_a_request_may_ask_for() {
+    use mirai_server::api::bounds;
+    // A word is forbidden in two spellings; 32 tokens of the model that end a text are more than any has.
+    let most = bounds::LOGIT_BIAS + bounds::STOP_TOKEN_IDS + 2 * bounds::BAD_WORDS + 32;
+    assert!(most <= mirai_cuda::EDITS_A_ROW, "{most} edits, room for {}", mirai_cuda::EDITS_A_ROW);
+}
+
 #[test]
 fn a_gpu_that_dies_ends_the_stream_and_the_process() {
     let name = "a_gpu_that_dies_ends_the_stream_and_the_process";

@@ -36,7 +36,8 @@ fn folder(case: &str, vocab: usize, words: &[(&str, usize)]) -> tempfile::TempDi
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "decoder": null,
         "added_tokens": [special("<s>", 0), special("</s>", 2)],
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        // Nothing but these words becomes a token: no template's text does.
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "w[0-9]+"}, "behavior": "Removed", "invert": true},
         "post_processor": {"type": "TemplateProcessing",
             "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
                 {"SpecialToken": {"id": "</s>", "type_id": 0}}],
@@ -121,18 +122,41 @@ fn a_cross_encoder_scores_the_pair_that_transformers_scored() {
     assert!(tried > 0, "no golden prompt has the form of a pair");
 }
 
+/// Which of the two words speaks for the document is what transformers says: with both swapped, the score would be
+/// that of the opposite.
 #[test]
-fn a_causal_model_reranks_by_two_of_its_words() {
-    let folder = folder("qwen3-rerank", 61, &[("<s>", 0), ("</s>", 2), ("no", 17), ("yes", 44)]);
+fn a_causal_model_reranks_by_two_of_its_words_as_transformers_says() {
+    const NO: u64 = 17;
+    const YES: u64 = 44;
+    let words = [("<s>", 0), ("</s>", 2), ("no", NO as usize), ("yes", YES as usize)];
+    let folder = folder("qwen3-rerank", 61, &words);
     let path = folder.path().to_str().unwrap();
     let server = Server::start(&["--model", path, "--served-model-name", "r", "--task", "score"]);
-    let body = json!({"model": "r", "text_1": "w5 w6", "text_2": ["w7 w8", "w9"]});
-    let reply = server.post("/v1/score", &body);
-    assert_eq!(reply.status, 200, "{}", reply.body);
-    let json = reply.json();
-    let scores: Vec<f64> =
-        json["data"].as_array().unwrap().iter().map(|d| d["score"].as_f64().unwrap()).collect();
-    assert!(scores.len() == 2 && scores.iter().all(|s| (0.0..=1.0).contains(s)), "{scores:?}");
+    let text = |ids: &[u64]| ids.iter().map(|id| format!("w{id}")).collect::<Vec<_>>().join(" ");
+    let mut tried = 0;
+    for (ids, logits) in prompts("qwen3-rerank") {
+        if ids.iter().any(|id| [0, 2, NO, YES].contains(id)) {
+            // Not all of it can be written.
+            continue;
+        }
+        let (query, document) = ids.split_at(ids.len() / 2);
+        // The golden case has the logits of "no" and "yes", in this order.
+        let raw = logits[1] - logits[0];
+        for (use_activation, expected, most) in [(true, 1.0 / (1.0 + (-raw).exp()), 0.02), (false, raw, 0.08)]
+        {
+            let body = json!({"model": "r", "text_1": text(query), "text_2": [text(document), "w9"],
+                "use_activation": use_activation});
+            let reply = server.post("/v1/score", &body);
+            assert_eq!(reply.status, 200, "{}", reply.body);
+            let json = reply.json();
+            assert_eq!(json["usage"]["prompt_tokens"], ids.len() + query.len() + 1);
+            let ours = json["data"][0]["score"].as_f64().unwrap();
+            assert!((ours - expected).abs() < most, "{ours}, transformers says {expected}");
+            assert!((expected - if use_activation { 0.5 } else { 0.0 }).abs() > 2.0 * most, "tells nothing");
+        }
+        tried += 1;
+    }
+    assert!(tried > 0, "no golden prompt can be written");
     assert_eq!(server.post("/v1/embeddings", &json!({"model": "r", "input": "w5"})).status, 400);
 }
 

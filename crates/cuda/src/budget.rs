@@ -45,10 +45,8 @@ pub struct CacheNeed {
     pub fixed: u64,
     /// Bytes of a page, which holds [`mirai_engine::BLOCK_TOKENS`] tokens of one group of layers.
     pub page: u64,
-    /// Groups of layers: pages for as many tokens of a sequence.
+    /// Groups of layers that take pages. How many a sequence needs of each, which depends on windows, is not known here.
     pub groups: u64,
-    /// Tokens of the longest sequence, if somebody named it.
-    pub tokens: Option<u64>,
 }
 
 /// What does not fit.
@@ -73,10 +71,10 @@ pub enum BudgetError {
         /// The table.
         budget: Box<Budget>,
     },
-    /// The cache is smaller than one sequence.
+    /// The cache does not hold a page of each group of layers.
     #[error(
-        "GPU memory: {} for the KV cache hold {blocks} blocks of {}, a sequence of {tokens} tokens; {wanted} were asked \
-         for (use --max-model-len {tokens})\n{budget}",
+        "GPU memory: {} for the KV cache hold {blocks} blocks of {}, one for each of {groups} layer groups is the least\n\
+         {budget}",
         Bytes(*bytes), Bytes(*block)
     )]
     Cache {
@@ -86,10 +84,8 @@ pub enum BudgetError {
         blocks: u64,
         /// Bytes of one.
         block: u64,
-        /// Tokens of the longest sequence that fits.
-        tokens: u64,
-        /// Tokens asked for.
-        wanted: u64,
+        /// Groups that take blocks.
+        groups: u64,
         /// The table.
         budget: Box<Budget>,
     },
@@ -167,21 +163,18 @@ impl Budget {
     /// Gives the cache what was configured, or all that is left; says how many bytes.
     ///
     /// # Errors
-    /// More configured than left, or less than one page a group, or less than the longest sequence that was named.
+    /// More configured than left, or less than one page a group.
     pub fn cache(&mut self, need: CacheNeed) -> Result<u64, BudgetError> {
         let left = self.left();
         let bytes = self.options.cache.unwrap_or(left);
         if bytes > left {
             return Err(BudgetError::CacheBytes { wanted: bytes, left, budget: Box::new(self.clone()) });
         }
-        let tokens_of_page = mirai_engine::BLOCK_TOKENS as u64;
         // One page is everybody's: padding writes there.
         let blocks = (bytes.saturating_sub(need.fixed) / need.page.max(1)).saturating_sub(1);
-        let tokens = blocks / need.groups.max(1) * tokens_of_page;
-        let wanted = need.tokens.unwrap_or(if need.groups == 0 { 0 } else { tokens_of_page });
-        if tokens < wanted {
-            let (block, budget) = (need.page, Box::new(self.clone()));
-            return Err(BudgetError::Cache { bytes, blocks, block, tokens, wanted, budget });
+        if blocks < need.groups {
+            let (block, groups, budget) = (need.page, need.groups, Box::new(self.clone()));
+            return Err(BudgetError::Cache { bytes, blocks, block, groups, budget });
         }
         self.parts[Part::Cache as usize] += bytes;
         Ok(bytes)
@@ -226,9 +219,7 @@ mod tests {
         DeviceMemory { free: 140 * GIB, total: 141 * GIB }
     }
 
-    fn need(tokens: Option<u64>) -> CacheNeed {
-        CacheNeed { fixed: 0, page: 1 << 20, groups: 2, tokens }
-    }
+    const NEED: CacheNeed = CacheNeed { fixed: 0, page: 1 << 20, groups: 2 };
 
     #[test]
     fn the_arena_leaves_room_for_others_and_the_driver() {
@@ -247,9 +238,9 @@ mod tests {
         budget.add(Part::Activations, GIB).unwrap();
         let left = budget.left();
         assert_eq!(left, budget.arena() - 16 * GIB);
-        assert_eq!(budget.clone().cache(need(None)).unwrap(), left);
+        assert_eq!(budget.clone().cache(NEED).unwrap(), left);
         budget.options.cache = Some(4 * GIB);
-        assert_eq!(budget.cache(need(Some(1000))).unwrap(), 4 * GIB);
+        assert_eq!(budget.cache(NEED).unwrap(), 4 * GIB);
         assert_eq!(budget.left(), left - 4 * GIB);
     }
 
@@ -269,17 +260,15 @@ mod tests {
     }
 
     #[test]
-    fn a_cache_too_small_says_what_would_fit() {
-        // 100 pages beside the reserved one: 50 for each of the two groups, 800 tokens.
-        let options = MemoryOptions { utilization: 0.9, cache: Some(101 << 20) };
-        let mut budget = Budget::new(device(), options);
-        let error = budget.cache(need(Some(801))).unwrap_err();
-        let BudgetError::Cache { blocks, tokens, wanted, .. } = &error else { panic!("{error}") };
-        assert_eq!((*blocks, *tokens, *wanted), (100, 800, 801));
-        assert!(error.to_string().contains("use --max-model-len 800"), "{error}");
-        assert_eq!(budget.cache(need(Some(800))).unwrap(), 101 << 20);
+    fn a_cache_has_a_page_of_each_group_beside_the_reserved_one() {
+        let of = |bytes| Budget::new(device(), MemoryOptions { utilization: 0.9, cache: Some(bytes) });
+        let error = of((3 << 20) - 1).cache(NEED).unwrap_err();
+        let BudgetError::Cache { blocks, groups, .. } = &error else { panic!("{error}") };
+        assert_eq!((*blocks, *groups), (1, 2));
+        assert!(error.to_string().contains("hold 1 blocks of 1.0 MiB, one for each of 2 layer"), "{error}");
+        assert_eq!(of(3 << 20).cache(NEED).unwrap(), 3 << 20);
         let options = MemoryOptions { utilization: 0.9, cache: Some(200 * GIB) };
-        let error = Budget::new(device(), options).cache(need(None)).unwrap_err();
+        let error = Budget::new(device(), options).cache(NEED).unwrap_err();
         assert!(matches!(error, BudgetError::CacheBytes { .. }), "{error}");
         assert!(error.to_string().contains("--kv-cache-memory"), "{error}");
     }
@@ -287,7 +276,7 @@ mod tests {
     #[test]
     fn a_model_without_pages_needs_none() {
         let mut budget = Budget::new(device(), MemoryOptions { utilization: 0.9, cache: Some(0) });
-        let none = CacheNeed { fixed: 0, page: 0, groups: 0, tokens: None };
+        let none = CacheNeed { fixed: 0, page: 0, groups: 0 };
         assert_eq!(budget.cache(none).unwrap(), 0);
     }
 

@@ -82,7 +82,6 @@ pub struct CudaVector {
 #[derive(Clone, Copy, Debug)]
 pub struct CudaRope {
     pub(crate) rotation: Rotation,
-    pub(crate) positions: usize,
 }
 
 impl CudaRope {

@@ -2,6 +2,8 @@
 //!
 //! Owns where all of it lies, and what of it is set when a sequence gets a slot. Never: which page belongs to whom.
 
+use std::ops::Range;
+
 use mirai_engine::{SlotId, SnapshotId};
 use mirai_model::backend::{
     AttentionSpec, CacheDtype, CacheLayout, DeltaRule, GroupLayout, PageLayout, Result, StateLayout,
@@ -12,6 +14,7 @@ use crate::buffer::CudaVector;
 use crate::driver::{DevicePtr, Gpu, Part};
 use crate::error::{device, driver};
 use crate::memory::Memory;
+use crate::products::{lt_rows, lt_rows_within};
 
 /// Bytes of `ChunkSums`, what the first sampling kernel leaves of 4,096 logits.
 const CHUNK_BYTES: usize = 24;
@@ -42,10 +45,11 @@ pub(crate) struct Sizes {
 }
 
 impl Sizes {
-    /// Rows of logits that exist at once.
+    /// Rows of logits that exist at once: a number of rows that products compute as it is, so that none is rounded up beyond
+    /// the logits' end.
     pub(crate) fn logit_rows(&self) -> usize {
-        let fit = LOGIT_BYTES / (self.vocab.max(1) * 4);
-        fit.clamp(LOGIT_ROWS.0, LOGIT_ROWS.1).min(self.outputs.next_multiple_of(LOGIT_ROWS.0)) / 64 * 64
+        let fit = (LOGIT_BYTES / (self.vocab.max(1) * 4)).clamp(LOGIT_ROWS.0, LOGIT_ROWS.1);
+        lt_rows_within(fit).min(lt_rows(self.outputs.max(LOGIT_ROWS.0)))
     }
 
     /// Logits from a row to the next.
@@ -53,9 +57,15 @@ impl Sizes {
         crate::weights::padded(self.vocab)
     }
 
-    /// Tokens whose counts are made in one launch: the longest sequence.
-    pub(crate) const fn count_tokens(&self) -> usize {
+    /// Tokens of the longest sequence.
+    pub(crate) const fn longest(&self) -> usize {
         self.table_len * mirai_engine::BLOCK_TOKENS
+    }
+
+    /// Tokens of new sequences that are sent together to be counted: as many prompts as a step computes, and one that it only
+    /// begins.
+    pub(crate) const fn count_tokens(&self) -> usize {
+        self.longest() + self.outputs
     }
 
     /// Regions of slots in bytes: tables and upload as one, then last drawn tokens, counts, and tokens to count.
@@ -195,7 +205,7 @@ impl Device {
     /// Tokens that a slot has room for.
     pub(crate) fn room(&self) -> usize {
         // Nothing is kept of a sequence that lies whole in its step.
-        if self.groups.is_empty() { usize::MAX } else { self.sizes.count_tokens() }
+        if self.groups.is_empty() { usize::MAX } else { self.sizes.longest() }
     }
 
     /// Where a layer's keys and values lie, and whether they have 8 bits.
@@ -280,6 +290,12 @@ impl Device {
         })
     }
 
+    /// Sets entries of block tables to page 0, counted from the start of all tables.
+    pub(crate) fn clear_entries(&self, entries: Range<usize>) -> Result<()> {
+        let at = self.tables.add(entries.start as u64 * 4);
+        self.gpu.fill(at, 0, entries.len() as u64 * 4).map_err(driver("open"))
+    }
+
     /// Bytes of a slot, states and snapshots of each recurrent group.
     fn recurrent(&self) -> impl Iterator<Item = (u64, DevicePtr, DevicePtr)> {
         self.groups.iter().filter_map(|group| match group {
@@ -294,6 +310,7 @@ impl Device {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::products::SKINNY_ROWS;
 
     #[test]
     fn logits_exist_for_as_many_rows_as_memory_allows() {
@@ -309,9 +326,36 @@ mod tests {
         assert_eq!(sizes(151_936, 8192).logit_rows(), 384);
         assert_eq!(sizes(32_000, 8192).logit_rows(), 1024);
         assert_eq!(sizes(2_000_000, 8192).logit_rows(), 64);
-        assert_eq!(sizes(100, 70).logit_rows(), 128);
+        assert_eq!(sizes(100, 70).logit_rows(), 80);
         let s = sizes(1000, 100);
-        assert!(s.bytes() >= (128 * 1000 * 8 + 8 * 1000 * 4 + 64 * 16 * 4) as u64);
-        assert_eq!((s.logit_stride(), s.count_tokens()), (1000, 1024));
+        assert!(s.bytes() >= (112 * 1000 * 8 + 8 * 1000 * 4 + 64 * 16 * 4) as u64);
+        assert_eq!((s.logit_stride(), s.longest(), s.count_tokens()), (1000, 1024, 1124));
+    }
+
+    /// What is computed of a chunk of outputs lies in the logits, and what is read for it in the rows that buffers have.
+    #[test]
+    fn products_of_logits_are_not_rounded_up_beyond_their_region() {
+        for vocab in [100, 32_000, 65_536, 100_000, 116_500, 128_256, 151_936, 262_144, 1_000_000] {
+            for outputs in (1..2000).chain([4096, 8192]) {
+                let (slots, table_len, groups, upload, results) = (8, 64, 1, 0, 0);
+                let rows = Sizes { slots, table_len, groups, vocab, outputs, upload, results }.logit_rows();
+                for first in (0..outputs).step_by(rows) {
+                    let wanted = (outputs - first).min(rows);
+                    if wanted <= SKINNY_ROWS {
+                        continue;
+                    }
+                    let computed = lt_rows(wanted);
+                    assert!(
+                        computed <= rows,
+                        "{vocab} logits of {outputs} outputs: {computed} rows of {rows}"
+                    );
+                    let read = first + computed;
+                    assert!(
+                        read <= lt_rows(outputs),
+                        "{vocab} logits of {outputs} outputs: {read} rows read"
+                    );
+                }
+            }
+        }
     }
 }

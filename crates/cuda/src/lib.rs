@@ -12,10 +12,12 @@ mod buffer;
 mod device;
 pub mod driver;
 mod error;
+mod history;
 mod kernels;
 mod kernels_table;
 mod memory;
 mod options;
+mod products;
 mod records;
 mod sampling;
 mod slots;
@@ -34,3 +36,4 @@ pub use driver::{
 };
 pub use kernels::Kernel;
 pub use options::CudaOptions;
+pub use upload::EDITS_A_ROW;

@@ -13,6 +13,8 @@ use crate::options::CudaOptions;
 pub(crate) struct Memory {
     arena: Arena,
     budget: Budget,
+    /// With what the workspace and the cache are going to take.
+    planned: Option<Budget>,
     /// None once loading is over.
     loader: Option<Loader>,
 }
@@ -28,7 +30,7 @@ impl Memory {
         let budget = Budget::new(free, options.memory);
         let arena = Arena::new(gpu, budget.arena()).map_err(driver("arena"))?;
         let loader = Some(Loader::new(gpu).map_err(driver("load"))?);
-        Ok(Self { arena, budget, loader })
+        Ok(Self { arena, budget, planned: None, loader })
     }
 
     /// A region whose content is whatever was there.
@@ -59,11 +61,18 @@ impl Memory {
     }
 
     /// Bytes for a cache of this shape, once `fixed` bytes of workspace were taken.
-    pub(crate) fn cache_room(&self, fixed: u64, need: CacheNeed) -> Result<u64> {
+    pub(crate) fn cache_room(&mut self, fixed: u64, need: CacheNeed) -> Result<u64> {
         // Asked of a copy: everything is added when it is taken.
         let mut budget = self.budget.clone();
         budget.add(Part::Workspace, fixed).map_err(|e| over(&e))?;
-        budget.cache(need).map_err(|e| over(&e))
+        let bytes = budget.cache(need).map_err(|e| over(&e))?;
+        self.planned = Some(budget);
+        Ok(bytes)
+    }
+
+    /// How memory is divided, as far as it is known.
+    pub(crate) fn table(&self) -> String {
+        self.planned.as_ref().unwrap_or(&self.budget).to_string()
     }
 
     /// Memory for scratch until the next region is taken.
@@ -73,7 +82,7 @@ impl Memory {
 
     /// Ends loading and says how memory was divided.
     pub(crate) fn finish(&mut self) -> String {
-        self.loader = None;
-        self.budget.to_string()
+        (self.loader, self.planned) = (None, None);
+        self.table()
     }
 }

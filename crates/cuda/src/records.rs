@@ -211,6 +211,11 @@ pub(crate) struct Edit {
     pub(crate) bias: f32,
 }
 
+impl Edit {
+    /// Bytes of one.
+    pub(crate) const BYTES: usize = 8;
+}
+
 impl Record<2> for Edit {
     fn words(self) -> [u32; 2] {
         [self.token, self.bias.to_bits()]

@@ -1,14 +1,13 @@
 //! From a batch to the rows that the sampling kernels read, and from their results to an outcome.
 //!
-//! Owns what is wanted of each output row, the edits of its logits, and the history that these need. The arithmetic and
+//! Owns what is wanted of each output row, and where its edits and masks lie among the others'. The arithmetic and
 //! the order of steps are the kernels' (`kernels/sample.cuh`), and agree with the CPU's sampler. Never: device memory.
 
-use std::sync::Arc;
-
-use mirai_engine::{RowFault, RowLogprobs, RowOutcome, SamplingParams, TokenId, TokenLogprobs};
+use mirai_engine::{RowFault, RowLogprobs, RowOutcome, TokenId, TokenLogprobs};
 use mirai_model::backend::{Batch, BatchRow, Result};
 
 use crate::error::device;
+use crate::history::History;
 use crate::records::{Edit, GREEDY, NO_SLOT, SCORE, SampleResult, SampleRow, WANT_LOGPROBS, read_top};
 use crate::slots::Slots;
 
@@ -16,85 +15,6 @@ use crate::slots::Slots;
 const GREEDY_BELOW: f32 = 1e-5;
 /// Most likely tokens that a row can report: more than the server lets a request ask for.
 pub(crate) const MAX_TOP: usize = 32;
-
-/// One sequence's sampling parameters with the part of its history that the host needs.
-#[derive(Clone, Debug)]
-pub(crate) struct History {
-    pub(crate) params: Arc<SamplingParams>,
-    pub(crate) prompt: Arc<[TokenId]>,
-    choice: u32,
-    /// Last drawn tokens that the host has seen, at most `tail_len`.
-    tail: Vec<TokenId>,
-    tail_len: usize,
-}
-
-impl History {
-    /// Starts with a prompt and the tokens drawn before a preemption.
-    pub(crate) fn new(
-        params: Arc<SamplingParams>,
-        prompt: Arc<[TokenId]>,
-        choice: u32,
-        output: &[TokenId],
-    ) -> Self {
-        let tail_len = params.bad_words.iter().map(|word| word.len().saturating_sub(1)).max().unwrap_or(0);
-        let tail = output[output.len().saturating_sub(tail_len)..].to_vec();
-        Self { params, prompt, choice, tail, tail_len }
-    }
-
-    /// Records a drawn token.
-    pub(crate) fn push(&mut self, token: TokenId) {
-        if self.tail_len > 0 {
-            if self.tail.len() == self.tail_len {
-                self.tail.remove(0);
-            }
-            self.tail.push(token);
-        }
-    }
-
-    /// Whether edits depend on tokens that were just drawn.
-    pub(crate) fn follows_output(&self) -> bool {
-        self.tail_len > 0
-    }
-
-    /// Whether the device counts its tokens.
-    pub(crate) fn counts(&self) -> bool {
-        let p = &*self.params;
-        p.repetition_penalty != 1.0 || p.frequency_penalty != 0.0 || p.presence_penalty != 0.0
-    }
-
-    /// Adds the edits of the logits from which the token at `position` is drawn: at most one a token, what is forbidden
-    /// stays so whatever its bias.
-    fn edits(&self, position: u32, out: &mut Vec<Edit>) {
-        let p = &*self.params;
-        let first = out.len();
-        let forbid = |token: TokenId| Edit { token, bias: f32::NEG_INFINITY };
-        for word in &p.bad_words {
-            if let Some((last, before)) = word.split_last()
-                && self.tail.ends_with(before)
-            {
-                out.push(forbid(*last));
-            }
-        }
-        let drawn = (position as usize).saturating_sub(self.prompt.len());
-        if drawn < p.min_tokens as usize {
-            out.extend(p.stop_token_ids.iter().copied().map(forbid));
-        }
-        // A bias alone makes nothing impossible.
-        out.extend(p.logit_bias.iter().map(|&(token, bias)| Edit { token, bias: bias.max(f32::MIN) }));
-        out[first..].sort_by_key(|edit| edit.token);
-        let mut kept = first;
-        for index in first..out.len() {
-            let edit = out[index];
-            if kept > first && out[kept - 1].token == edit.token {
-                out[kept - 1].bias += edit.bias;
-            } else {
-                out[kept] = edit;
-                kept += 1;
-            }
-        }
-        out.truncate(kept);
-    }
-}
 
 /// What is done with the result of one output row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,7 +34,7 @@ pub(crate) struct SampleLimits {
     pub(crate) vocab: usize,
     /// Rows of logits that exist at once.
     pub(crate) chunk: usize,
-    /// Edits of all rows together.
+    /// Edits of a row.
     pub(crate) edits: usize,
     /// Rows of masks.
     pub(crate) masks: usize,
@@ -188,8 +108,8 @@ impl Draws {
             let sample_row = &mut self.rows[output];
             let first = self.edits.len();
             history.edits(sample_row.position, &mut self.edits);
-            if self.edits.len() > limits.edits {
-                let why = format!("edits of logits: more than the {} that a step has room for", limits.edits);
+            if self.edits.len() - first > limits.edits {
+                let why = format!("edits of logits: more than the {} that a row has room for", limits.edits);
                 self.faults.push((index, why));
                 self.edits.truncate(first);
             }
@@ -206,8 +126,22 @@ impl Draws {
                 push_mask(allowed, limits, &mut self.masks);
             }
         }
+        let behind_masks = (self.mask_bytes() / Edit::BYTES) as u32;
+        for row in self.rows.iter_mut().filter(|row| row.edits_count > 0) {
+            row.edits_first += behind_masks;
+        }
         self.keep_raw(limits.chunk);
         Ok(())
+    }
+
+    /// Bytes of the masks, with which edits begin.
+    pub(crate) const fn mask_bytes(&self) -> usize {
+        (self.masks.len() * 4).next_multiple_of(Edit::BYTES)
+    }
+
+    /// Bytes of masks and edits.
+    pub(crate) const fn list_bytes(&self) -> usize {
+        self.mask_bytes() + self.edits.len() * Edit::BYTES
     }
 
     /// Rows that need their logits both edited and not get a copy, of which each chunk of rows has its own.

@@ -4,11 +4,13 @@
 //! checks every index: a plan that does not fit the layout is an error with numbers, not a write into somebody else's
 //! pages. Never: device memory.
 
+use std::ops::Range;
+
 use mirai_engine::{BlockAppend, SlotId, SlotOpen, SnapshotId, StepPlan, TokenId};
 use mirai_model::backend::{BackendError, CacheLayout, GroupLayout, Result};
 
 use crate::error::device;
-use crate::sampling::History;
+use crate::history::History;
 
 /// Entries of a table that are uploaded together: 16 bytes.
 pub(crate) const GRANULE: usize = 4;
@@ -54,6 +56,9 @@ pub(crate) struct Slots {
     blocks: usize,
     /// Granules that differ from the device's.
     changed: Vec<u32>,
+    /// Entries that the sequence before left behind those of a new one: zero here, and to be zeroed on the device before the
+    /// changes go up. They are cleared there, because uploading so many zeros would take the room of what is new.
+    pub(crate) stale: Vec<Range<usize>>,
 }
 
 impl Slots {
@@ -66,6 +71,7 @@ impl Slots {
             table_len,
             blocks: layout.blocks,
             changed: Vec::new(),
+            stale: Vec::new(),
         }
     }
 
@@ -145,11 +151,10 @@ impl Slots {
                 let (len, slot, most) = (given.len(), open.slot, self.table_len);
                 return Err(device("begin", format!("a table of {len} blocks in slot {slot} of {most}")));
             }
-            // Entries of the sequence that was here before must not stay reachable.
-            for index in 0..self.table_len {
-                let block = given.get(index).map_or(0, |block| block.0);
-                self.set(group, open.slot, index, block)?;
+            for (index, block) in given.iter().enumerate() {
+                self.set(group, open.slot, index, block.0)?;
             }
+            self.clear_behind(group, open.slot, given.len());
         }
         let history = History::new(open.sampling.clone(), open.prompt.clone(), open.choice, &open.output);
         let slot = self.get_mut(open.slot)?;
@@ -157,6 +162,16 @@ impl Slots {
         slot.epoch += 1;
         slot.resumed = Some(open.output.last().copied().unwrap_or(0));
         Ok(())
+    }
+
+    /// Entries of the sequence that was in a slot before must not stay reachable.
+    fn clear_behind(&mut self, group: usize, slot: SlotId, kept: usize) {
+        let first = self.entry(group, slot, kept);
+        let behind = &mut self.tables[first..first + self.table_len - kept];
+        if let Some(last) = behind.iter().rposition(|block| *block != 0) {
+            behind[..=last].fill(0);
+            self.stale.push(first..first + last + 1);
+        }
     }
 
     fn append(&mut self, append: &BlockAppend) -> Result<()> {
@@ -175,11 +190,16 @@ impl Slots {
         }
     }
 
+    /// Where in all tables an entry is.
+    fn entry(&self, group: usize, slot: SlotId, index: usize) -> usize {
+        group * self.group_entries() + slot.0 as usize * self.table_len + index
+    }
+
     fn set(&mut self, group: usize, slot: SlotId, index: usize, block: u32) -> Result<()> {
         if block as usize >= self.blocks.max(1) {
             return Err(device("begin", format!("block {block} of {}", self.blocks)));
         }
-        let at = group * self.group_entries() + slot.0 as usize * self.table_len + index;
+        let at = self.entry(group, slot, index);
         if self.tables[at] != block {
             self.tables[at] = block;
             let granule = (at / GRANULE) as u32;
@@ -213,6 +233,7 @@ mod tests {
     use mirai_model::backend::{CacheDtype, DeltaShape, PageLayout, StateLayout, Stored};
 
     use super::*;
+    use crate::upload::Counts;
 
     fn slots() -> Slots {
         let pages = PageLayout {
@@ -270,9 +291,51 @@ mod tests {
         s.take_changes(&mut changes);
         assert_eq!(changes, []);
         // Only what differs is uploaded, and nothing of the sequence before stays.
-        apply(&mut s, vec![open(1, &[3])], vec![]).unwrap();
+        apply(&mut s, vec![open(1, &[3, 5])], vec![]).unwrap();
         s.take_changes(&mut changes);
-        assert_eq!(changes, [(2, [3, 0, 0, 0]), (3, [0; 4])]);
+        assert_eq!(changes, [(2, [3, 5, 0, 0])]);
+        assert_eq!(std::mem::take(&mut s.stale).pop(), Some(10..13));
+        apply(&mut s, vec![open(1, &[3, 5])], vec![]).unwrap();
+        s.take_changes(&mut changes);
+        assert_eq!((changes.len(), s.stale.len()), (0, 0));
+    }
+
+    /// A slot that had a long sequence gets a short one beside a prompt in several groups: one upload has room for all.
+    #[test]
+    fn a_prefill_of_several_groups_has_room_for_its_pages() {
+        let pages = PageLayout {
+            layers: 1,
+            kv_heads: 1,
+            key_dim: 8,
+            value_dim: 8,
+            stored: Stored::KeysAndValues,
+            dtype: CacheDtype::Bf16,
+        };
+        let (groups, tokens, table_len) = (6, 8192, 4096);
+        let mut s = Slots::new(&CacheLayout {
+            groups: vec![GroupLayout::Paged(pages); groups],
+            blocks: 1 << 20,
+            slots: 2,
+            snapshots: 0,
+            table_len,
+        });
+        let mut changes = Vec::new();
+        let sequence = |slot, blocks: std::ops::Range<u32>| SlotOpen {
+            blocks: vec![blocks.map(BlockId).collect(); groups],
+            ..open(slot, &[])
+        };
+        apply(&mut s, vec![sequence(0, 1..4097)], vec![]).unwrap();
+        s.take_changes(&mut changes);
+        // One whole prompt, and the unaligned end of another: 2,048 tokens and 6,144.
+        let opens = vec![sequence(0, 5000..5128)];
+        let appends = (0..groups as u16)
+            .flat_map(|group| (3..387).map(move |index| append(1, group, index, 6000 + index)));
+        apply(&mut s, opens, appends.collect()).unwrap();
+        s.take_changes(&mut changes);
+        let counts = Counts { tokens, rows: 2, groups, ..Counts::default() };
+        let room = counts.granules();
+        assert!(changes.len() > 64 + 2 * groups && changes.len() <= room, "{} of {room}", changes.len());
+        assert_eq!(s.stale.len(), groups);
     }
 
     #[test]

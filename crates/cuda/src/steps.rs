@@ -60,7 +60,6 @@ pub(crate) struct Step {
     pub(crate) bucket: Option<usize>,
     work: Vec<(WorkClass, StepWork)>,
     whole: bool,
-    positions_end: usize,
 }
 
 impl Step {
@@ -88,11 +87,9 @@ impl Step {
     pub(crate) fn samples(&self) -> DevicePtr {
         self.at(self.layout.samples)
     }
-    pub(crate) fn edits(&self) -> DevicePtr {
-        self.at(self.layout.edits)
-    }
-    pub(crate) fn masks(&self) -> DevicePtr {
-        self.at(self.layout.masks)
+    /// Masks, and edits behind them.
+    pub(crate) fn lists(&self) -> DevicePtr {
+        self.at(self.layout.lists)
     }
     /// Lists of the tables' granules: where from, where to, what.
     pub(crate) fn granules(&self, list: usize) -> DevicePtr {
@@ -112,10 +109,6 @@ impl Step {
     /// Whether every sequence begins in this step.
     pub(crate) const fn is_whole(&self) -> bool {
         self.whole
-    }
-    /// One more than the largest position.
-    pub(crate) const fn positions_end(&self) -> usize {
-        self.positions_end
     }
     /// Work lists of a class.
     pub(crate) fn work(&self, class: WorkClass) -> Result<StepWork> {
@@ -154,14 +147,9 @@ impl StepBuilder {
         Layout::new(&self.counts(tokens, rows, outputs), &self.classes)
     }
 
-    /// Room for granules of tables in a layout of so many rows.
-    pub(crate) fn granules(&self, rows: usize) -> usize {
-        self.counts(0, rows, 0).granules()
-    }
-
-    /// Room for edits likewise.
-    pub(crate) fn edits(&self, rows: usize) -> usize {
-        self.counts(0, rows, 0).edits()
+    /// Room for edits in a layout of so many rows, in bytes.
+    pub(crate) fn edit_bytes(&self, rows: usize) -> usize {
+        self.counts(0, rows, 0).edit_bytes()
     }
 
     /// The shape of a step on the device.
@@ -176,7 +164,6 @@ impl StepBuilder {
             rows,
             outputs: batch.outputs.len(),
             whole: batch.rows.iter().all(|row| row.start == 0),
-            positions_end: batch.positions.iter().max().map_or(0, |p| *p as usize + 1),
             ..Step::default()
         };
         match bucket {
@@ -196,7 +183,7 @@ impl StepBuilder {
         let layout = Rc::clone(&self.buckets[index].1);
         let (tokens, rows, outputs) = (bucket, bucket, bucket);
         let bucket = Some(index);
-        Some(Step { upload, layout, tokens, rows, outputs, bucket, positions_end: 1, ..Step::default() })
+        Some(Step { upload, layout, tokens, rows, outputs, bucket, ..Step::default() })
     }
 
     /// Writes the lists of the forward pass, and notes in the step where its work is.
@@ -293,10 +280,10 @@ pub(crate) fn write_draws(layout: &Layout, outputs: usize, draws: &Draws, base: 
     let (from, to) = part(layout.samples, usize::MAX);
     let idle = (draws.rows.len()..outputs).map(|_| SampleRow::IDLE);
     write_records(&mut out[from..to], draws.rows.iter().copied().chain(idle));
-    let (from, to) = part(layout.edits, draws.edits.len() * 8);
-    write_records(&mut out[from..to], draws.edits.iter().copied());
-    let (from, to) = part(layout.masks, draws.masks.len() * 4);
-    write_records(&mut out[from..to], draws.masks.iter().copied());
+    let (from, to) = part(layout.lists, draws.list_bytes());
+    let (masks, edits) = out[from..to].split_at_mut(draws.mask_bytes());
+    write_records(masks, draws.masks.iter().copied());
+    write_records(edits, draws.edits.iter().copied());
 }
 
 /// Writes changed granules of the tables: where from and where to, in granules from the start of the tables, and what.

@@ -2,16 +2,25 @@
 //!
 //! Owns the offsets. They depend on the counts alone, so that those of a bucket are the same in every step and a captured
 //! graph can name them. The upload is in two parts: what the forward pass reads, and what sampling reads. They go up
-//! together, unless sampling has to wait for tokens of the step before or for masks.
+//! together, unless sampling has to wait for tokens of the step before or for masks. Masks and edits, of which there may be
+//! many and mostly are none, share the end: as long as they are, so that only what is there is copied.
 
+use mirai_engine::BLOCK_TOKENS;
+
+use crate::records::Edit;
+use crate::slots::GRANULE;
 use crate::work::WorkClass;
 
 /// Lists start on a multiple of this.
 const ALIGNMENT: usize = 16;
-/// Edits of logits that a step has room for: so many, and so many more for each row.
-const EDITS: (usize, usize) = (2048, 256);
-/// Granules of block tables: so many, and one for each row and group.
+/// Edits of logits that each row has room for: a bias of 1,024 tokens, 1,024 tokens that must not end the text yet, 128
+/// forbidden words in two spellings, and the model's own ends of a text. No request can take a neighbour's room.
+pub const EDITS_A_ROW: usize = 1024 + 1024 + 2 * 128 + 64;
+/// Granules of block tables beside those that a step's tokens begin or fill in each group: for rows that touch one more, and
+/// for pages that a sequence had before it was opened.
 const GRANULES: usize = 64;
+/// Tokens whose pages are one granule.
+const GRANULE_TOKENS: usize = GRANULE * BLOCK_TOKENS;
 
 /// An output that is not the mean of a row.
 pub(crate) const NO_ROW: u32 = u32::MAX;
@@ -50,14 +59,15 @@ pub(crate) struct Counts {
 }
 
 impl Counts {
-    /// Edits of logits that there is room for.
-    pub(crate) const fn edits(&self) -> usize {
-        EDITS.0 + EDITS.1 * self.rows
+    /// Bytes of the edits of logits that there is room for.
+    pub(crate) const fn edit_bytes(&self) -> usize {
+        EDITS_A_ROW * self.rows * Edit::BYTES
     }
 
-    /// Granules of block tables that there is room for.
+    /// Granules of block tables that there is room for. More changes at once, as when a sequence begins behind a long prefix,
+    /// go up before the step in pieces of their own, which may wait for the step before.
     pub(crate) const fn granules(&self) -> usize {
-        GRANULES + self.rows * self.groups
+        GRANULES + self.groups * (self.rows + self.tokens.div_ceil(GRANULE_TOKENS))
     }
 }
 
@@ -93,10 +103,9 @@ pub(crate) struct Layout {
     pub(crate) granules: [Section; 3],
     /// `[outputs]` of `SampleRow`: here the sampling part begins.
     pub(crate) samples: Section,
-    /// `Edit`s.
-    pub(crate) edits: Section,
-    /// `[mask rows][words]`.
-    pub(crate) masks: Section,
+    /// Masks `[mask rows][words]`, and behind the last of them on a multiple of 8 bytes `Edit`s; both are counted from
+    /// here.
+    pub(crate) lists: Section,
     /// Bytes of all.
     pub(crate) bytes: usize,
 }
@@ -130,10 +139,15 @@ impl Layout {
         }
         layout.granules = [section(granules, 4), section(granules, 4), section(granules, 16)];
         layout.samples = section(outputs, 80);
-        layout.edits = section(counts.edits(), 8);
-        layout.masks = section(counts.masks * counts.mask_words, 4);
+        let masks = (counts.masks * counts.mask_words * 4).next_multiple_of(Edit::BYTES);
+        layout.lists = section(masks + counts.edit_bytes(), 1);
         layout.bytes = end.next_multiple_of(ALIGNMENT);
         layout
+    }
+
+    /// Granules of tables that there is room for.
+    pub(crate) const fn granule_room(&self) -> usize {
+        self.granules[0].bytes / 4
     }
 
     /// Bytes of the part that the forward pass reads.
@@ -157,7 +171,7 @@ mod tests {
         ];
         all.extend(layout.work.iter().flat_map(|w| [w.starts, w.items, w.prefill]));
         all.extend(layout.granules);
-        all.extend([layout.samples, layout.edits, layout.masks]);
+        all.extend([layout.samples, layout.lists]);
         all
     }
 
@@ -172,15 +186,16 @@ mod tests {
             let all = sections(&layout);
             assert!(all.iter().all(|s| s.offset.is_multiple_of(ALIGNMENT)));
             assert!(all.windows(2).all(|w| w[0].offset + w[0].bytes <= w[1].offset));
-            assert!(layout.masks.offset + layout.masks.bytes <= layout.bytes);
+            assert!(layout.lists.offset + layout.lists.bytes <= layout.bytes);
             assert_eq!(layout.ids.bytes, 8 * n);
             assert_eq!(layout.work[1].starts.bytes, 265 * 4);
             assert_eq!(layout.forward_bytes(), layout.samples.offset);
             assert!(layout.bytes > before);
             before = layout.bytes;
             let mut upload = vec![0u8; layout.bytes];
-            layout.masks.of(&mut upload).fill(1);
-            assert_eq!(upload.iter().filter(|b| **b == 1).count(), 33 * 4 * n);
+            layout.lists.of(&mut upload).fill(1);
+            let masks = (33 * 4 * n).next_multiple_of(8);
+            assert_eq!(upload.iter().filter(|b| **b == 1).count(), masks + EDITS_A_ROW * 8 * n);
         }
     }
 }

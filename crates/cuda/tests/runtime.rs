@@ -77,7 +77,7 @@ fn a_device_is_known_before_it_is_opened() {
         let devices = Gpu::probe().unwrap();
         let facts = Gpu::look(0).unwrap();
         assert_eq!((facts.capability, facts.multiprocessors), ((9, 0), 132));
-        assert_eq!(facts.shared_memory, 227 << 10);
+        assert_eq!((facts.shared_memory, facts.multiprocessor_shared_memory), (227 << 10, 228 << 10));
         assert!(facts.memory > 0 && facts.l2 > 0 && facts.driver >= 13_000);
         assert!(!facts.name.is_empty() && facts.bus.contains(':'), "{facts:?}");
         let error = Gpu::open(devices).unwrap_err();

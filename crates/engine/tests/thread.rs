@@ -373,11 +373,13 @@ fn every_end_says_what_it_cost() {
         assert!(micros.abs_diff(all) < 20_000, "{micros} of {all}, {look_ahead:?}");
         let cancelled = ends[&(RequestId(3), 0)].2;
         assert!(cancelled.device_micros > 0 && cancelled.device_micros < micros / 8, "{cancelled:?}");
-        for (_, reason, usage) in ends.values() {
+        // The cancelled one may have ended before the counter moved twice.
+        for (_, reason, usage) in ends.values().filter(|end| end.1 != FinishReason::Cancelled) {
             assert_ne!(usage.energy_method, EnergyMethod::None, "{reason:?}");
-            // 200 W for both devices together: the time counts twice.
+            // 200 W for both devices together, whose time counts twice; and at most five times that, where the host's
+            // gaps are taken for idle time of a lower power that is not known yet.
             let watts = usage.energy_microjoules as f64 / usage.device_micros as f64 * 2.0;
-            assert!((100.0..300.0).contains(&watts), "{watts} W, {usage:?}");
+            assert!((100.0..1000.0).contains(&watts), "{watts} W, {usage:?}");
         }
         let charged: u64 = ends.values().map(|end| end.2.energy_microjoules).sum();
         assert!(charged.abs_diff(counters.energy_attributed_microjoules) <= 8, "{charged}: {counters:?}");

@@ -394,12 +394,15 @@ pub fn plan_cache(spec: &ModelSpec, request: &CacheRequest) -> Result<(Grouping,
     let pages = pages.min(useful).min(MAX_BLOCKS);
     let fits = longest(&grouping, wanted, request.max_step_tokens, pages);
     if fits == 0 || (request.max_model_len.is_some() && fits < wanted) {
-        let why = format!(
-            "{:?} makes {pages} pages of {page} bytes in {groups} layer groups, room for a sequence of {fits} \
-             tokens; {wanted} were asked for",
-            request.budget
-        );
-        return Err(ModelError::Option { option: "kv-cache budget", why });
+        return Err(ModelError::CacheTooSmall {
+            budget: request.budget,
+            pages,
+            page_bytes: page,
+            groups,
+            fits,
+            wanted,
+            memory: None,
+        });
     }
     // Page 0 is nobody's; without groups there is no pool at all.
     let blocks = if groups == 0 { 0 } else { pages + 1 };

@@ -3,6 +3,7 @@
 //! Owns the error type of this crate. Every variant says which file, which tensor or field, and what was found.
 
 use crate::backend::{BackendError, Storage};
+use crate::cache::CacheBudget;
 
 /// Loading failed. Messages name the file and what in it is wrong.
 #[derive(Debug, thiserror::Error)]
@@ -105,6 +106,28 @@ pub enum ModelError {
         /// What is wrong, with expected and found values.
         why: String,
     },
+    /// The cache has no room for one sequence of the length that was asked for.
+    #[error(
+        "option `kv-cache budget`: {budget:?} makes {pages} pages of {page_bytes} bytes in {groups} layer groups, room for \
+         a sequence of {fits} tokens; {wanted} were asked for{}{}",
+        advice(*fits), table(memory.as_deref())
+    )]
+    CacheTooSmall {
+        /// As configured, or as the device has it left.
+        budget: CacheBudget,
+        /// Pages that fit.
+        pages: u64,
+        /// Bytes of one.
+        page_bytes: u64,
+        /// Groups that take pages.
+        groups: u64,
+        /// Tokens of the longest sequence that fits.
+        fits: usize,
+        /// Tokens asked for.
+        wanted: usize,
+        /// How the device's memory is divided, if it was the device that had no more.
+        memory: Option<String>,
+    },
     /// The device refused.
     #[error("{what}: {source}")]
     Backend {
@@ -115,12 +138,21 @@ pub enum ModelError {
     },
 }
 
+fn advice(fits: usize) -> String {
+    if fits == 0 { String::new() } else { format!(" (use --max-model-len {fits})") }
+}
+
+fn table(memory: Option<&str>) -> String {
+    memory.map(|table| format!("\n{table}")).unwrap_or_default()
+}
+
 impl ModelError {
     /// The process's exit code for it: 4 for the model's files, 3 for the machine, 2 for an option.
     #[must_use]
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::Option { .. } => 2,
+            Self::Option { .. } | Self::CacheTooSmall { memory: None, .. } => 2,
+            Self::CacheTooSmall { .. } => 3,
             Self::Backend {
                 source: BackendError::OutOfMemory { .. } | BackendError::Device { .. }, ..
             } => 3,

@@ -307,13 +307,19 @@ fn plan_on_device<B: Backend>(
         table_len: request.context(spec)?.div_ceil(BLOCK_TOKENS),
     };
     let room = backend
-        .cache_room(&draft, request.max_model_len)
+        .cache_room(&draft)
         .map_err(|source| ModelError::Backend { what: "KV cache".into(), source })?;
     let bytes = room.ok_or_else(|| ModelError::Option {
         option: "kv cache",
         why: "is what the device has left, and this device does not say how much that is".into(),
     })?;
-    plan_cache(spec, &CacheRequest { budget: CacheBudget::Bytes(bytes), ..*request })
+    let planned = plan_cache(spec, &CacheRequest { budget: CacheBudget::Bytes(bytes), ..*request });
+    planned.map_err(|mut error| {
+        if let ModelError::CacheTooSmall { memory, .. } = &mut error {
+            *memory = backend.memory_table();
+        }
+        error
+    })
 }
 
 /// Reads the specification alone: for checks and plans that need no weights.

@@ -1,10 +1,11 @@
 //! Files that are read again when they change: keys and certificates.
 //!
-//! Owns when the files are looked at and when a change counts. It never opens them: what is in a file, and what
-//! happens to a bad one, belongs to whoever watches it.
+//! Owns when the files are looked at and when a change counts, and that both happen on threads that may wait for a
+//! disk. It never opens them: what is in a file, and what happens to a bad one, belongs to whoever watches it.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::metrics::{Metrics, Reloaded};
@@ -37,24 +38,33 @@ impl Watch {
         Self { paths, first }
     }
 
+    /// Whether there is nothing to watch.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.paths.is_empty()
+    }
+
     /// Looks at the files `every` so often, and calls `reload` once for each change that has come to rest: two
     /// looks agree, so a file that is being written, or a pair of which one half is there, is left alone. Counts
     /// what `reload` says. Never returns.
-    pub(crate) async fn run<E: std::fmt::Display>(
+    pub(crate) async fn run<E: std::fmt::Display + Send + 'static>(
         &self,
         what: Reloaded,
         every: Duration,
         metrics: &Metrics,
-        mut reload: impl FnMut() -> Result<(), E>,
+        reload: impl Fn() -> Result<(), E> + Send + Sync + 'static,
     ) {
+        let reload = Arc::new(reload);
         let mut read = self.first.clone();
         let mut last = read.clone();
         loop {
             tokio::time::sleep(every).await;
-            let now: Vec<_> = self.paths.iter().map(|path| stamp(path)).collect();
+            let paths = self.paths.clone();
+            let looked = tokio::task::spawn_blocking(move || paths.iter().map(|path| stamp(path)).collect());
+            let Ok(now): Result<Vec<_>, _> = looked.await else { continue };
             if now != read && now == last {
                 read.clone_from(&now);
-                let result = reload();
+                let reload = reload.clone();
+                let Ok(result) = tokio::task::spawn_blocking(move || reload()).await else { continue };
                 let name = what.name();
                 match &result {
                     Ok(()) => tracing::info!("{name} reloaded"),
@@ -70,7 +80,7 @@ impl Watch {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::cell::Cell;
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     use super::*;
 
@@ -83,33 +93,32 @@ mod tests {
         std::fs::write(&path, "one").unwrap();
         let watch = Watch::new(vec![path.clone(), directory.path().join("missing")]);
         std::fs::write(&path, "three").unwrap();
-        let (metrics, calls) = (Metrics::new(), Cell::new(0));
-        let reload = || {
-            calls.set(calls.get() + 1);
-            if calls.get() == 2 { Err("bad") } else { Ok(()) }
-        };
+        let (metrics, counted) = (Metrics::new(), Arc::new(AtomicU32::new(0)));
+        let counter = counted.clone();
+        let reload = move || if counter.fetch_add(1, Ordering::SeqCst) == 1 { Err("bad") } else { Ok(()) };
+        let calls = || counted.load(Ordering::SeqCst);
         let test = async {
             // Beside the watcher's looks, not at the same moments.
             tokio::time::sleep(EVERY / 2).await;
             tokio::time::sleep(EVERY).await;
-            assert_eq!(calls.get(), 0, "seen for the first time");
+            assert_eq!(calls(), 0, "seen for the first time");
             tokio::time::sleep(EVERY).await;
-            assert_eq!(calls.get(), 1);
+            assert_eq!(calls(), 1);
             tokio::time::sleep(EVERY * 10).await;
-            assert_eq!(calls.get(), 1, "nothing changed");
+            assert_eq!(calls(), 1, "nothing changed");
             for text in ["a", "ab", "abc", "abcd"] {
                 std::fs::write(&path, text).unwrap();
                 tokio::time::sleep(EVERY).await;
-                assert_eq!(calls.get(), 1, "still being written");
+                assert_eq!(calls(), 1, "still being written");
             }
             // The same length, and a name that now means another file.
             let other = directory.path().join("other");
             std::fs::write(&other, "abce").unwrap();
             std::fs::rename(&other, &path).unwrap();
             tokio::time::sleep(EVERY * 2).await;
-            assert_eq!(calls.get(), 2);
+            assert_eq!(calls(), 2);
             tokio::time::sleep(EVERY * 10).await;
-            assert_eq!(calls.get(), 2, "a bad file is complained of once");
+            assert_eq!(calls(), 2, "a bad file is complained of once");
         };
         tokio::select! {
             () = watch.run(Reloaded::ApiKeys, EVERY, &metrics, reload) => unreachable!(),

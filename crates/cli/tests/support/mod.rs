@@ -30,6 +30,9 @@ pub(crate) fn mirai(args: &[&str]) -> Command {
     command
 }
 
+/// Where it is set, a test that finds no emulated driver fails: whoever runs all tests has built it.
+const REQUIRED: &str = "MIRAI_TEST_REQUIRES_EMULATED_DRIVER";
+
 /// Where `cargo xtask cuda-emu --driver` puts the emulated driver; none, and a line, if it was not built.
 pub(crate) fn emulated_driver(test: &str) -> Option<std::path::PathBuf> {
     let folder = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/cuda-emu/driver"));
@@ -37,6 +40,7 @@ pub(crate) fn emulated_driver(test: &str) -> Option<std::path::PathBuf> {
     if libraries.iter().all(|library| folder.join(library).exists()) {
         return Some(folder.to_owned());
     }
+    assert!(std::env::var_os(REQUIRED).is_none(), "{test}: no emulated driver, which {REQUIRED} asks for");
     println!("{test}: skipped: `cargo xtask cuda-emu --driver` was not run");
     None
 }

@@ -3,7 +3,7 @@
 //! Owns the order of copies: snapshots before slots change hands, tables before anything reads them, what sampling reads
 //! with the rest unless it has to wait.
 
-use mirai_engine::StepPlan;
+use mirai_engine::{SlotOpen, StepPlan};
 use mirai_model::backend::{Batch, Result};
 
 use super::sample::Pending;
@@ -14,8 +14,9 @@ use crate::error::{device, driver};
 use crate::kernels::Kernel;
 use crate::records::write_records;
 use crate::sampling::SampleLimits;
-use crate::slots::{GRANULE, Opened};
+use crate::slots::GRANULE;
 use crate::steps::{write_draws, write_granules};
+use crate::upload::EDITS_A_ROW;
 
 const NAME: &str = "begin";
 /// Bytes of a granule of a table.
@@ -68,7 +69,7 @@ impl CudaBackend {
         let sizes = self.device()?.sizes;
         let rows = batch.rows.len();
         let (vocab, chunk) = (sizes.vocab, sizes.logit_rows());
-        Ok(SampleLimits { vocab, chunk, edits: self.builder.edits(rows), masks: rows })
+        Ok(SampleLimits { vocab, chunk, edits: EDITS_A_ROW, masks: rows })
     }
 
     /// Holds a batch against the plan and the device.
@@ -88,6 +89,10 @@ impl CudaBackend {
         }
         if let Some(output) = batch.outputs.iter().find(|o| **o as usize >= tokens) {
             return Err(device(NAME, format!("output of token {output} of {tokens}")));
+        }
+        let most = self.rope_positions;
+        if let Some(position) = batch.positions.iter().find(|position| **position as usize >= most) {
+            return Err(device(NAME, format!("position {position} of a rotary table of {most}")));
         }
         if self.pending.len() >= MAX_PENDING {
             return Err(device(NAME, format!("{} steps are not yet collected", self.pending.len())));
@@ -113,39 +118,58 @@ impl CudaBackend {
         }
         let mut opened = Vec::new();
         self.slots.apply(plan, &mut opened)?;
+        for stale in std::mem::take(&mut self.slots.stale) {
+            self.device()?.clear_entries(stale)?;
+        }
         for open in &opened {
             self.device()?.open(open.slot, open.restore)?;
         }
-        for (open, opened) in plan.opens.iter().zip(opened.iter()).filter(|(_, opened)| opened.counts) {
-            self.open_counts(opened, &open.prompt, &open.output)?;
+        let counting = plan.opens.iter().zip(&opened).filter(|(_, opened)| opened.counts);
+        let counting: Vec<&SlotOpen> = counting.map(|(open, _)| open).collect();
+        let mut rest = &counting[..];
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(fitting(rest, self.device()?.sizes.count_tokens()));
+            self.open_counts(now)?;
+            rest = later;
         }
         Ok(())
     }
 
-    /// Has the device count a sequence's tokens.
-    fn open_counts(&mut self, opened: &Opened, prompt: &[u32], output: &[u32]) -> Result<()> {
+    /// Has the device count the tokens of some sequences, which go up together: a copy for each would have the second wait
+    /// for the first, behind the step that is running.
+    fn open_counts(&mut self, opens: &[&SlotOpen]) -> Result<()> {
         let d = self.device()?;
-        let (room, vocab) = (d.sizes.count_tokens(), d.sizes.vocab);
-        let (counts, tokens) = (d.counts.add((opened.slot.0 as usize * vocab * 4) as u64), d.count_tokens);
-        let count = prompt.len() + output.len();
-        if count > room || vocab == 0 {
-            return Err(device(NAME, format!("{count} tokens of a sequence to count, room for {room}")));
+        let (longest, vocab) = (d.sizes.longest(), d.sizes.vocab);
+        let (counts, mut tokens) = (d.counts, d.count_tokens);
+        let most = opens.iter().map(|open| tokens_of(open)).max().unwrap_or(0);
+        if most > longest || vocab == 0 {
+            return Err(device(NAME, format!("{most} tokens of a sequence to count, room for {longest}")));
         }
         let rings = self.rings.as_mut().ok_or_else(|| device(NAME, "no cache was allocated"))?;
         let piece = rings.counts.fill().map_err(driver(NAME))?;
-        write_records(piece, prompt.iter().chain(output).copied());
-        rings.counts.send(tokens, count * 4).map_err(driver(NAME))?;
-        let (prompt, output) = (prompt.len() as u32, output.len() as u32);
-        let args = CountsArgs { counts, tokens, prompt, output, vocab: vocab as u32 };
-        self.launch(Kernel::CountsOpen, (1, 1, 1), 1024, 0, &args)
+        let all = || opens.iter().flat_map(|open| open.prompt.iter().chain(&open.output).copied());
+        write_records(piece, all());
+        rings.counts.send(tokens, all().count() * 4).map_err(driver(NAME))?;
+        for open in opens {
+            let args = CountsArgs {
+                counts: counts.add((open.slot.0 as usize * vocab * 4) as u64),
+                tokens,
+                prompt: open.prompt.len() as u32,
+                output: open.output.len() as u32,
+                vocab: vocab as u32,
+            };
+            self.launch(Kernel::CountsOpen, (1, 1, 1), 1024, 0, &args)?;
+            tokens = tokens.add(tokens_of(open) as u64 * 4);
+        }
+        Ok(())
     }
 
-    /// One copy of everything, and the tables' changes to their places. Changes that have no room go up before, in steps of
+    /// One copy of everything, and the tables' changes to their places. Changes that have no room go up before, in copies of
     /// their own.
     fn upload_step(&mut self, batch: &Batch) -> Result<()> {
         let mut changes = Vec::new();
         self.slots.take_changes(&mut changes);
-        let room = self.builder.granules(self.step.sequences());
+        let room = self.step.layout().granule_room();
         while changes.len() > room {
             let rest = changes.split_off(room);
             self.send(&changes, None)?;
@@ -166,7 +190,7 @@ impl CudaBackend {
             builder.write(step, batch, slots, piece)?;
             if let (false, Some(pending)) = (*late, pending.back()) {
                 write_draws(step.layout(), step.outputs, &pending.draws, 0, piece);
-                bytes = step.layout().edits.offset + pending.draws.edits.len() * 8;
+                bytes = step.layout().lists.offset + pending.draws.list_bytes();
             }
         }
         rings.step.send(d.upload, bytes).map_err(driver(NAME))?;
@@ -179,13 +203,15 @@ impl CudaBackend {
         self.launch(Kernel::CopyPages, (changes.len() as u32, 1, 1), 32, 0, &args)
     }
 
-    /// Sends what sampling reads, where it had to wait: for masks, which go up while the forward pass runs, or for the
-    /// tokens of the step before.
+    /// Sends what sampling reads where it does not go up with the rest: masks, behind the forward pass so that it need not wait
+    /// for them, and edits that depend on the tokens of the step before, for which the host waits here.
     pub(super) fn send_late(&mut self) -> Result<()> {
         if !std::mem::take(&mut self.late) {
             return Ok(());
         }
-        self.see_tokens()?;
+        if self.pending.back().is_some_and(|pending| pending.draws.follows_output) {
+            self.see_tokens()?;
+        }
         let limits = self.sample_limits(&self.batch)?;
         let Self { rings, step, slots, pending, batch, .. } = self;
         let rings = rings.as_mut().ok_or_else(|| device(NAME, "no cache was allocated"))?;
@@ -197,11 +223,51 @@ impl CudaBackend {
         let base = layout.samples.offset;
         let piece = rings.late.fill().map_err(driver(NAME))?;
         write_draws(layout, step.outputs, &pending.draws, base, piece);
-        let end = match pending.draws.masks.len() {
-            0 => layout.edits.offset + pending.draws.edits.len() * 8,
-            words => layout.masks.offset + words * 4,
-        };
+        let end = layout.lists.offset + pending.draws.list_bytes();
         let to: DevicePtr = step.samples();
         rings.late.send(to, end - base).map_err(driver(NAME))
+    }
+}
+
+/// Tokens of a sequence's history.
+fn tokens_of(open: &SlotOpen) -> usize {
+    open.prompt.len() + open.output.len()
+}
+
+/// How many of the first of some sequences have together at most `room` tokens; at least one.
+fn fitting(opens: &[&SlotOpen], room: usize) -> usize {
+    let mut tokens = 0;
+    let fit = opens.iter().take_while(|open| {
+        tokens += tokens_of(open);
+        tokens <= room
+    });
+    fit.count().max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use mirai_engine::{SamplingParams, SeqId, SlotId};
+
+    use super::*;
+
+    #[test]
+    fn sequences_are_counted_together_as_far_as_there_is_room() {
+        let open = |prompt: usize, output: usize| SlotOpen {
+            slot: SlotId(0),
+            seq: SeqId(0),
+            choice: 0,
+            sampling: Arc::new(SamplingParams::default()),
+            prompt: vec![0; prompt].into(),
+            output: vec![0; output],
+            computed: 0,
+            blocks: vec![],
+            restore: None,
+        };
+        let all = [open(3, 1), open(4, 2), open(1, 0), open(9, 9)];
+        let all: Vec<&SlotOpen> = all.iter().collect();
+        assert_eq!([4, 9, 10, 11, 28, 29].map(|room| fitting(&all, room)), [1, 1, 2, 3, 3, 4]);
+        assert_eq!(fitting(&all[3..], 17), 1, "it is refused by itself");
     }
 }

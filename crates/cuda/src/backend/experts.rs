@@ -7,13 +7,14 @@ use mirai_model::backend::{
     Activation, BackendError, BlockIo, Experts, MlpBlock, MoeBlock, Result, RouteSpec, Rows, Scoring,
 };
 
-use super::linear::{Many, Product, SKINNY_ROWS, gate_spec};
+use super::linear::{Many, Product, gate_spec};
 use super::{CudaBackend, expect_width};
 use crate::args::{CombineArgs, EmitArgs, GateSpec, RouteArgs};
 use crate::buffer::{CudaBuffer, CudaRouting, CudaStack, CudaVector};
 use crate::driver::DevicePtr;
 use crate::error::device;
 use crate::kernels::Kernel;
+use crate::products::SKINNY_ROWS;
 use crate::weights::padded;
 
 /// Tokens of a block of the router.

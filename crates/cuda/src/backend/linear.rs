@@ -9,14 +9,13 @@ use mirai_model::backend::{Activation, HeadView, Result};
 use super::{CudaBackend, expect_width};
 use crate::args::{GateSpec, GroupedArgs, HeadLinearArgs, MatmulArgs};
 use crate::buffer::{CudaBuffer, CudaLinear, CudaRouting, CudaStack, CudaVector};
-use crate::driver::{DevicePtr, LtOperands, LtOutput, LtShape, LtStorage};
+use crate::driver::{DevicePtr, LtOperands};
 use crate::error::{device, driver};
 use crate::kernels::Kernel;
-use crate::weights::{Kind, padded};
+use crate::products::{SKINNY_ROWS, lt_rows, lt_shape};
+use crate::weights::Kind;
 use crate::work::matmul_splits;
 
-/// Most rows of the kernels that stream weights.
-pub(super) const SKINNY_ROWS: usize = 64;
 /// Outputs of a block.
 const TILE: usize = 128;
 /// Rows of a block of the tiled kernel.
@@ -34,30 +33,6 @@ fn skinny(kind: Kind, rows: usize) -> (Kernel, u32, u32) {
         (Kind::E4m3 { .. }, ..=32) => (Kernel::MatmulSkinnyE4m3X32, 256, 73_728),
         (Kind::E4m3 { .. }, _) => (Kernel::MatmulSkinnyE4m3X64, 128, 98_304),
     }
-}
-
-/// Rows that cublasLt computes for so many: what is added is written into rows that nobody reads.
-pub(super) fn lt_rows(rows: usize) -> usize {
-    let step = match rows {
-        0..=128 => 16,
-        129..=256 => 32,
-        257..=512 => 64,
-        513..=1024 => 128,
-        _ => 256,
-    };
-    rows.next_multiple_of(step)
-}
-
-/// All numbers of rows for which cublasLt has plans, where steps have at most `most`.
-pub(super) fn lt_buckets(most: usize) -> Vec<usize> {
-    let mut buckets = Vec::new();
-    let mut rows = SKINNY_ROWS + 1;
-    while rows <= most {
-        let bucket = lt_rows(rows);
-        buckets.push(bucket);
-        rows = bucket + 1;
-    }
-    buckets
 }
 
 /// A gate in the kernels' words, if they have it.
@@ -175,9 +150,8 @@ impl CudaBackend {
     /// Through cublasLt, if it has a plan.
     fn lt_product(&mut self, p: &Product) -> Result<bool> {
         let Some(lt) = &self.lt else { return Ok(false) };
-        let Some(plan) = lt.plan(&lt_shape(&p.w, lt_rows(p.rows), p.single, p.bias.is_some())) else {
-            return Ok(false);
-        };
+        let shape = lt_shape(&p.w.shape, lt_rows(p.rows), p.single, p.bias.is_some());
+        let Some(plan) = shape.and_then(|shape| lt.plan(&shape)) else { return Ok(false) };
         let operands = LtOperands {
             x: p.x.0,
             weight: p.w.at,
@@ -286,35 +260,9 @@ impl CudaBackend {
     }
 }
 
-/// What cublasLt calls a product with a weight.
-pub(super) fn lt_shape(w: &CudaLinear, rows: usize, single: bool, bias: bool) -> LtShape {
-    LtShape {
-        rows: rows as u32,
-        outputs: padded(w.shape.rows) as u32,
-        inner: w.shape.inner() as u32,
-        storage: LtStorage::Bf16,
-        output: if single { LtOutput::F32 } else { LtOutput::Bf16 },
-        bias,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn rows_fall_into_buckets() {
-        assert_eq!(
-            [65, 80, 81, 129, 300, 513, 1025, 1300].map(lt_rows),
-            [80, 80, 96, 160, 320, 640, 1280, 1536]
-        );
-        assert_eq!(lt_buckets(64), [0; 0]);
-        assert_eq!(lt_buckets(130), [80, 96, 112, 128, 160]);
-        assert!(lt_buckets(8192).len() < 64);
-        for rows in 65..3000 {
-            assert!(lt_buckets(3000).contains(&lt_rows(rows)), "{rows}");
-        }
-    }
 
     #[test]
     fn few_rows_have_kernels_of_their_own() {

@@ -2,7 +2,7 @@
 //!
 //! Owns where weights, tables and buffers go. Never: how they are stored, which is `weights.rs`.
 
-use mirai_model::backend::{HostTensor, Result, RopeTable, Rows};
+use mirai_model::backend::{HostTensor, LinearUse, Result, RopeTable, Rows};
 
 use super::CudaBackend;
 use crate::args::Rotation;
@@ -15,11 +15,9 @@ use crate::weights::{self, Kind, Matrix, padded};
 pub(super) const TILE_ROWS: usize = 64;
 
 impl CudaBackend {
-    pub(super) fn put_linear(&mut self, parts: &[HostTensor<'_>]) -> Result<CudaLinear> {
+    pub(super) fn put_linear(&mut self, parts: &[HostTensor<'_>], purpose: LinearUse) -> Result<CudaLinear> {
         let matrix = weights::stack(parts, true)?;
-        if matrix.shape.kind == Kind::Bf16 {
-            self.products.insert((matrix.shape.rows, matrix.shape.columns));
-        }
+        self.products.add_weight(matrix.shape, purpose);
         self.put_matrices(std::slice::from_ref(&matrix))
     }
 
@@ -69,7 +67,7 @@ impl CudaBackend {
         let values = weights::vector(parts)?;
         let bf16 = self.memory.put(Part::Weights, &[weights::bf16_bytes(&values)])?;
         let single = self.memory.put(Part::Weights, &[weights::f32_bytes(&values)])?;
-        self.vectors.insert(values.len());
+        self.products.add_vector(values.len());
         Ok(CudaVector { bf16, single, len: values.len() })
     }
 
@@ -89,7 +87,8 @@ impl CudaBackend {
         let q_scale = if table.q_scale.is_empty() { DevicePtr::NULL } else { put(&table.q_scale)? };
         let (step, distance) = CudaRope::pairs(table.pairing, table.rotary_dim);
         let rotation = Rotation { cos, sin, q_scale, rotary: table.rotary_dim as i32, step, distance };
-        Ok(CudaRope { rotation, positions })
+        self.rope_positions = self.rope_positions.min(positions);
+        Ok(CudaRope { rotation })
     }
 
     pub(super) fn take_buffer(&mut self, rows: Rows, width: usize) -> Result<CudaBuffer> {

@@ -13,13 +13,13 @@ mod rows;
 mod sample;
 mod setup;
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 
 use mirai_engine::{StepOutcome, StepPlan};
 use mirai_model::backend::{
     Activation, AttentionSpec, Backend, Batch, BlockIo, CacheLayout, DeltaRule, Experts, HeadNorms, HeadView,
-    HostTensor, LatentShape, LogitsHead, MlpBlock, MoeBlock, Norm, NormKind, Outline, PostNormed, Result,
-    RopeTable, RouteSpec, Rows, StepLimits, StepShape, Storage,
+    HostTensor, LatentShape, LinearUse, LogitsHead, MlpBlock, MoeBlock, Norm, NormKind, Outline, PostNormed,
+    Result, RopeTable, RouteSpec, Rows, StepLimits, StepShape, Storage,
 };
 
 use self::begin::Rings;
@@ -34,6 +34,7 @@ use crate::error::{device, driver};
 use crate::kernels::Kernel;
 use crate::memory::Memory;
 use crate::options::CudaOptions;
+use crate::products::Products;
 use crate::sampling::Draws;
 use crate::slots::Slots;
 use crate::steps::{Step, StepBuilder};
@@ -77,11 +78,13 @@ pub struct CudaBackend {
     pending: VecDeque<Pending>,
     /// Allocations that wait to be used again.
     spare: Option<Draws>,
+    /// Positions that every rotary table has. Held against a step where it begins: a recorded one runs no operation that
+    /// could.
+    rope_positions: usize,
     /// Storages that were widened at load.
     widened: Vec<Storage>,
-    /// Shapes of weights that cublasLt multiplies, and lengths of vectors that may be biases.
-    products: BTreeSet<(usize, usize)>,
-    vectors: BTreeSet<usize>,
+    /// What cublasLt multiplies.
+    products: Products,
     /// Most experts, and widest rows of outputs so far.
     most_experts: usize,
     widest_output: usize,
@@ -173,7 +176,11 @@ impl Backend for CudaBackend {
     }
 
     fn load_linear(&mut self, parts: Vec<HostTensor<'_>>) -> Result<CudaLinear> {
-        self.put_linear(&parts)
+        self.put_linear(&parts, LinearUse::Activations)
+    }
+
+    fn load_linear_for(&mut self, parts: Vec<HostTensor<'_>>, purpose: LinearUse) -> Result<CudaLinear> {
+        self.put_linear(&parts, purpose)
     }
 
     fn load_vector(&mut self, parts: Vec<HostTensor<'_>>) -> Result<CudaVector> {
@@ -196,8 +203,12 @@ impl Backend for CudaBackend {
         self.take_routing(top_k)
     }
 
-    fn cache_room(&mut self, draft: &CacheLayout, tokens: Option<usize>) -> Result<Option<u64>> {
-        self.room_for_cache(draft, tokens).map(Some)
+    fn cache_room(&mut self, draft: &CacheLayout) -> Result<Option<u64>> {
+        self.room_for_cache(draft).map(Some)
+    }
+
+    fn memory_table(&self) -> Option<String> {
+        Some(self.memory.table())
     }
 
     fn allocate_cache(&mut self, layout: &CacheLayout) -> Result<()> {

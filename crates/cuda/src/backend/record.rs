@@ -77,7 +77,7 @@ impl CudaBackend {
         self.builder.write(&mut self.step, &Batch::default(), &self.slots, piece)?;
         let (layout, outputs) = (self.step.layout(), self.step.outputs);
         write_draws(layout, outputs, &Draws::default(), 0, piece);
-        rings.step.send(self.step.upload(), layout.edits.offset).map_err(driver(NAME))
+        rings.step.send(self.step.upload(), layout.lists.offset).map_err(driver(NAME))
     }
 
     fn graphs(&self) -> Option<&Recorded> {

@@ -9,32 +9,27 @@ use mirai_model::backend::{CacheDtype, CacheLayout, GroupLayout, Outline, Result
 use super::attend::class_of;
 use super::begin::Rings;
 use super::experts::fused_gate;
-use super::linear::{SKINNY_ROWS, lt_buckets, lt_rows, lt_shape};
 use super::{CudaBackend, MAX_PENDING, Workspace};
 use crate::budget::CacheNeed;
-use crate::buffer::CudaLinear;
 use crate::device::{Device, Sizes, page_bytes, state_bytes};
-use crate::driver::{
-    CudaError, DevicePtr, Event, Gpu, Kernels, Lt, LtOptions, LtShape, Part, ReadBack, UploadRing,
-};
+use crate::driver::{CudaError, DevicePtr, Event, Gpu, Kernels, Lt, LtOptions, Part, ReadBack, UploadRing};
 use crate::error::{device, driver};
 use crate::kernels_table::head_kernels;
 use crate::memory::Memory;
 use crate::options::CudaOptions;
+use crate::products::{Products, SKINNY_ROWS, lt_rows};
 use crate::records::SampleResult;
 use crate::sampling::MAX_TOP;
 use crate::slots::{GRANULE, Slots};
 use crate::steps::{StepBuilder, buckets};
-use crate::weights::{Kind, Shape, padded};
+use crate::weights::padded;
 use crate::work::{HEAD_TILE, WorkClass};
 
 /// Scratch of cublasLt.
 const LT_WORKSPACE: u64 = 32 << 20;
 /// Counters that kernels share.
 const COUNTERS: usize = 8192;
-/// Shared memory of a multiprocessor, of which blocks of the decode kernel take their parts.
-const SHARED_A_MULTIPROCESSOR: u32 = 228 << 10;
-/// What a block takes beside what it asks for.
+/// Shared memory that a block takes beside what it asks for.
 const SHARED_A_BLOCK: u32 = 1 << 10;
 /// Most blocks of the decode kernel on a multiprocessor.
 const MOST_DECODE_BLOCKS: u32 = 4;
@@ -68,9 +63,9 @@ impl CudaBackend {
             late: false,
             pending: std::collections::VecDeque::new(),
             spare: None,
+            rope_positions: usize::MAX,
             widened: Vec::new(),
-            products: std::collections::BTreeSet::new(),
-            vectors: std::collections::BTreeSet::new(),
+            products: Products::default(),
             most_experts: 0,
             widest_output: 0,
         })
@@ -111,8 +106,8 @@ impl CudaBackend {
 
     /// Blocks of a decode kernel that run at once.
     fn decode_grid(&self, key: usize, value: usize) -> usize {
-        let shared = head_kernels(key, value, false).map_or(SHARED_A_MULTIPROCESSOR, |k| k.decode_shared);
-        let blocks = (SHARED_A_MULTIPROCESSOR / (shared + SHARED_A_BLOCK)).clamp(1, MOST_DECODE_BLOCKS);
+        let there = self.gpu.facts().multiprocessor_shared_memory;
+        let blocks = head_kernels(key, value, false).map_or(1, |k| decode_blocks(there, k.decode_shared));
         self.multiprocessors() * blocks as usize
     }
 
@@ -153,20 +148,16 @@ impl CudaBackend {
         self.sizes(layout).bytes() + workspace as u64 + lt + 16 * crate::ALIGNMENT
     }
 
-    pub(super) fn room_for_cache(&mut self, draft: &CacheLayout, tokens: Option<usize>) -> Result<u64> {
+    pub(super) fn room_for_cache(&mut self, draft: &CacheLayout) -> Result<u64> {
         self.prepare(draft);
         let fixed = self.fixed_bytes(draft);
         let paged = draft.groups.iter().filter(|group| matches!(group, GroupLayout::Paged(_))).count();
-        let need = CacheNeed {
-            fixed: state_bytes(draft),
-            page: page_bytes(draft),
-            groups: paged as u64,
-            tokens: tokens.map(|tokens| tokens as u64),
-        };
+        let need = CacheNeed { fixed: state_bytes(draft), page: page_bytes(draft), groups: paged as u64 };
         let bytes = self.memory.cache_room(fixed, need)?;
-        // The reserved slot has states too, and regions are rounded up.
+        // The reserved slot has states too. Regions are rounded up: all pages are one, states and snapshots of a group two.
         let reserved = state_bytes(&CacheLayout { slots: 0, snapshots: 0, ..draft.clone() });
-        Ok(bytes.saturating_sub(reserved + 64 * crate::ALIGNMENT))
+        let regions = 1 + 2 * (draft.groups.len() - paged) as u64;
+        Ok(bytes.saturating_sub(reserved + regions * crate::ALIGNMENT))
     }
 
     /// What layouts of the upload depend on.
@@ -200,12 +191,14 @@ impl CudaBackend {
         let (tokens, rows) = (self.limits.tokens, self.limits.rows.min(self.limits.tokens));
         let largest = self.builder.layout(tokens, rows, tokens);
         let late = largest.bytes - largest.samples.offset;
+        // Masks never go up with the rest.
+        let early = largest.lists.offset + self.builder.edit_bytes(rows);
         let open = || -> std::result::Result<Rings, CudaError> {
             let events = (0..MAX_PENDING).map(|_| Ok((Event::timed(&self.gpu)?, Event::timed(&self.gpu)?)));
             Ok(Rings {
-                step: UploadRing::new(&self.gpu, largest.masks.offset.max(16), MAX_PENDING)?,
+                step: UploadRing::new(&self.gpu, early.max(16), MAX_PENDING)?,
                 late: UploadRing::new(&self.gpu, late.max(16), MAX_PENDING)?,
-                counts: UploadRing::new(&self.gpu, sizes.count_tokens() * 4, 1)?,
+                counts: UploadRing::new(&self.gpu, sizes.count_tokens() * 4, MAX_PENDING)?,
                 results: ReadBack::new(&self.gpu, sizes.results.max(16), MAX_PENDING)?,
                 events: events.collect::<std::result::Result<_, CudaError>>()?,
             })
@@ -215,7 +208,7 @@ impl CudaBackend {
 
     /// cublasLt with a plan for each shape, or none where it is not wanted, not found, or not needed.
     fn open_lt(&mut self, sizes: &Sizes) -> Result<Option<Lt>> {
-        let shapes = self.lt_shapes(sizes);
+        let shapes = self.products.shapes(sizes.vocab, sizes.logit_rows(), self.limits.tokens);
         if !self.options.cublaslt || self.options.batch_invariant || shapes.is_empty() {
             return Ok(None);
         }
@@ -236,24 +229,6 @@ impl CudaBackend {
         };
         lt.tune(&shapes, self.memory.rest()).map_err(driver("cublasLt"))?;
         Ok(Some(lt))
-    }
-
-    fn lt_shapes(&self, sizes: &Sizes) -> Vec<LtShape> {
-        let mut shapes = Vec::new();
-        for &(rows, columns) in &self.products {
-            let shape = Shape { rows, columns, kind: Kind::Bf16 };
-            let w = CudaLinear { at: DevicePtr::NULL, scales: DevicePtr::NULL, shape };
-            let logits = rows == sizes.vocab;
-            let most = if logits { sizes.logit_rows().min(self.limits.tokens) } else { self.limits.tokens };
-            let single = logits || rows == self.most_experts;
-            for bucket in lt_buckets(most) {
-                shapes.push(lt_shape(&w, bucket, single, false));
-                if !single && self.vectors.contains(&rows) {
-                    shapes.push(lt_shape(&w, bucket, single, true));
-                }
-            }
-        }
-        shapes
     }
 
     /// Says in a line each what was widened, which heads have no tensor-core kernel, and how memory was divided.
@@ -283,10 +258,33 @@ impl CudaBackend {
     }
 }
 
+/// Blocks of the decode kernel, each of which asks for `shared` bytes, on a multiprocessor that has `there`.
+fn decode_blocks(there: u32, shared: u32) -> u32 {
+    (there / (shared + SHARED_A_BLOCK)).clamp(1, MOST_DECODE_BLOCKS)
+}
+
 /// More groups of split rows than there are counters is a mistake in this module.
 fn check_counters(grid: usize) -> Result<()> {
     if WorkClass::most_groups(grid) <= COUNTERS {
         return Ok(());
     }
     Err(device("allocate_cache", format!("{grid} blocks of attention, {COUNTERS} counters")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_blocks_decode_as_the_multiprocessor_s_shared_memory_holds() {
+        // Heads of 64, 128 and 256 in bf16: of compute capability 9.0, 8.0, and 8.9 and 12.0.
+        for (there, blocks) in [(228 << 10, [3, 3, 1]), (164 << 10, [2, 2, 1]), (100 << 10, [1, 1, 1])] {
+            assert_eq!(
+                [57_600, 73_984, 143_616].map(|shared| decode_blocks(there, shared)),
+                blocks,
+                "{there}"
+            );
+        }
+        assert_eq!(decode_blocks(228 << 10, 1024), MOST_DECODE_BLOCKS);
+    }
 }

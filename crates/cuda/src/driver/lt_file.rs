@@ -9,8 +9,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::lt::{LtOptions, LtShape};
 use super::lt_product::{Algorithm, Library};
+use super::lt_shape::{LtOptions, LtShape};
 
 /// Of the file's form.
 const VERSION: u32 = 1;
@@ -142,7 +142,7 @@ impl PlanFile {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::lt::{LtOutput, LtStorage};
+    use super::super::lt_shape::{LtOutput, LtStorage};
     use super::super::memory::DevicePtr;
     use super::*;
 

@@ -12,7 +12,7 @@ use cudarc::cublaslt::sys::{
 };
 
 use super::error::{CudaError, Result};
-use super::lt::{LtOperands, LtOptions, LtOutput, LtShape, LtStorage};
+use super::lt_shape::{LtOperands, LtOptions, LtOutput, LtShape, LtStorage};
 use super::memory::DevicePtr;
 use super::stream::Gpu;
 

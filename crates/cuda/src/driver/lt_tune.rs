@@ -4,9 +4,9 @@
 //! edges of its tables; a decode step's weights come from memory every time, so they do here.
 
 use super::error::{CudaError, Result};
-use super::lt::{LtOperands, LtOptions, LtOutput, LtShape, LtStorage};
 use super::lt_file::KeptPlan;
 use super::lt_product::{Algorithm, Library, Product};
+use super::lt_shape::{LtOperands, LtOptions, LtOutput, LtShape, LtStorage};
 use super::memory::{ALIGNMENT, DevicePtr};
 use super::stream::Event;
 

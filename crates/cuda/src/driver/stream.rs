@@ -31,6 +31,8 @@ pub struct Facts {
     pub memory: u64,
     /// Most bytes of shared memory that a block may ask for.
     pub shared_memory: u32,
+    /// Bytes of shared memory that a multiprocessor has for all its blocks.
+    pub multiprocessor_shared_memory: u32,
     /// Bytes of the second-level cache.
     pub l2: u64,
     /// Version of the driver: 1000 times major plus 10 times minor.
@@ -206,6 +208,9 @@ fn facts(device: sys::CUdevice, ordinal: usize) -> Result<Facts> {
         multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         memory: memory as u64,
         shared_memory: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        multiprocessor_shared_memory: attribute(
+            Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
+        )?,
         l2: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.into(),
         driver: driver.unsigned_abs(),
     })

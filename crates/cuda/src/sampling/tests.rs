@@ -1,68 +1,15 @@
 #![allow(clippy::unwrap_used)]
 
-use mirai_engine::{BlockId, SeqId, SlotId, SlotOpen, StepPlan};
+use std::sync::Arc;
+
+use mirai_engine::{BlockId, SamplingParams, SeqId, SlotId, SlotOpen, StepPlan};
 use mirai_model::backend::CacheLayout;
 
 use super::*;
 use crate::records::{SampleResult, write_records};
+use crate::upload::EDITS_A_ROW;
 
 const LIMITS: SampleLimits = SampleLimits { vocab: 70, chunk: 2, edits: 8, masks: 1 };
-
-fn history(params: SamplingParams, prompt: &[u32], output: &[u32]) -> History {
-    History::new(Arc::new(params), prompt.into(), 3, output)
-}
-
-fn edits(history: &History, position: u32) -> Vec<(u32, f32)> {
-    let mut out = Vec::new();
-    history.edits(position, &mut out);
-    out.iter().map(|e| (e.token, e.bias)).collect()
-}
-
-const OUT: f32 = f32::NEG_INFINITY;
-
-#[test]
-fn bad_words_forbid_their_last_token_after_the_ones_before() {
-    let bad_words = vec![vec![3], vec![0, 1, 2], vec![1, 0]];
-    let mut h = history(SamplingParams { bad_words, ..Default::default() }, &[0, 1], &[]);
-    assert!(h.follows_output());
-    assert_eq!(edits(&h, 2), [(3, OUT)]);
-    h.push(0);
-    assert_eq!(edits(&h, 3), [(3, OUT)]);
-    h.push(1);
-    assert_eq!(edits(&h, 4), [(0, OUT), (2, OUT), (3, OUT)]);
-    (0..100).for_each(|token| h.push(token));
-    assert_eq!(h.tail, [98, 99], "the tail is bounded");
-    let single = history(SamplingParams { bad_words: vec![vec![3]], ..Default::default() }, &[], &[]);
-    assert!(!single.follows_output());
-}
-
-#[test]
-fn a_token_has_one_edit_and_what_is_forbidden_stays_so() {
-    let params = SamplingParams {
-        stop_token_ids: vec![4, 9],
-        min_tokens: 2,
-        logit_bias: vec![(9, 5.0), (1, -2.0), (1, 0.5), (2, OUT)],
-        ..Default::default()
-    };
-    let h = history(params, &[0; 5], &[]);
-    assert_eq!(edits(&h, 5), [(1, -1.5), (2, f32::MIN), (4, OUT), (9, OUT)]);
-    assert_eq!(edits(&h, 7), [(1, -1.5), (2, f32::MIN), (9, 5.0)]);
-}
-
-#[test]
-fn a_history_resumes_with_what_was_drawn() {
-    let bad_words = vec![vec![7, 8, 1]];
-    let h = history(SamplingParams { bad_words, ..Default::default() }, &[0], &[5, 7, 8]);
-    assert_eq!(edits(&h, 4), [(1, OUT)]);
-    for (params, counts) in [
-        (SamplingParams::default(), false),
-        (SamplingParams { repetition_penalty: 1.5, ..Default::default() }, true),
-        (SamplingParams { presence_penalty: 0.5, ..Default::default() }, true),
-        (SamplingParams { frequency_penalty: 0.5, ..Default::default() }, true),
-    ] {
-        assert_eq!(history(params, &[], &[]).counts(), counts);
-    }
-}
 
 fn slots(params: Vec<SamplingParams>, prompt: &[u32]) -> Slots {
     let layout = CacheLayout { groups: vec![], blocks: 0, slots: params.len(), snapshots: 0, table_len: 0 };
@@ -188,6 +135,36 @@ fn masks_and_edits_beyond_the_room_fail_their_rows() {
     assert_eq!((tokens.len(), rows[0].fault.is_some(), rows[3].tokens.clone()), (2, false, 1..2));
     assert!(matches!(&rows[1].fault, Some(RowFault::Panic(why)) if why.contains("masks")));
     assert!(matches!(&rows[2].fault, Some(RowFault::Panic(why)) if why.contains("edits")));
+}
+
+#[test]
+fn three_rows_with_a_thousand_biases_each_have_room() {
+    let biased = |seed: u32| SamplingParams {
+        logit_bias: (0..1024).map(|t| (t * 3 + seed, 1.0)).collect(),
+        stop_token_ids: (0..1024).map(|t| t * 3 + (seed + 1) % 3).collect(),
+        min_tokens: 9,
+        bad_words: (0..256).map(|t| vec![4000 + t]).collect(),
+        allowed_token_ids: (seed == 1).then(|| vec![5, 64]),
+        ..Default::default()
+    };
+    let limits = SampleLimits { vocab: 5000, chunk: 4, edits: EDITS_A_ROW, masks: 3 };
+    let slots = slots((0..3).map(biased).collect(), &[1]);
+    let batch = Batch {
+        ids: vec![0; 3],
+        positions: vec![1; 3],
+        rows: (0..3).map(|s| row(s, s as usize, 1, 1, (s as usize, s as usize + 1))).collect(),
+        outputs: vec![0, 1, 2],
+    };
+    let mut draws = Draws::default();
+    draws.plan(&batch, &slots, limits.vocab).unwrap();
+    draws.edit(&batch, &slots, limits).unwrap();
+    assert_eq!(draws.faults, []);
+    // 157 words of one mask, then edits on a multiple of 8 bytes.
+    assert_eq!((draws.masks.len(), draws.mask_bytes()), (157, 632));
+    let places: Vec<_> = draws.rows.iter().map(|row| (row.edits_first, row.edits_count)).collect();
+    let count = 1024 + 1024 + 256;
+    assert_eq!(places, [(79, count), (79 + count, count), (79 + 2 * count, count)]);
+    assert_eq!(draws.list_bytes(), 632 + 3 * count as usize * 8);
 }
 
 #[test]

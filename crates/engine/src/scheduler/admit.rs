@@ -40,6 +40,12 @@ impl Scheduler {
                 // The next step begins with it.
                 break;
             }
+            let tenant = self.seqs[s].tenant;
+            if blocked.iter().any(|&b| self.fair.lead(tenant, self.seqs[b].tenant) > u64::from(self.budget)) {
+                // Whoever goes past takes the memory that the one behind waits for: no further than a step's
+                // tokens, or tenants of short sequences would keep one of long ones from its share.
+                break;
+            }
             if self.try_admit(s, now, plan) {
                 left -= self.plan_chunk(s, left, plan, flight);
                 for &other in &blocked {

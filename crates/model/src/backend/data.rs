@@ -80,6 +80,19 @@ pub enum ScaleValues<'a> {
     E8M0(Cow<'a, [u8]>),
 }
 
+/// What the product with a linear weight is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum LinearUse {
+    /// Rows of activations.
+    Activations,
+    /// Nothing: its rows are looked up.
+    Table,
+    /// Logits of the vocabulary; its rows may be looked up too.
+    Logits,
+    /// Logits from which experts are chosen.
+    Router,
+}
+
 /// What the rows of a buffer stand for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rows {

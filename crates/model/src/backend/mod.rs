@@ -17,8 +17,8 @@ use mirai_engine::{StepOutcome, StepPlan};
 
 pub use blocks::{AttentionBlock, BlockIo, DeltaBlock, LatentBlock, MlpBlock, MoeBlock, PostNormed};
 pub use data::{
-    Batch, BatchRow, CacheDtype, CacheLayout, ExpertOutline, GroupLayout, HostTensor, Outline, PageLayout,
-    Rows, ScaleValues, Scales, StateLayout, StepLimits, StepShape, Storage, Stored,
+    Batch, BatchRow, CacheDtype, CacheLayout, ExpertOutline, GroupLayout, HostTensor, LinearUse, Outline,
+    PageLayout, Rows, ScaleValues, Scales, StateLayout, StepLimits, StepShape, Storage, Stored,
 };
 pub use ops::{
     Activation, AttentionSpec, DeltaRule, DeltaShape, Experts, HeadNorms, HeadView, LatentShape, LogitsHead,
@@ -102,6 +102,13 @@ pub trait Backend {
     /// # Errors
     /// Storage or shape without a kernel, or no memory.
     fn load_linear(&mut self, parts: Vec<HostTensor<'_>>) -> Result<Self::Linear>;
+    /// Takes a weight whose product is for something else than rows of activations, or which is only looked up.
+    /// # Errors
+    /// As [`Backend::load_linear`].
+    fn load_linear_for(&mut self, parts: Vec<HostTensor<'_>>, purpose: LinearUse) -> Result<Self::Linear> {
+        let _ = purpose;
+        self.load_linear(parts)
+    }
     /// Takes a vector; several tensors are concatenated.
     /// # Errors
     /// As [`Backend::load_linear`].
@@ -132,12 +139,16 @@ pub trait Backend {
     }
     /// Bytes that the cache may take, now that weights and buffers are there: for
     /// [`CacheBudget::Device`](crate::cache::CacheBudget::Device). `draft` is the cache without its pages, with tables as
-    /// long as the context that was asked for, `tokens`, or the model's. None: the device does not manage its memory.
+    /// long as the context that was asked for, or the model's. None: the device does not manage its memory.
     /// # Errors
-    /// No memory for what the layout needs beside the pages, or for one sequence of `tokens`.
-    fn cache_room(&mut self, draft: &CacheLayout, tokens: Option<usize>) -> Result<Option<u64>> {
-        let _ = (draft, tokens);
+    /// No memory for what the layout needs beside the pages, or for a page of each group.
+    fn cache_room(&mut self, draft: &CacheLayout) -> Result<Option<u64>> {
+        let _ = draft;
         Ok(None)
+    }
+    /// How the device's memory is divided, in lines for people; none where it is not.
+    fn memory_table(&self) -> Option<String> {
+        None
     }
     /// Allocates pages, slot tables and sampling state. Called once, after the weights.
     /// # Errors

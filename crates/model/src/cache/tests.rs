@@ -170,7 +170,10 @@ fn what_does_not_fit_is_refused() {
     let e = ask(CacheBudget::Bytes(1_000), None).unwrap_err();
     assert!(e.to_string().contains("1000") && e.exit_code() == 2, "{e}");
     let e = ask(CacheBudget::Tokens(512), Some(2_048)).unwrap_err();
-    assert!(e.to_string().contains("2048 were asked for"), "{e}");
+    let ModelError::CacheTooSmall { fits, wanted: 2_048, .. } = e else { panic!("{e}") };
+    assert!(e.to_string().contains(&format!("(use --max-model-len {fits})")), "{e}");
+    ask(CacheBudget::Tokens(512), Some(fits)).unwrap();
+    ask(CacheBudget::Tokens(512), Some(fits + 1)).unwrap_err();
     let e = ask(CacheBudget::Tokens(9_999), Some(4_097)).unwrap_err();
     assert!(e.to_string().contains("`max-model-len`") && e.to_string().contains("4096"), "{e}");
 }

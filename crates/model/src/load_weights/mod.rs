@@ -8,7 +8,7 @@ mod upload;
 
 use std::borrow::Cow;
 
-use crate::backend::{Backend, HostTensor, Norm, Storage};
+use crate::backend::{Backend, HostTensor, LinearUse, Norm, Storage};
 use crate::cache::Grouping;
 use crate::convert::{Conversion, float_bytes, to_f32};
 use crate::error::{ModelError, Result};
@@ -71,7 +71,9 @@ impl<'a, B: Backend> Uploader<'a, B> {
     pub(crate) fn load(mut self, progress: &mut dyn FnMut(f32)) -> Result<Weights<B>> {
         let spec = self.spec;
         let steps = (spec.layers.len() + 2) as f32;
-        let embedding = self.linear(&[self.embedding])?;
+        let tied = matches!(spec.head, Head::Logits { tied: true, .. });
+        let embedding =
+            self.linear_for(&[self.embedding], if tied { LinearUse::Logits } else { LinearUse::Table })?;
         let positions = self.positions()?;
         let embed_norm = self.norm_if(
             spec.embed_norm.is_some(),
@@ -109,14 +111,18 @@ impl<'a, B: Backend> Uploader<'a, B> {
         Ok(parts)
     }
 
-    fn upload_linear(&mut self, parts: Vec<HostTensor<'_>>) -> Result<B::Linear> {
+    fn upload_linear(&mut self, parts: Vec<HostTensor<'_>>, purpose: LinearUse) -> Result<B::Linear> {
         let what = names(&parts);
-        self.backend.load_linear(parts).map_err(|source| ModelError::Backend { what, source })
+        self.backend.load_linear_for(parts, purpose).map_err(|source| ModelError::Backend { what, source })
     }
 
     fn linear(&mut self, ids: &[TensorId]) -> Result<B::Linear> {
+        self.linear_for(ids, LinearUse::Activations)
+    }
+
+    fn linear_for(&mut self, ids: &[TensorId], purpose: LinearUse) -> Result<B::Linear> {
         let parts = self.tensors(ids)?;
-        self.upload_linear(parts)
+        self.upload_linear(parts, purpose)
     }
 
     fn upload_vector(&mut self, parts: Vec<HostTensor<'_>>) -> Result<B::Vector> {
@@ -184,13 +190,16 @@ impl<'a, B: Backend> Uploader<'a, B> {
             }
             tensor = host(tensor.name, tensor.shape, &values);
         }
-        self.upload_linear(vec![tensor]).map(Some)
+        self.upload_linear(vec![tensor], LinearUse::Table).map(Some)
     }
 
     fn head(&mut self) -> Result<HeadWeights<B>> {
         let pool = match &self.spec.head {
             Head::Logits { tied: true, .. } => return Ok(HeadWeights::Logits(None)),
-            Head::Logits { .. } => return Ok(HeadWeights::Logits(Some(self.linear(&[TensorId::Head])?))),
+            Head::Logits { .. } => {
+                let head = self.linear_for(&[TensorId::Head], LinearUse::Logits)?;
+                return Ok(HeadWeights::Logits(Some(head)));
+            }
             Head::Pool(pool) => pool,
         };
         Ok(match &pool.output {
@@ -205,7 +214,7 @@ impl<'a, B: Backend> Uploader<'a, B> {
                 let id = if *tied { self.embedding } else { TensorId::Head };
                 let rows = rows(&self.source.tensor(self.spec, id)?, ids)?;
                 self.bytes += rows.bytes.len() as u64;
-                HeadWeights::Tokens(self.upload_linear(vec![rows])?)
+                HeadWeights::Tokens(self.upload_linear(vec![rows], LinearUse::Activations)?)
             }
         })
     }

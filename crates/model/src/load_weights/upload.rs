@@ -5,7 +5,7 @@ use super::layers::{
     MlpWeights, MoeWeights, OwnedHeadNorms,
 };
 use super::{Uploader, host};
-use crate::backend::{Activation, Backend, Norm};
+use crate::backend::{Activation, Backend, LinearUse, Norm};
 use crate::convert::to_f32;
 use crate::error::Result;
 use crate::spec::{
@@ -178,7 +178,7 @@ impl<B: Backend> Uploader<'_, B> {
         };
         let gated_share = shared.is_some() && moe.shared_gate;
         Ok(MoeWeights {
-            router: self.linear(&[id(Part::Router)])?,
+            router: self.linear_for(&[id(Part::Router)], LinearUse::Router)?,
             router_bias: self.vector_if(moe.router_bias, &[id(Part::RouterBias)])?,
             route: moe.route.clone(),
             correction: self.vector_if(moe.correction, &[id(Part::Correction)])?,

@@ -6,8 +6,8 @@ use mirai_engine::{StepOutcome, StepPlan};
 
 use crate::backend::{
     Activation, AttentionSpec, Backend, Batch, CacheLayout, DeltaRule, Experts, HeadNorms, HeadView,
-    HostTensor, LatentShape, LogitsHead, Norm, Outline, Pairing, Result, RopeTable, RouteSpec, Rows, Scoring,
-    StepLimits, StepShape,
+    HostTensor, LatentShape, LinearUse, LogitsHead, Norm, Outline, Pairing, Result, RopeTable, RouteSpec,
+    Rows, Scoring, StepLimits, StepShape,
 };
 
 /// A fault of the kind that golden files must catch.
@@ -139,10 +139,13 @@ where
         let attentions = outline.attentions.iter().map(|spec| self.spec(spec)).collect();
         self.inner.outline(&Outline { attentions, ..outline.clone() })
     }
-    fn cache_room(&mut self, draft: &CacheLayout, tokens: Option<usize>) -> Result<Option<u64>> {
-        self.inner.cache_room(draft, tokens)
+    fn cache_room(&mut self, draft: &CacheLayout) -> Result<Option<u64>> {
+        self.inner.cache_room(draft)
     }
-    fn load_linear(&mut self, mut parts: Vec<HostTensor<'_>>) -> Result<B::Linear> {
+    fn load_linear(&mut self, parts: Vec<HostTensor<'_>>) -> Result<B::Linear> {
+        self.load_linear_for(parts, LinearUse::Activations)
+    }
+    fn load_linear_for(&mut self, mut parts: Vec<HostTensor<'_>>, purpose: LinearUse) -> Result<B::Linear> {
         if let (Mutation::RotatedKvHeads(head_dim), [_, k, v, ..]) = (self.mutation, &mut parts[..]) {
             for part in [k, v] {
                 let rows = part.shape[0];
@@ -151,7 +154,7 @@ where
                 part.bytes = Cow::Owned(bytes);
             }
         }
-        self.inner.load_linear(parts)
+        self.inner.load_linear_for(parts, purpose)
     }
     fn load_vector(&mut self, mut parts: Vec<HostTensor<'_>>) -> Result<B::Vector> {
         if self.is(Mutation::ReversedTaps) {

@@ -28,13 +28,15 @@ pub(super) fn serving(state: &State) -> Result<&Arc<Live>, ApiError> {
 /// Opens the request's row, if rows are written.
 pub(super) fn account(state: &State, charge: &Charge<'_>) -> Result<Account, ApiError> {
     let Some(accounting) = state.accounting() else { return Ok(Account::default()) };
-    accounting.open(charge).inspect_err(|_| state.metrics.refused(Refused::Ledger))
+    accounting.open(charge, &state.auth).inspect_err(|_| state.metrics.refused(Refused::Ledger))
 }
 
-/// When the request ends whatever its state, on the engine's clock.
+/// When the request ends whatever its state, on the engine's clock: the caller's patience, but no longer than the
+/// server's own limit.
 pub(super) fn deadline(state: &State, live: &Live, scope: &Scope) -> Time {
-    let left = seconds(state.config.timeouts.request_seconds).saturating_sub(scope.arrived.elapsed());
-    live.engine.now().saturating_add(left)
+    let most = seconds(state.config.timeouts.request_seconds);
+    let whole = scope.patience.map_or(most, |patience| patience.min(most));
+    live.engine.now().saturating_add(whole.saturating_sub(scope.arrived.elapsed()))
 }
 
 /// Gives up a request of which the engine refused a part, and says what that means for its client.

@@ -103,6 +103,7 @@ pub(crate) fn metrics(state: &State) -> Reply {
         counters,
         oldest_queued_seconds: counters.oldest_queued_age(live.engine.now()).as_secs_f64(),
     });
-    let page = metrics::render(&state.metrics, view, state.drain() != Drain::No, tasks);
+    let rows = state.accounting().map(|accounting| &accounting.ledger);
+    let page = metrics::render(&state.metrics, view, rows, state.drain() != Drain::No, tasks);
     Reply::new(hyper::StatusCode::OK, metrics::CONTENT_TYPE, page)
 }

@@ -6,7 +6,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hyper::body::Frame;
@@ -119,6 +119,8 @@ pub(crate) struct Scope {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) conn: Arc<ConnState>,
     pub(crate) arrived: Instant,
+    /// How long the caller will wait, if it said so.
+    pub(crate) patience: Option<Duration>,
     pub(crate) route: Option<RouteId>,
     pub(crate) method: &'static str,
     /// Ours.

@@ -14,12 +14,16 @@ use rustls::{RootCertStore, ServerConfig};
 use tokio_rustls::TlsAcceptor;
 
 use crate::config::TlsConfig;
+use crate::file::{self, FileError};
 use crate::metrics::{Metrics, Reloaded};
 use crate::reload::Watch;
 
 /// Why certificates cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
+    /// A file that cannot be read.
+    #[error(transparent)]
+    Unreadable(#[from] FileError),
     /// A file cannot be read as PEM.
     #[error("{}: {reason}", path.display())]
     File {
@@ -48,7 +52,7 @@ pub(crate) struct Tls {
 }
 
 impl Tls {
-    /// Reads the certificates.
+    /// Reads the certificates. Blocks meanwhile.
     ///
     /// # Errors
     /// A file is missing or malformed, or key and chain do not belong together.
@@ -65,19 +69,27 @@ impl Tls {
     }
 
     /// Takes what the files hold whenever they change, if it is usable. Never returns.
-    pub(crate) async fn watch(&self, every: Duration, metrics: &Metrics) {
-        let reload = || build(&self.config).map(|config| self.current.store(Arc::new(config)));
+    pub(crate) async fn watch(self: Arc<Self>, every: Duration, metrics: &Metrics) {
+        let this = self.clone();
+        let reload = move || build(&this.config).map(|config| this.current.store(Arc::new(config)));
         self.watch.run(Reloaded::Certificates, every, metrics, reload).await;
     }
 }
+
+/// Most bytes of a file of certificates.
+const MAX_PEM: u64 = 1 << 20;
 
 fn file_error(path: &Path, reason: impl Into<String>) -> TlsError {
     TlsError::File { path: path.to_owned(), reason: reason.into() }
 }
 
+fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
+    Ok(file::read(path, MAX_PEM)?)
+}
+
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let list = CertificateDer::pem_file_iter(path)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+    let list = CertificateDer::pem_slice_iter(&read(path)?)
+        .collect::<Result<Vec<_>, _>>()
         .map_err(|e| file_error(path, e.to_string()))?;
     if list.is_empty() {
         return Err(file_error(path, "no certificate in it"));
@@ -87,7 +99,7 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
 
 fn build(config: &TlsConfig) -> Result<ServerConfig, TlsError> {
     let chain = certificates(&config.certfile)?;
-    let key = PrivateKeyDer::from_pem_file(&config.keyfile)
+    let key = PrivateKeyDer::from_pem_slice(&read(&config.keyfile)?)
         .map_err(|e| file_error(&config.keyfile, e.to_string()))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let pair = |reason: String| TlsError::Pair {
@@ -139,9 +151,14 @@ mod tests {
         let swapped = TlsConfig { certfile: good.keyfile.clone(), ..good.clone() };
         let no_key = TlsConfig { keyfile: good.certfile.clone(), ..good.clone() };
         let bad_ca = TlsConfig { ca_certs: Some(good.keyfile.clone()), ..good.clone() };
-        for (config, file) in
-            [(missing, "none.pem"), (swapped, "key.pem"), (no_key, "cert.pem"), (bad_ca, "key.pem")]
-        {
+        let device = TlsConfig { keyfile: "/dev/null".into(), ..good.clone() };
+        for (config, file) in [
+            (missing, "none.pem"),
+            (swapped, "key.pem"),
+            (no_key, "cert.pem"),
+            (bad_ca, "key.pem"),
+            (device, "/dev/null: not a regular file"),
+        ] {
             let error = Tls::load(config).err().unwrap().to_string();
             assert!(error.contains(file), "{error}");
         }

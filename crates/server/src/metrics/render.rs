@@ -5,7 +5,10 @@
 use std::fmt::Write as _;
 
 use mirai_engine::{BLOCK_TOKENS, Counters, STEP_TOKEN_BOUNDS};
+use mirai_ledger::Ledger;
 
+use super::identity::{Credential, Decision, IdentityMetrics, Lookup};
+use super::ledger::ledger;
 use super::{CLASSES, DeviceFigure, Ended, Histogram, Metrics, Refused, Reloaded};
 use crate::routes::ROUTES;
 
@@ -21,7 +24,7 @@ pub(crate) struct EngineView<'a> {
     pub(crate) oldest_queued_seconds: f64,
 }
 
-struct Page {
+pub(super) struct Page {
     out: String,
     /// `engine="0",model_name="..."`, for the aliases.
     labels: String,
@@ -40,7 +43,7 @@ impl Page {
         };
     }
 
-    fn single(&mut self, name: &str, kind: &str, help: &str, value: f64) {
+    pub(super) fn single(&mut self, name: &str, kind: &str, help: &str, value: f64) {
         self.family(name, kind, help);
         self.sample(name, "", value);
     }
@@ -58,7 +61,15 @@ impl Page {
     }
 
     /// A histogram of which `rows` are (bound, observations up to it).
-    fn buckets(&mut self, name: &str, help: &str, labels: &str, rows: &[(f64, u64)], sum: f64, count: u64) {
+    pub(super) fn buckets(
+        &mut self,
+        name: &str,
+        help: &str,
+        labels: &str,
+        rows: &[(f64, u64)],
+        sum: f64,
+        count: u64,
+    ) {
         self.family(name, "histogram", help);
         let comma = if labels.is_empty() { "" } else { "," };
         for (bound, value) in rows {
@@ -74,6 +85,7 @@ impl Page {
 pub(crate) fn render(
     metrics: &Metrics,
     engine: Option<EngineView<'_>>,
+    rows: Option<&Ledger>,
     draining: bool,
     tasks: usize,
 ) -> String {
@@ -88,8 +100,12 @@ pub(crate) fn render(
     page.single("mirai_tasks", "gauge", "Asynchronous tasks alive.", tasks as f64);
     http(&mut page, metrics);
     reloads(&mut page, metrics);
+    identity(&mut page, &metrics.identity);
     requests(&mut page, metrics);
     device(&mut page, metrics);
+    if let Some(rows) = rows {
+        ledger(&mut page, rows);
+    }
     for (name, help, histogram) in own_histograms(metrics) {
         page.histogram(name, help, "", histogram);
     }
@@ -139,6 +155,24 @@ fn reloads(page: &mut Page, metrics: &Metrics) {
     for (what, label) in Reloaded::ALL {
         for (result, value) in ["taken", "refused"].iter().zip(metrics.reloads(what)) {
             page.sample(name, &format!("files=\"{label}\",result=\"{result}\""), value as f64);
+        }
+    }
+}
+
+fn identity(page: &mut Page, metrics: &IdentityMetrics) {
+    let name = "mirai_identity_decisions_total";
+    page.family(name, "counter", "Callers by what they presented and what was decided.");
+    for (credential, credential_label) in Credential::ALL {
+        for (decision, decision_label) in Decision::ALL {
+            let labels = format!("credential=\"{credential_label}\",decision=\"{decision_label}\"");
+            page.sample(name, &labels, metrics.decisions(credential, decision) as f64);
+        }
+    }
+    let name = "mirai_identity_lookups_total";
+    page.family(name, "counter", "Calls to identity providers, and whether they were answered.");
+    for (what, label) in Lookup::ALL {
+        for (result, value) in ["answered", "failed"].iter().zip(metrics.lookups(what)) {
+            page.sample(name, &format!("result=\"{result}\",what=\"{label}\""), value as f64);
         }
     }
 }
@@ -224,6 +258,13 @@ fn engine_metrics(page: &mut Page, view: EngineView<'_>) {
         ("mirai_integrity_failures_total", "counter", "Violated invariants.", c.integrity_failures as f64),
     ] {
         page.single(name, kind, help, value);
+    }
+    let name = "mirai_energy_joules_total";
+    page.family(name, "counter", "Energy of the devices: of requests, and while no step ran.");
+    for (state, microjoules) in
+        [("attributed", c.energy_attributed_microjoules), ("idle", c.energy_idle_microjoules)]
+    {
+        page.sample(name, &format!("state=\"{state}\""), microjoules as f64 * 1e-6);
     }
     step_sizes(page, "mirai_engine_iteration_tokens", "", c);
     page.family("mirai_kv_blocks", "gauge", "KV blocks by state.");
@@ -335,7 +376,7 @@ mod tests {
         // Steps of 300 and of 20,000 tokens.
         (counters.steps_by_tokens[7], counters.steps_by_tokens[13]) = (1, 1);
         let view = EngineView { model: "a\"b", counters: &counters, oldest_queued_seconds: 0.0 };
-        let page = render(&metrics, Some(view), false, 3);
+        let page = render(&metrics, Some(view), None, false, 3);
         let map = series(&page);
         assert_eq!(map["vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"a\\\"b\"}"], 0.5);
         let steps = |suffix: &str, le: &str| {
@@ -365,7 +406,7 @@ mod tests {
 
     #[test]
     fn without_a_model_there_are_no_aliases() {
-        let page = render(&Metrics::new(), None, true, 0);
+        let page = render(&Metrics::new(), None, None, true, 0);
         assert!(!page.contains("vllm:"));
         assert_eq!(series(&page)["mirai_draining"], 1.0);
     }

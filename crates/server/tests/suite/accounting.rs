@@ -102,6 +102,11 @@ async fn what_a_client_is_told_is_what_its_row_says() {
         ("mirai_prompt_tokens_total", rows.iter().map(|row| row.prompt_tokens).sum::<u64>()),
         ("mirai_cached_tokens_total", rows.iter().map(|row| row.cached_tokens).sum()),
         ("mirai_generation_tokens_total", rows.iter().map(|row| row.completion_tokens).sum()),
+        ("mirai_ledger_closed_tokens_total", rows.iter().map(|row| row.completion_tokens).sum()),
+        ("mirai_ledger_rows_opened_total", 3),
+        ("mirai_ledger_rows_closed_total", 3),
+        ("mirai_ledger_open_rows", 0),
+        ("mirai_ledger_health", 0),
         ("mirai_wasted_tokens_total", rows.iter().map(|row| row.wasted_tokens).sum()),
     ] {
         assert_eq!(bed.server.metric(metric).await, sum as f64, "{metric}");

@@ -7,7 +7,7 @@ use mirai_engine::hooks::{Injection, Victim};
 use mirai_server::ExitReason;
 use serde_json::{Value, json};
 
-use crate::client::{get, post};
+use crate::client::{Answer, get, post, request};
 use crate::support::*;
 
 fn without_id(mut value: Value) -> Value {
@@ -207,5 +207,34 @@ async fn a_request_has_its_time() {
     server.engine.hooks().thaw();
     let late = late.await.unwrap();
     assert_eq!((late.status, &late.json()["error"]["code"]), (503, &json!("deadline_exceeded")));
+    server.stop().await;
+}
+
+/// What the caller says it will wait for ends its request, and never later than the server's own limit would.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_callers_patience_ends_its_request() {
+    let mut options = Options { step: Duration::from_millis(5), ..Options::default() };
+    options.config.timeouts.request_seconds = 1.0;
+    let server = TestServer::start(options).await;
+    let body = chat("q", &json!({"max_tokens": 1900})).to_string();
+    let ask = async |seconds: &str| {
+        let headers = [("X-Request-Timeout", seconds)];
+        request(server.address, "POST", "/v1/chat/completions", &headers, Some(body.as_bytes())).await
+    };
+    let tokens = |answer: &Answer| answer.json()["usage"]["completion_tokens"].as_u64().unwrap();
+    let (short, long) = (ask("0.25").await, ask("100").await);
+    assert_eq!((short.status, long.status), (200, 200));
+    assert_eq!(short.json()["choices"][0]["finish_reason"], "length");
+    // A step takes at least 5 ms: that many fit, and not all that were asked for.
+    assert!(tokens(&short) <= 50, "{}", tokens(&short));
+    assert!(tokens(&long) <= 200, "{}", tokens(&long));
+    for wrong in ["", "0", "-1", "soon", "inf", "NaN", "1e300"] {
+        let answer = ask(wrong).await;
+        assert_eq!(
+            (answer.status, &answer.json()["error"]["param"]),
+            (400, &json!("X-Request-Timeout")),
+            "{wrong}"
+        );
+    }
     server.stop().await;
 }
