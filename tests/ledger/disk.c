@@ -8,6 +8,7 @@
 //   DISK_CRASH    "AT POLICY SEED": at call AT power goes; POLICY is drop, reorder or tear
 //   DISK_CONTROL  file read at each call: "sync|write|any ERRNO NAMES" or "stall MILLISECONDS NAMES"; a file is meant
 //                 if its name begins with NAMES, and by "*" every file
+//   DISK_LIES     a sync says that it is done, and makes nothing durable: what no program can survive
 //
 // Counted are writes, truncations, syncs and removals. Files that end in -shm are memory, not disk.
 #define _GNU_SOURCE
@@ -54,6 +55,7 @@ static const char *folder, *control, *count_path;
 static long calls, crash_at;
 static char policy[16];
 static unsigned long long dice;
+static int lies;
 static int lost;  // A sync has failed: what it was to make durable never will be.
 
 #define REAL(result, name, ...) \
@@ -74,6 +76,7 @@ __attribute__((constructor)) static void begin(void) {
     folder = getenv("DISK_FOLDER");
     control = getenv("DISK_CONTROL");
     count_path = getenv("DISK_COUNT");
+    lies = getenv("DISK_LIES") != NULL;
     const char *crash = getenv("DISK_CRASH");
     if (crash && sscanf(crash, "%ld %15s %llu", &crash_at, policy, &dice) != 3) die("DISK_CRASH", crash);
 }
@@ -394,7 +397,8 @@ static int sync_fd(int fd) {
         errno = error;
     } else {
         tick();
-        if (f) forget(f, 1);
+        if (lies) {}
+        else if (f) forget(f, 1);
         else synced_folder();
     }
     pthread_mutex_unlock(&lock);

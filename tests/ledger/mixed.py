@@ -26,7 +26,7 @@ def main():
     folder = pathlib.Path(args.folder)
     flags, model = server.model_args(args)
     store = folder / "ledger.db"
-    child = server.Server(args.binary, folder, [*flags, *server.store_args(store), "--max-num-seqs", 256])
+    child = server.Server(args.binary, folder, [*flags, *server.store_args(store), "--max-num-seqs", 256], covered=True)
     assert child.ready(), "the server did not start"
     mix = client.Mix(seed, model, chat=model != "simulated", longest=args.longest)
     tapes = asyncio.run(client.Load(client.Client(child.address), mix, args.streams, args.requests).run())

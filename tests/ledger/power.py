@@ -44,13 +44,15 @@ class Disk:
         self.control, self.count = self.folder / "control", self.folder / "count"
         self.shim = shim
 
-    def env(self, crash=None):
+    def env(self, crash=None, lies=False):
         """The environment that puts the shim under a program."""
         env = {
             "LD_PRELOAD": str(self.shim), "DISK_FOLDER": str(self.disk), "DISK_CONTROL": str(self.control),
             "DISK_COUNT": str(self.count),
         }
-        return env | ({"DISK_CRASH": " ".join(map(str, crash))} if crash else {})
+        if crash:
+            env["DISK_CRASH"] = " ".join(map(str, crash))
+        return env | ({"DISK_LIES": "1"} if lies else {})
 
     def fails(self, how):
         """From now on: `sync EIO *`, `write ENOSPC ledger`, `stall 5000 *`; None: no more."""
@@ -80,9 +82,9 @@ class Trial:
             shutil.copytree(template.disk, disk.disk, dirs_exist_ok=True)
         return disk
 
-    def start(self, disk, crash=None, shim=True):
+    def start(self, disk, env=None):
         flags = [*self.flags, *server.store_args(disk.store), "--ledger-spool", disk.spool]
-        return server.Server(self.args.binary, disk.folder, flags, disk.env(crash) if shim else None)
+        return server.Server(self.args.binary, disk.folder, flags, env)
 
     async def work(self, disk, child, life):
         """The same few requests each time."""
@@ -95,10 +97,10 @@ class Trial:
         disk.fails(None)
         return tapes
 
-    def live(self, life, template, tapes, crash=None):
+    def live(self, life, template, tapes, crash=None, lies=False):
         """One life, cut or not. Returns its disk and all tapes until then."""
         disk = self.disk(template)
-        child = self.start(disk, crash)
+        child = self.start(disk, disk.env(crash, lies))
         tapes = list(tapes)
         if child.ready():
             tapes += asyncio.run(self.work(disk, child, life))
@@ -114,7 +116,7 @@ class Trial:
         client.write(tapes, path)
         before = None
         for _ in range(2):
-            child = self.start(disk, shim=False)
+            child = self.start(disk)
             assert child.ready(), f"it does not start again: see {disk.folder}/server.log"
             open_rows = "SELECT COUNT(*) FROM mirai_request WHERE state <> 'closed'"
             server.until("rows are closed", lambda: server.ask(disk.store, open_rows) == [(0,)])
@@ -147,7 +149,15 @@ class Trial:
                 done["crashed"] += found["finish"].get("crashed", 0)
                 shutil.rmtree(disk.folder)
         print(json.dumps(done), flush=True)
-        return disk
+
+    def sees_a_lie(self, calls):
+        """The same with a disk that forgets what was synced must be found out, or nothing here means anything."""
+        disk, seen = self.live("first", None, [], (calls // 2, "drop", self.seed), lies=True)
+        try:
+            self.recovers(disk, seen)
+        except AssertionError:
+            return
+        raise AssertionError("a disk that lost all rows was not noticed")
 
 
 def main():
@@ -163,6 +173,7 @@ def main():
     # A life that was cut in the middle of its streams is what another begins with.
     whole, _ = trial.live("spooled", None, [])
     calls = int(whole.count.read_text())
+    trial.sees_a_lie(calls)
     left, tapes = trial.live("spooled", None, [], (calls * 2 // 3, "drop", seed))
     for life in args.lives:
         begin = (left, tapes) if life == "again" else (None, [])
