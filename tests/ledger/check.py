@@ -127,6 +127,18 @@ def _links(rows, links, writers):
     return out
 
 
+def margins(tapes, rows):
+    """How near the limits are: the most tokens that a row lacks of a tape, and that it counts beyond one."""
+    by_id = {row["id"]: row for row in rows}
+    lacks = beyond = 0
+    for tape in tapes:
+        row = by_id.get(tape["id"])
+        if row is not None and tape["status"] == 200:
+            lacks = max(lacks, tape["tokens"] - row["completion_tokens"])
+            beyond = max(beyond, row["completion_tokens"] - tape["tokens"])
+    return {"lacks": lacks, "beyond": beyond}
+
+
 def check_metrics(metrics, rows):
     """I6: rows of one run against the counters of its process at its end."""
     out = []
@@ -204,7 +216,7 @@ def main():
             problems += check_metrics(read_metrics(file.read()), mine)
     summary = {
         "tapes": len(tapes), "rows": len(rows), "tokens": sum(row["completion_tokens"] for row in rows),
-        "finish": collections.Counter(row["finish"] for row in rows), "digests": digests(rows),
+        "finish": collections.Counter(row["finish"] for row in rows), **margins(tapes, rows), "digests": digests(rows),
         "problems": problems[:20],
     }
     print(json.dumps(summary))

@@ -14,6 +14,7 @@ import os
 import pathlib
 import statistics
 import subprocess
+import time
 
 import server
 from faults import Postgres
@@ -42,7 +43,6 @@ def load(binary, child, args, out):
 
 def sync_p99(folder, count=1000):
     """Milliseconds of a write and sync of one page, as a commit does it."""
-    import time
     times = []
     fd = os.open(pathlib.Path(folder) / "sync-probe", os.O_CREAT | os.O_WRONLY)
     for number in range(count):
@@ -62,7 +62,8 @@ def round_trip(postgres):
         path = postgres.folder / "script"
         path.write_text(script)
         os.chmod(path, 0o644)
-        line = [postgres.programs / "pgbench", "-n", "-T", "3", "-f", path, "-h", postgres.folder, "-U", "mirai", "postgres"]
+        line = [postgres.programs / "pgbench", "-n", "-T", "3", "-f", path, "-h", postgres.folder, "-U", "mirai",
+                "postgres"]
         if name == "commit":
             psql = [postgres.programs / "psql", "-q", "-X", "-d", postgres.conninfo(), "-c"]
             subprocess.run(list(map(str, [*psql, "CREATE TABLE probe (a int)"])), check=True)

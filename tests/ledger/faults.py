@@ -52,7 +52,7 @@ class Bed:
 
     def query(self, text):
         """One number from the store."""
-        return self.place.ask(text) if self.place else server.ask(self.disk.store, text)[0][0]
+        return self.place.ask(text) if self.place else server.ask(self.disk.store, text)
 
     async def under_load(self, *steps):
         """Runs steps, each in a thread, while streams come and go."""
@@ -97,10 +97,7 @@ class Bed:
 
     def settles(self):
         """All rows end, and the counters are those of the rows."""
-        server.until("no stream", lambda: self.child.metrics()["mirai_streams"] == 0)
-        server.until("rows are closed", lambda: self.query(OPEN) == 0)
-        (self.disk.folder / "metrics").write_text(self.child.get("/metrics")[1])
-        return self.check("--metrics", self.disk.folder / "metrics")
+        return self.check("--metrics", server.counters(self.child, self.disk.folder, self.query))
 
     def recovers(self):
         """Another start closes what is open, and a second changes nothing."""

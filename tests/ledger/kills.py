@@ -30,11 +30,21 @@ class Ledger:
         self.store = self.folder / "ledger.db"
         self.tapes, self.digests = [], {}
 
+    def epoch(self):
+        """The run that lives now."""
+        return server.ask(self.store, "SELECT MAX(epoch) FROM mirai_writer")
+
+    def check_counters(self, child):
+        """Holds everything against the tapes, and what this run has done against its counters."""
+        metrics = server.counters(child, self.folder, lambda query: server.ask(self.store, query))
+        more = ["--metrics", metrics, "--epoch", self.epoch()]
+        return server.check("--sqlite", self.store, "--tapes", *self.tapes, *more)
+
     def check(self):
         """Holds everything before the run that lives now against the tapes."""
-        (epoch,), = server.ask(self.store, "SELECT MAX(epoch) FROM mirai_writer")
+        epoch = self.epoch()
         dead = f"SELECT COUNT(*) FROM mirai_request WHERE state <> 'closed' AND epoch < {epoch}"
-        server.until("rows of the dead are closed", lambda: server.ask(self.store, dead) == [(0,)])
+        server.until("rows of the dead are closed", lambda: server.ask(self.store, dead) == 0)
         if not self.tapes:
             return None
         found = server.check("--sqlite", self.store, "--below", epoch, "--tapes", *self.tapes)
@@ -60,41 +70,52 @@ class Rounds:
         """Dies while it starts, and with it whatever it recovers."""
         child = self.start(ledger)
         child.listening()
-        time.sleep(self.random.uniform(0, 0.4))
+        time.sleep(self.random.uniform(0, 0.1))
         child.kill()
         self.killed_starting += 1
 
-    async def load(self, ledger, child, number):
-        """Streams until the server is killed under them."""
+    def clients(self, child, streams, requests=None):
+        """A load that is not the one before."""
         mix = client.Mix(self.random.randrange(1 << 32), self.model, chat=self.model != "simulated")
-        tapes = []
+        return client.Load(client.Client(child.address), mix, streams, requests)
+
+    def keep(self, ledger, tapes):
+        """For all later checks."""
+        path = ledger.folder / f"tapes-{len(ledger.tapes)}"
+        client.write(tapes, path)
+        ledger.tapes.append(path)
+
+    async def load(self, ledger, child):
+        """Streams until the server is killed under them."""
+        load = self.clients(child, self.args.streams)
+        tapes = load.tapes
         # A moment of the work, not of a clock: the same on a slow machine.
         at = self.random.randrange(self.args.tokens)
-        load = client.Load(client.Client(child.address), mix, self.args.streams, tapes=tapes)
         task = asyncio.create_task(load.run())
         while sum(tape.tokens for tape in tapes) < at:
             await asyncio.sleep(0.001)
         child.kill()
         await task
-        path = ledger.folder / f"tapes-{number}"
-        client.write(tapes, path)
-        ledger.tapes.append(path)
+        self.keep(ledger, tapes)
         self.cut += sum(t.status == 200 and not t.ended and not t.left and t.error is None for t in tapes)
         self.unseen += sum(t.status is None and not t.left for t in tapes)
 
     def life(self, ledger, kills):
         """One database from its first start to its last. Returns what the last check saw."""
-        for number in range(kills):
+        for _ in range(kills):
             if ledger.tapes and self.random.random() < 0.15:
                 self.start_to_be_killed(ledger)
                 continue
             child = self.start(ledger)
             assert child.ready(), f"it did not start again: see {ledger.folder}/server.log"
             ledger.check()
-            asyncio.run(asyncio.wait_for(self.load(ledger, child, number), server.PATIENCE))
+            asyncio.run(asyncio.wait_for(self.load(ledger, child), server.PATIENCE))
         child = self.start(ledger)
         assert child.ready(), f"it did not start again: see {ledger.folder}/server.log"
-        found = ledger.check()
+        ledger.check()
+        # After all that, one life that is not cut: its counters are its rows' sums.
+        self.keep(ledger, asyncio.run(self.clients(child, 16, 64).run()))
+        found = ledger.check_counters(child)
         assert child.stop() == 0
         return found
 
@@ -109,11 +130,12 @@ def main():
     seed = random.randrange(1 << 32) if args.seed is None else args.seed
     print(f"seed {seed}", flush=True)
     rounds = Rounds(args, seed)
-    total = {"rows": 0, "tokens": 0, "closed by recovery": 0}
+    total = {"rows": 0, "tokens": 0, "closed by recovery": 0, "most a row lacks": 0}
     for number, first in enumerate(range(0, args.kills, ROUNDS)):
         found = rounds.life(Ledger(pathlib.Path(args.folder), number), min(ROUNDS, args.kills - first))
         total["rows"] += found["rows"]
         total["tokens"] += found["tokens"]
+        total["most a row lacks"] = max(total["most a row lacks"], found["lacks"])
         total["closed by recovery"] += found["finish"].get("crashed", 0)
     print(json.dumps({
         "kills": args.kills, "of them while starting": rounds.killed_starting, **total,

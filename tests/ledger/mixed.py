@@ -30,13 +30,9 @@ def main():
     assert child.ready(), "the server did not start"
     mix = client.Mix(seed, model, chat=model != "simulated", longest=args.longest)
     tapes = asyncio.run(client.Load(client.Client(child.address), mix, args.streams, args.requests).run())
-    # Those that left may still be on their way out.
-    server.until("no stream", lambda: child.metrics()["mirai_streams"] == 0)
-    open_rows = "SELECT COUNT(*) FROM mirai_request WHERE state <> 'closed'"
-    server.until("all rows closed", lambda: server.ask(store, open_rows) == [(0,)])
-    (folder / "metrics").write_text(child.get("/metrics")[1])
+    metrics = server.counters(child, folder, lambda query: server.ask(store, query))
     client.write(tapes, folder / "tapes")
-    found = server.check("--sqlite", store, "--tapes", folder / "tapes", "--metrics", folder / "metrics")
+    found = server.check("--sqlite", store, "--tapes", folder / "tapes", "--metrics", metrics)
     assert child.stop() == 0
     # A restart finds nothing to do.
     child = server.Server(args.binary, folder, [*flags, *server.store_args(store)])

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Power loss under the real server: at every write and sync in turn, what was not durable is lost, reordered or torn.
 
-    power.py --binary target/debug/mirai --folder EMPTY [--stride 1] [--policies drop,reorder,tear] [--seed N]
+    power.py --binary target/debug/mirai --folder EMPTY [--cuts N] [--policies drop,reorder,tear] [--seed N]
 
-Three short lives, each cut at call 1, 1 + stride, ... of its ledger's and spool's files: the first of a database; one
-that begins with recovery, on what another power loss left; one in which the store is full for a while, and rows go to
-the spool. After each: a start without the shim must succeed, close what is open, and leave what clients have seen;
+Three short lives, each cut at every call on its ledger's and spool's files, or at N of them: the first of a database;
+one that begins with recovery, on what another power loss left; one in which the store is full for a while, and rows
+go to the spool. After each: a start without the shim must succeed, close what is open, and leave what clients have seen;
 another must change nothing.
 """
 
@@ -119,7 +119,7 @@ class Trial:
             child = self.start(disk)
             assert child.ready(), f"it does not start again: see {disk.folder}/server.log"
             open_rows = "SELECT COUNT(*) FROM mirai_request WHERE state <> 'closed'"
-            server.until("rows are closed", lambda: server.ask(disk.store, open_rows) == [(0,)])
+            server.until("rows are closed", lambda: server.ask(disk.store, open_rows) == 0)
             server.until("the spool is empty", lambda: disk.spool.stat().st_size == 0)
             assert child.stop() == 0
             found = server.check("--sqlite", disk.store, "--tapes", path)
@@ -133,10 +133,11 @@ class Trial:
         self.recovers(disk, all_tapes)
         calls = int(disk.count.read_text())
         done = {"life": life, "calls": calls, "cuts": 0, "rows": 0, "crashed": 0}
+        every = max(1, calls // self.args.cuts) if self.args.cuts else 1
         # Not always the same calls where only some are looked at.
-        first = 1 + self.seed % self.args.stride
-        for number, at in enumerate(range(first, calls + 1, self.args.stride)):
-            policies = self.args.policies if self.args.stride == 1 else [POLICIES[number % len(POLICIES)]]
+        first = 1 + self.seed % every
+        for number, at in enumerate(range(first, calls + 1, every)):
+            policies = [POLICIES[number % len(POLICIES)]] if self.args.cuts else self.args.policies
             for policy in policies:
                 crash = (at, policy, self.seed + at)
                 try:
@@ -163,7 +164,7 @@ class Trial:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     server.add_args(parser)
-    parser.add_argument("--stride", type=int, default=1, help="look at each so-many-th call, one policy each")
+    parser.add_argument("--cuts", type=int, help="only at so many calls of each life, one policy each")
     parser.add_argument("--policies", type=lambda text: text.split(","), default=list(POLICIES))
     parser.add_argument("--lives", type=lambda text: text.split(","), default=list(LIVES))
     args = parser.parse_args()

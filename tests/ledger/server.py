@@ -90,11 +90,21 @@ def until(what, true):
         time.sleep(0.01)
 
 
+def counters(child, folder, query):
+    """A file with the server's metrics, taken once nothing runs and all rows are closed."""
+    # Those that left may still be on their way out.
+    until("no stream", lambda: child.metrics()["mirai_streams"] == 0)
+    until("all rows closed", lambda: query("SELECT COUNT(*) FROM mirai_request WHERE state <> 'closed'") == 0)
+    path = pathlib.Path(folder) / "metrics"
+    path.write_text(child.get("/metrics")[1])
+    return path
+
+
 def ask(path, query):
-    """A query on a SQLite file that a server may be writing."""
+    """One number from a SQLite file that a server may be writing."""
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60)
     try:
-        return connection.execute(query).fetchall()
+        return connection.execute(query).fetchone()[0]
     finally:
         connection.close()
 

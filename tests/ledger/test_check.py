@@ -102,6 +102,10 @@ class Checker(unittest.TestCase):
         self.fails("without a row", [tape(None, status=None)], [], good)
         self.assertTrue(check.check([], [], good[:1], []), "links of a writer that is not known")
 
+    def test_margins_are_of_both_signs(self):
+        tapes = [tape(tokens=17), tape("B", tokens=2), tape("C", tokens=99, status=503), tape("D", tokens=99)]
+        self.assertEqual(check.margins(tapes, [row(), row("B"), row("C")]), {"lacks": 10, "beyond": 5})
+
     def test_counters_against_sums(self):
         page = "# HELP x\n" + "\n".join(f"{name} {row()[column]}" for name, column in check.COUNTERS.items())
         metrics = check.read_metrics(page + '\nother{a="b"} 1\n')

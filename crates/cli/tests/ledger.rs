@@ -61,7 +61,7 @@ fn killed_at_random_moments_nothing_is_lost_or_doubled() {
 #[test]
 fn what_power_loss_leaves_is_recovered() {
     if has("python3") && has("cc") {
-        drive("power.py", &["--stride", "97"]);
+        drive("power.py", &["--cuts", "6"]);
     }
 }
 
