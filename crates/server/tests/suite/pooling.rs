@@ -398,6 +398,8 @@ async fn a_call_may_be_longer_than_the_queue() {
     }
     let tokens: usize = texts.iter().map(String::len).sum();
     assert_eq!(server.metric("mirai_prompt_tokens_total").await, tokens as f64);
+    assert_eq!(server.metric("mirai_request_prompt_tokens_count").await, 600.0);
+    assert_eq!(server.metric("mirai_request_prompt_tokens_sum").await, tokens as f64);
     assert_eq!(server.metric("mirai_streams").await, 0.0);
     server.stop().await;
 }
