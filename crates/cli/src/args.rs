@@ -30,8 +30,30 @@ pub(crate) enum Command {
     CheckConfig(Box<ServeArgs>),
     /// Download a model into the local store, with checksums.
     Pull(PullArgs),
+    /// Make keys for applications.
+    Keys(KeysArgs),
     /// Say what a model is, what it needs and what would be refused, without loading it.
     Verify(VerifyArgs),
+}
+
+/// Arguments of `keys`.
+#[derive(Args)]
+pub(crate) struct KeysArgs {
+    #[command(subcommand)]
+    pub(crate) command: KeysCommand,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum KeysCommand {
+    /// Print a new key, once, and the stanza with its hash for the file of applications.
+    New {
+        /// What the key is called in usage and in the file: 1 to 64 of a-z, 0-9, '-', '_', '.'.
+        #[arg(long)]
+        id: String,
+        /// Secrets under which hashes are made, one `VERSION SECRET` a line; the highest version makes this one.
+        #[arg(long, value_name = "FILE")]
+        pepper_file: PathBuf,
+    },
 }
 
 /// Arguments of `verify`.
@@ -125,6 +147,15 @@ pub(crate) struct ServeArgs {
     /// File with one bearer key a line; read again when it changes.
     #[arg(long, env = "MIRAI_API_KEY_FILE", value_name = "FILE", help_heading = "Server")]
     api_key_file: Option<PathBuf>,
+    /// TOML file of applications with the hashes of their keys; read again when it changes.
+    #[arg(long, env = "MIRAI_APPLICATIONS", value_name = "FILE", help_heading = "Server")]
+    applications: Option<PathBuf>,
+    /// Secrets under which those hashes were made; read again when it changes.
+    #[arg(long, value_name = "FILE", help_heading = "Server")]
+    pepper_file: Option<PathBuf>,
+    /// Authorities for calls that the server makes, in PEM [default: SSL_CERT_FILE, else the system's].
+    #[arg(long, value_name = "FILE", help_heading = "Server")]
+    ca_bundle: Option<PathBuf>,
     /// Serve other machines without any key.
     #[arg(long, help_heading = "Server")]
     insecure_no_auth: bool,
@@ -175,6 +206,7 @@ impl ServeArgs {
         let variable = std::env::var("MIRAI_API_KEY").ok();
         config.server.api_keys = keys(&self.api_key, variable.as_deref());
         config.ledger.password = std::env::var("MIRAI_LEDGER_PASSWORD").ok();
+        config.server.identity = config.identity.clone();
         Ok(config)
     }
 
@@ -211,6 +243,9 @@ impl ServeArgs {
         add("port", "server.port", value(self.port.as_ref()));
         add("metrics-listen", "server.metrics_listen", value(self.metrics_listen.as_ref()));
         add("api-key-file", "server.api_key_file", value(self.api_key_file.as_ref()));
+        add("applications", "identity.applications_file", value(self.applications.as_ref()));
+        add("pepper-file", "identity.pepper_file", value(self.pepper_file.as_ref()));
+        add("ca-bundle", "identity.ca_bundle", value(self.ca_bundle.as_ref()));
         add("insecure-no-auth", "server.insecure_no_auth", on(self.insecure_no_auth, true));
         if let (Some(certfile), Some(keyfile)) = (&self.ssl_certfile, &self.ssl_keyfile) {
             let mut tls = toml::Table::new();
@@ -310,6 +345,12 @@ mod tests {
             "127.0.0.1:0",
             "--api-key-file",
             "f",
+            "--applications",
+            "apps",
+            "--pepper-file",
+            "pepper",
+            "--ca-bundle",
+            "bundle",
             "--insecure-no-auth",
             "--ssl-certfile",
             "c",
@@ -342,6 +383,12 @@ mod tests {
         assert!(config.engine.batch_invariant && !config.engine.enable_prefix_caching);
         assert_eq!(config.server.port, 0);
         assert_eq!(config.server.api_key_file.unwrap().to_str(), Some("f"));
+        let identity = &config.identity;
+        let files = [&identity.applications_file, &identity.pepper_file, &identity.ca_bundle];
+        assert_eq!(
+            files.map(|file| file.as_ref().and_then(|path| path.to_str())),
+            [Some("apps"), Some("pepper"), Some("bundle")]
+        );
         assert_eq!(config.server.tls.unwrap().ca_certs.unwrap().to_str(), Some("a"));
         assert!((config.server.timeouts.drain_delay_seconds - 1.5).abs() < 1e-9);
         assert_eq!(config.ledger.store.as_deref(), Some("sqlite:l.db"));

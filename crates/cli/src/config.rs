@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use mirai_server::ServerConfig;
+use mirai_server::{IdentityConfig, ServerConfig};
 
 pub(crate) use device::Device;
 pub(crate) use layers::{ConfigError, Flag, load};
@@ -30,6 +30,8 @@ pub(crate) struct Config {
     pub(crate) server: ServerConfig,
     /// Accounting for requests.
     pub(crate) ledger: LedgerConfig,
+    /// Who may call.
+    pub(crate) identity: IdentityConfig,
     /// What is written about it.
     pub(crate) log: LogConfig,
 }

@@ -12,6 +12,7 @@ mod device;
 mod exit;
 #[cfg(feature = "test-hooks")]
 mod hooks;
+mod keys;
 mod ledger;
 mod load;
 mod logging;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(*options),
         Command::CheckConfig(args) => serve::check_config(&args),
         Command::Pull(args) => pull::run(&args),
+        Command::Keys(args) => keys::run(&args.command),
         Command::Verify(args) => verify::run(&args),
     };
     match result {

@@ -6,7 +6,7 @@
 use std::io::Write;
 use std::time::Instant;
 
-use mirai_server::{BindError, ExitReason, Server, ServerHandle};
+use mirai_server::{BindError, ExitReason, IdentitySummary, Server, ServerHandle};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::ServeArgs;
@@ -49,12 +49,15 @@ fn check_engine(config: &Config) -> Result<(), Failure> {
 pub(crate) fn check_config(args: &ServeArgs) -> Result<(), Failure> {
     let config = configuration(args)?;
     let text = toml::to_string(&config).map_err(Failure::run)?;
-    let of_file = config.server.api_key_file.as_deref().map(mirai_server::read_keys);
-    let of_file = of_file.transpose().map_err(Failure::usage)?.map_or(0, |keys| keys.len());
-    let keys = config.server.api_keys.len() + of_file;
-    let plural = if keys == 1 { "" } else { "s" };
+    let IdentitySummary { keys, applications } =
+        IdentitySummary::read(&config.server).map_err(Failure::usage)?;
+    let plural = |count| if count == 1 { "" } else { "s" };
     let mut out = std::io::stdout().lock();
-    write!(out, "# {keys} API key{plural}, not shown\n{text}").map_err(Failure::run)
+    write!(out, "# {keys} API key{}, not shown\n", plural(keys)).map_err(Failure::run)?;
+    if config.identity.applications_file.is_some() {
+        write!(out, "# {applications} application{}\n", plural(applications)).map_err(Failure::run)?;
+    }
+    write!(out, "{text}").map_err(Failure::run)
 }
 
 /// Serves until told to end.
@@ -84,13 +87,16 @@ where
     F: FnOnce(&Config, &ServerHandle) -> Result<mirai_server::ServedModel, Failure> + Send + 'static,
 {
     let server = Server::bind(config.server.clone()).await.map_err(|e| match e {
-        BindError::Config(_) | BindError::Tls(_) | BindError::Keys(_) => Failure::usage(e),
+        BindError::Config(_) | BindError::Tls(_) | BindError::Identity(_) => Failure::usage(e),
         BindError::Listen { .. } | BindError::Thread(_) => Failure::environment(e),
     })?;
     let scheme = if server.is_tls() { "https" } else { "http" };
     print_line(&format!("listening on {scheme}://{}", server.local_addr()))?;
     if let Some(address) = server.metrics_addr() {
         tracing::info!(%address, "metrics have an address of their own");
+    }
+    if let Some(address) = server.admin_addr() {
+        tracing::info!(%address, "administrators have an address of their own");
     }
     let handle = server.handle();
     listen_to_signals(&handle)?;

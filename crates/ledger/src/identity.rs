@@ -7,9 +7,10 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::chain::Hash;
+use crate::scope::Scopes;
 use crate::secret::{Secret, ShortSecret};
 use crate::value::Hex;
 
@@ -19,8 +20,14 @@ pub const MAX_FILE: usize = 4 << 20;
 pub const MAX_APPLICATIONS: usize = 10_000;
 /// Most keys of one application: two while one replaces the other, a few more for teams.
 pub const MAX_KEYS: usize = 16;
+/// Most names of one application at identity providers and gateways.
+pub const MAX_CLIENTS: usize = 64;
 /// Longest key that is looked at, bytes.
 pub const MAX_KEY: usize = 512;
+/// Longest name of an application at an identity provider, bytes.
+pub const MAX_CLIENT_ID: usize = 256;
+/// What the holders of keys that are in no such file are accounted to: no application may be called so.
+pub const DEFAULT_APPLICATION: &str = "default";
 
 const KEY_PURPOSE: &[u8] = b"mirai-ledger api key 1\0";
 const USER_PURPOSE: &[u8] = b"mirai-ledger pseudonym 1\0";
@@ -77,7 +84,7 @@ impl UserKey {
 }
 
 /// What an application may use. `None` is without bound.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Quota {
     /// Requests in a minute.
@@ -101,6 +108,19 @@ struct KeyStanza {
     id: String,
     pepper: u32,
     hash: Hex<32>,
+    /// Instead of the application's.
+    #[serde(default)]
+    scopes: Option<Scopes>,
+}
+
+/// The application's name somewhere else.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ClientStanza {
+    /// Which identity provider, by its name in the configuration, or `gateway`.
+    provider: String,
+    /// What it calls the application.
+    id: String,
 }
 
 /// One application.
@@ -115,8 +135,36 @@ pub struct Application {
     /// What it may use.
     #[serde(default)]
     pub quota: Quota,
+    /// What its callers may do, whatever a token says beyond it.
+    #[serde(default = "infer")]
+    pub scopes: Scopes,
+    /// Whether its keys may speak for other applications.
+    #[serde(default)]
+    pub gateway: bool,
+    /// Applications of one group share the prefixes of their prompts; without one, an application shares with
+    /// nobody.
+    #[serde(default)]
+    pub cache_group: Option<String>,
     #[serde(default, rename = "key")]
     keys: Vec<KeyStanza>,
+    #[serde(default, rename = "client")]
+    clients: Vec<ClientStanza>,
+}
+
+impl Application {
+    /// The ids of its keys, in the order of the file.
+    pub fn key_ids(&self) -> impl Iterator<Item = &str> {
+        self.keys.iter().map(|key| key.id.as_str())
+    }
+
+    /// What it is called at identity providers and gateways: (provider, name there).
+    pub fn clients(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.clients.iter().map(|client| (client.provider.as_str(), client.id.as_str()))
+    }
+}
+
+fn infer() -> Scopes {
+    Scopes::INFER
 }
 
 fn one() -> u32 {
@@ -155,6 +203,29 @@ pub enum ApplicationsError {
         /// How many.
         keys: usize,
     },
+    /// Too many names elsewhere.
+    #[error("application number {number}: {clients} clients, at most {MAX_CLIENTS}")]
+    Clients {
+        /// Which application, from 1.
+        number: usize,
+        /// How many.
+        clients: usize,
+    },
+    /// A name elsewhere that no token could have.
+    #[error(
+        "application number {number}: a client's id must be 1 to {MAX_CLIENT_ID} printable ASCII characters without \
+         spaces"
+    )]
+    ClientId {
+        /// Which application, from 1.
+        number: usize,
+    },
+    /// The name of what has no stanza.
+    #[error("application number {number}: the name is kept for keys that are in no such file")]
+    Reserved {
+        /// Which application, from 1.
+        number: usize,
+    },
     /// A name breaks the rules.
     #[error("application number {number}: {what} must be 1 to 64 of a-z, 0-9, '-', '_', '.'")]
     Name {
@@ -190,6 +261,8 @@ pub struct Caller {
     pub key_id: Arc<str>,
     /// The version of the pepper under which the key is hashed.
     pub key_version: u32,
+    /// What the key may do.
+    pub scopes: Scopes,
 }
 
 /// All applications.
@@ -197,11 +270,48 @@ pub struct Caller {
 pub struct Applications {
     all: Vec<Arc<Application>>,
     callers: HashMap<(u32, Hash), Caller>,
+    names: HashMap<String, Arc<Application>>,
+    /// Provider -> name there -> application.
+    clients: HashMap<String, HashMap<String, Arc<Application>>>,
 }
 
 fn is_name(name: &str) -> bool {
     let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b);
     (1..=64).contains(&name.len()) && name.bytes().all(allowed)
+}
+
+/// What can be said of one stanza alone.
+fn check(number: usize, application: &Application) -> Result<(), ApplicationsError> {
+    let name = |text: &str, what| {
+        if is_name(text) { Ok(()) } else { Err(ApplicationsError::Name { number, what }) }
+    };
+    name(&application.name, "the name")?;
+    if application.name == DEFAULT_APPLICATION {
+        return Err(ApplicationsError::Reserved { number });
+    }
+    if !(1..=1000).contains(&application.weight) {
+        return Err(ApplicationsError::Weight { number, weight: application.weight });
+    }
+    if application.keys.len() > MAX_KEYS {
+        return Err(ApplicationsError::Keys { number, keys: application.keys.len() });
+    }
+    if application.clients.len() > MAX_CLIENTS {
+        return Err(ApplicationsError::Clients { number, clients: application.clients.len() });
+    }
+    application.keys.iter().try_for_each(|key| name(&key.id, "a key's id"))?;
+    application.cache_group.iter().try_for_each(|group| name(group, "the cache group"))?;
+    for client in &application.clients {
+        name(&client.provider, "a client's provider")?;
+        if !is_client_id(&client.id) {
+            return Err(ApplicationsError::ClientId { number });
+        }
+    }
+    Ok(())
+}
+
+/// Whether this could be what an identity provider or a gateway calls an application.
+pub fn is_client_id(id: &str) -> bool {
+    (1..=MAX_CLIENT_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
 }
 
 impl Applications {
@@ -224,46 +334,66 @@ impl Applications {
         if file.application.len() > MAX_APPLICATIONS {
             return Err(ApplicationsError::Applications(file.application.len()));
         }
-        let (mut names, mut ids) = (HashSet::new(), HashSet::new());
+        let mut ids = HashSet::new();
         let mut out = Self::default();
         for (number, application) in (1..).zip(file.application) {
-            let application = Arc::new(application);
-            if !is_name(&application.name) {
-                return Err(ApplicationsError::Name { number, what: "the name" });
-            }
-            if !(1..=1000).contains(&application.weight) {
-                return Err(ApplicationsError::Weight { number, weight: application.weight });
-            }
-            if application.keys.len() > MAX_KEYS {
-                return Err(ApplicationsError::Keys { number, keys: application.keys.len() });
-            }
-            if !names.insert(application.name.clone()) {
-                return Err(ApplicationsError::Twice { number, what: "name" });
-            }
-            for key in &application.keys {
-                if !is_name(&key.id) {
-                    return Err(ApplicationsError::Name { number, what: "a key's id" });
-                }
-                if !ids.insert(key.id.clone()) {
-                    return Err(ApplicationsError::Twice { number, what: "key id" });
-                }
-                let caller = Caller {
-                    application: application.clone(),
-                    key_id: key.id.as_str().into(),
-                    key_version: key.pepper,
-                };
-                if out.callers.insert((key.pepper, key.hash), caller).is_some() {
-                    return Err(ApplicationsError::Twice { number, what: "key's hash" });
-                }
-            }
-            out.all.push(application);
+            out.add(number, Arc::new(application), &mut ids)?;
         }
         Ok(out)
+    }
+
+    fn add(
+        &mut self,
+        number: usize,
+        application: Arc<Application>,
+        ids: &mut HashSet<String>,
+    ) -> Result<(), ApplicationsError> {
+        check(number, &application)?;
+        if self.names.insert(application.name.clone(), application.clone()).is_some() {
+            return Err(ApplicationsError::Twice { number, what: "name" });
+        }
+        for key in &application.keys {
+            if !ids.insert(key.id.clone()) {
+                return Err(ApplicationsError::Twice { number, what: "key id" });
+            }
+            let caller = Caller {
+                application: application.clone(),
+                key_id: key.id.as_str().into(),
+                key_version: key.pepper,
+                scopes: key.scopes.unwrap_or(application.scopes),
+            };
+            if self.callers.insert((key.pepper, key.hash), caller).is_some() {
+                return Err(ApplicationsError::Twice { number, what: "key's hash" });
+            }
+        }
+        for client in &application.clients {
+            let there = self.clients.entry(client.provider.clone()).or_default();
+            if there.insert(client.id.clone(), application.clone()).is_some() {
+                return Err(ApplicationsError::Twice { number, what: "client" });
+            }
+        }
+        self.all.push(application);
+        Ok(())
     }
 
     /// Every application, in the order of the file.
     pub fn all(&self) -> &[Arc<Application>] {
         &self.all
+    }
+
+    /// The application of this name.
+    pub fn named(&self, name: &str) -> Option<&Arc<Application>> {
+        self.names.get(name)
+    }
+
+    /// The application that `provider` calls `id`.
+    pub fn client(&self, provider: &str, id: &str) -> Option<&Arc<Application>> {
+        self.clients.get(provider)?.get(id)
+    }
+
+    /// How many keys there are.
+    pub fn keys(&self) -> usize {
+        self.callers.len()
     }
 
     /// Whose key this is. The work is one hash for each pepper, whatever the key: what is compared afterwards
@@ -357,6 +487,40 @@ mod tests {
     }
 
     #[test]
+    fn applications_are_found_by_name_and_by_their_names_elsewhere() {
+        let hash = |digit: char| digit.to_string().repeat(64);
+        let file = format!(
+            "[[application]]\nname = \"a\"\ncache_group = \"g\"\nscopes = [\"infer\", \"admin\"]\n\
+             [[application.client]]\nprovider = \"keycloak\"\nid = \"Chat@1\"\n\
+             [[application.key]]\nid = \"a1\"\npepper = 1\nhash = \"{}\"\nscopes = [\"read-usage\"]\n\
+             [[application.key]]\nid = \"a2\"\npepper = 1\nhash = \"{}\"\n\
+             [[application]]\nname = \"b\"\ngateway = true\n\
+             [[application.client]]\nprovider = \"zitadel\"\nid = \"Chat@1\"\n",
+            hash('1'),
+            hash('2'),
+        );
+        let all = Applications::parse(&file).unwrap();
+        let client = |provider: &str, id: &str| all.client(provider, id).map(|found| found.name.as_str());
+        assert_eq!((client("keycloak", "Chat@1"), client("zitadel", "Chat@1")), (Some("a"), Some("b")));
+        assert_eq!(
+            (client("keycloak", "chat@1"), client("other", "Chat@1"), client("zitadel", "b")),
+            (None, None, None)
+        );
+        let a = all.named("a").unwrap();
+        assert_eq!(a.key_ids().collect::<Vec<_>>(), ["a1", "a2"]);
+        assert_eq!(a.clients().collect::<Vec<_>>(), [("keycloak", "Chat@1")]);
+        assert_eq!((a.cache_group.as_deref(), a.gateway, all.keys()), (Some("g"), false, 2));
+        assert!(all.named("b").unwrap().gateway && all.named("c").is_none());
+        let scopes = |digit: char| {
+            let hash = hash(digit).parse().unwrap();
+            all.callers[&(1, hash)].scopes.words().collect::<Vec<_>>()
+        };
+        assert_eq!(scopes('1'), ["read-usage"], "a key's own");
+        assert_eq!(scopes('2'), ["infer", "admin"], "its application's");
+        assert_eq!(all.named("b").unwrap().scopes, Scopes::INFER);
+    }
+
+    #[test]
     fn what_is_wrong_is_named_by_place_and_never_quoted() {
         let key = |id: &str, hash: &str| {
             format!("[[application.key]]\nid = \"{id}\"\npepper = 1\nhash = \"{hash}\"\n")
@@ -364,6 +528,10 @@ mod tests {
         let (h, other) = ("ab".repeat(32), "cd".repeat(32));
         let app = "[[application]]\nname = \"a\"\n";
         let many: String = (0..17).map(|i| key(&format!("k{i}"), &format!("{i:064x}"))).collect();
+        let client = |provider: &str, id: &str| {
+            format!("[[application.client]]\nprovider = \"{provider}\"\nid = \"{id}\"\n")
+        };
+        let clients: String = (0..65).map(|i| client("p", &format!("c{i}"))).collect();
         let cases = [
             ("x = 'canary'".to_owned(), "line 1: unknown field"),
             (format!("{app}weight = \"canary\"\n"), "line 3: invalid type"),
@@ -377,6 +545,13 @@ mod tests {
             (format!("{app}{}{}", key("k", &h), key("l", &h)), "the key's hash was there before"),
             (format!("{app}{many}"), "17 keys, at most 16"),
             ("[[application]]\n".repeat(2), "line 1: missing field"),
+            (format!("{app}scopes = [\"canary\"]"), "line 3: a scope is infer"),
+            (format!("{app}cache_group = \"Canary\""), "number 1: the cache group must be"),
+            (format!("{app}{}", client("Canary", "x")), "number 1: a client's provider must be"),
+            (format!("{app}{}", client("p", "cana ry")), "number 1: a client's id must be"),
+            (format!("{app}{0}{0}", client("p", "canary")), "number 1: the client was there before"),
+            (format!("{app}{clients}"), "65 clients, at most 64"),
+            ("[[application]]\nname = \"default\"".to_owned(), "number 1: the name is kept"),
             ("# ".to_owned() + &"x".repeat(MAX_FILE), "at most 4194304"),
         ];
         for (text, words) in cases {

@@ -13,6 +13,7 @@ mod ledger;
 pub mod location;
 pub mod price;
 mod row;
+mod scope;
 pub mod secret;
 mod spool;
 pub mod store;
@@ -28,6 +29,7 @@ pub use row::{
     Anonymise, Class, Endpoint, EnergyMethod, FIELDS, Field, Finish, MAX_TEXT, Retention, Row, RowError,
     SCHEMA_VERSION, Settled, State, UserKind, registry_json,
 };
+pub use scope::{Scope, Scopes};
 pub use secret::{MIN_SECRET, ShortSecret};
 pub use spool::{Spool, SpoolError};
 pub use value::{CellError, Hex, Value};

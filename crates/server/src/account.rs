@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use mirai_ledger::store::sqlite::system_micros;
 use mirai_ledger::{Counts, Endpoint, Ledger, Open, Outcome, Row, Unavailable};
 
+use crate::auth::{Auth, Caller};
 use crate::error::ApiError;
 
 /// What rows are written to, and what they say of this server.
@@ -30,6 +31,7 @@ pub(crate) struct Charge<'a> {
     pub(crate) revision: &'a str,
     pub(crate) arrived: Instant,
     pub(crate) prompt_tokens: u64,
+    pub(crate) caller: &'a Caller,
 }
 
 impl Accounting {
@@ -37,7 +39,9 @@ impl Accounting {
     ///
     /// # Errors
     /// 503: the request cannot be accounted for.
-    pub(crate) fn open(&self, charge: &Charge<'_>) -> Result<Account, ApiError> {
+    pub(crate) fn open(&self, charge: &Charge<'_>, auth: &Auth) -> Result<Account, ApiError> {
+        let caller = charge.caller;
+        let pseudonym = auth.pseudonym(caller);
         let since = i64::try_from(charge.arrived.elapsed().as_micros()).unwrap_or(i64::MAX);
         let row = Row {
             id: charge.id.to_owned(),
@@ -48,6 +52,11 @@ impl Accounting {
             replica: self.replica.clone(),
             server_version: env!("CARGO_PKG_VERSION").to_owned(),
             prompt_tokens: charge.prompt_tokens,
+            application: caller.application.to_string(),
+            key_id: caller.key_id.to_string(),
+            key_version: caller.key_version,
+            user_key_version: pseudonym.as_ref().map_or(0, |pseudonym| pseudonym.key_version),
+            user: pseudonym.map(|pseudonym| pseudonym.value),
             ..Row::default()
         };
         match self.ledger.open(row, charge.arrived) {

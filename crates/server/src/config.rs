@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::api::bounds;
+use crate::auth::IdentityConfig;
 
 /// Everything the HTTP surface can be told. All fields have defaults; unknown fields are errors.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
@@ -27,6 +28,9 @@ pub struct ServerConfig {
     pub api_keys: Vec<String>,
     /// File with more of them, one a line; it is read again when it changes. Default: none.
     pub api_key_file: Option<PathBuf>,
+    /// Applications, tokens and gateways. A section of its own in a configuration file, so the binary fills it.
+    #[serde(skip)]
+    pub identity: IdentityConfig,
     /// Allows another address than loopback without any key. Default false.
     pub insecure_no_auth: bool,
     /// Certificates, if the server speaks TLS. Default: none.
@@ -140,6 +144,7 @@ impl Default for ServerConfig {
             metrics_listen: None,
             api_keys: Vec::new(),
             api_key_file: None,
+            identity: IdentityConfig::default(),
             insecure_no_auth: false,
             tls: None,
             limits: Limits::default(),
@@ -201,7 +206,7 @@ impl Default for Timeouts {
 pub enum ConfigError {
     /// Reachable from other machines, open to everyone.
     #[error(
-        "refusing to listen on {0} without an API key: set one, or pass --insecure-no-auth if a gateway in \
+        "refusing to listen on {0} without an API key: set one, or a file of applications, or pass --insecure-no-auth if a gateway in \
          front authenticates"
     )]
     OpenWithoutKey(IpAddr),
@@ -210,6 +215,14 @@ pub enum ConfigError {
     BadKey {
         /// Position in the list, from 1.
         index: usize,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// Who may call.
+    #[error("identity: {field} {problem}")]
+    Identity {
+        /// Name of the field.
+        field: String,
         /// What is wrong with it.
         problem: &'static str,
     },
@@ -236,6 +249,7 @@ impl ServerConfig {
         if !self.host.is_loopback()
             && self.api_keys.is_empty()
             && self.api_key_file.is_none()
+            && !self.identity.authenticates()
             && !self.insecure_no_auth
             && !self.mutual_tls()
         {
@@ -246,6 +260,7 @@ impl ServerConfig {
                 return Err(ConfigError::BadKey { index: i + 1, problem });
             }
         }
+        self.identity.validate()?;
         self.check_ranges()
     }
 

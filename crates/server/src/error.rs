@@ -66,6 +66,10 @@ table! {
     bad_request = BAD_REQUEST, "invalid_request_error", "bad_request";
     /// No key, or a wrong one.
     unauthorized = UNAUTHORIZED, "authentication_error", "invalid_api_key";
+    /// The credential is good, and may not do this.
+    insufficient_scope = FORBIDDEN, "permission_error", "insufficient_scope";
+    /// The credential is good, and what it names is in no file.
+    unknown_application = FORBIDDEN, "permission_error", "unknown_application";
     /// No such path.
     not_found = NOT_FOUND, "invalid_request_error", "not_found";
     /// No such model.
@@ -96,6 +100,10 @@ table! {
     engine_stopped = SERVICE_UNAVAILABLE, "unavailable_error", "engine_stopped";
     /// What this request uses could not be written down.
     ledger_unavailable = SERVICE_UNAVAILABLE, "unavailable_error", "ledger_unavailable";
+    /// Whoever could say who calls does not answer.
+    identity_unavailable = SERVICE_UNAVAILABLE, "unavailable_error", "identity_unavailable";
+    /// A file that was to be read again cannot be used.
+    reload_refused = CONFLICT, "invalid_request_error", "reload_refused";
     /// The engine makes no progress.
     unhealthy = SERVICE_UNAVAILABLE, "unavailable_error", "unhealthy";
     /// The time for this request ended before its first token.

@@ -13,7 +13,7 @@ mod auth;
 pub mod config;
 mod demux;
 pub mod error;
-mod files;
+mod file;
 mod format;
 mod handlers;
 mod health;
@@ -35,8 +35,13 @@ mod validate;
 mod worker;
 
 pub use account::Accounting;
-pub use auth::{KeyFileError, MAX_KEYS, read_keys};
+pub use auth::{
+    Algorithm, ClaimsConfig, GatewayConfig, IdentityConfig, IdentityError, IdentityFileError,
+    IdentitySummary, IntrospectionConfig, IssuerConfig, KeyFileError, MAX_KEYS, Unknown, read_keys,
+};
 pub use config::{ConfigError, Limits, ServerConfig, Timeouts, TlsConfig};
+pub use file::FileError;
+pub use http::client::BundleError;
 pub use http::tls::TlsError;
 pub use metrics::DeviceFigure;
 pub use model::{FimTokens, GenerationDefaults, ServedModel};

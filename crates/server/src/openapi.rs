@@ -93,6 +93,8 @@ fn operation(target: Target) -> Operation {
         Target::HealthReady => op("Alive, and taking requests.", None, Some("Health"), None),
         Target::HealthStartup => op("Loaded.", None, Some("Health"), None),
         Target::Metrics => op("Metrics in Prometheus' text format 0.0.4.", None, None, None),
+        Target::AdminApplications => op("Applications, without secrets.", None, None, None),
+        Target::AdminReload => op("Reads applications and secrets again.", None, None, None),
     }
 }
 
@@ -113,7 +115,8 @@ pub fn document() -> Value {
         schemas[name]["oneOf"][variant]["maxItems"] = bound.into();
     }
     let mut paths = serde_json::Map::new();
-    for route in ROUTES {
+    // Administrators' routes have a listener of their own, and no place in what clients read.
+    for route in ROUTES.iter().filter(|route| !route.access.is_admin()) {
         let entry = paths.entry(route.name()).or_insert_with(|| json!({}));
         entry[route.method.to_lowercase()] = describe(route.target, route.access);
     }
@@ -159,8 +162,11 @@ fn describe(target: Target, access: Access) -> Value {
     };
     let mut responses = serde_json::Map::new();
     responses.insert("200".to_owned(), ok);
-    if access == Access::Key {
+    if access != Access::Open {
         responses.insert("401".to_owned(), error("No key, or a wrong one."));
+    }
+    if matches!(access, Access::Needs(_)) {
+        responses.insert("403".to_owned(), error("The key may not do this."));
     }
     if operation.request.is_some() {
         responses
@@ -195,7 +201,7 @@ fn describe(target: Target, access: Access) -> Value {
         value["parameters"] =
             json!([{"name": "model", "in": "path", "required": true, "schema": {"type": "string"}}]);
     }
-    if access == Access::Key {
+    if access != Access::Open {
         value["security"] = json!([{"key": []}]);
     }
     value
@@ -235,7 +241,7 @@ mod tests {
         }
         let document = document();
         walk(&document, &document["components"]["schemas"]);
-        for route in ROUTES {
+        for route in ROUTES.iter().filter(|route| !route.access.is_admin()) {
             assert!(
                 document["paths"][route.name()][route.method.to_lowercase()].is_object(),
                 "{}",

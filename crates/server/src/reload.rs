@@ -1,7 +1,7 @@
 //! Files that are read again when they change: keys and certificates.
 //!
-//! Owns when the files are looked at, when a change counts, and on which threads that happens. It never opens
-//! them: what is in a file, and what happens to a bad one, belongs to whoever watches it.
+//! Owns when the files are looked at and when a change counts, and that both happen on threads that may wait for a
+//! disk. It never opens them: what is in a file, and what happens to a bad one, belongs to whoever watches it.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -27,70 +27,60 @@ fn stamp(path: &Path) -> Option<Stamp> {
 /// Some files, and how they looked before they were first read.
 #[derive(Debug)]
 pub(crate) struct Watch {
-    paths: Arc<[PathBuf]>,
+    paths: Vec<PathBuf>,
     first: Vec<Option<Stamp>>,
 }
 
 impl Watch {
-    /// To be called before the files are read: a change from now on is noticed. Blocks while it looks.
+    /// To be called before the files are read: a change from now on is noticed.
     pub(crate) fn new(paths: Vec<PathBuf>) -> Self {
-        let first = stamps(&paths);
-        Self { paths: paths.into(), first }
+        let first = paths.iter().map(|path| stamp(path)).collect();
+        Self { paths, first }
     }
 
-    /// Looks at the files `every` so often, and calls `read` once for each change that has come to rest: two
-    /// looks agree, so a file that is being written, or a pair of which one half is there, is left alone. Gives
-    /// `take` what was read, and counts. Looks and reads on threads that may block: a file system that hangs
-    /// holds up no request. Never returns.
-    pub(crate) async fn run<T, E>(
+    /// Whether there is nothing to watch.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.paths.is_empty()
+    }
+
+    /// Looks at the files `every` so often, and calls `reload` once for each change that has come to rest: two
+    /// looks agree, so a file that is being written, or a pair of which one half is there, is left alone. Counts
+    /// what `reload` says. Never returns.
+    pub(crate) async fn run<E: std::fmt::Display + Send + 'static>(
         &self,
         what: Reloaded,
         every: Duration,
         metrics: &Metrics,
-        read: impl Fn() -> Result<T, E> + Send + Sync + 'static,
-        mut take: impl FnMut(T),
-    ) where
-        T: Send + 'static,
-        E: std::fmt::Display + Send + 'static,
-    {
-        let (read, name) = (Arc::new(read), what.name());
-        let mut taken = self.first.clone();
-        let mut last = taken.clone();
+        reload: impl Fn() -> Result<(), E> + Send + Sync + 'static,
+    ) {
+        let reload = Arc::new(reload);
+        let mut read = self.first.clone();
+        let mut last = read.clone();
         loop {
             tokio::time::sleep(every).await;
             let paths = self.paths.clone();
-            let Ok(now) = tokio::task::spawn_blocking(move || stamps(&paths)).await else { continue };
-            if now != taken && now == last {
-                taken.clone_from(&now);
-                let read = read.clone();
-                let result = tokio::task::spawn_blocking(move || read()).await;
-                match result.map_err(|e| e.to_string()).and_then(|r| r.map_err(|e| e.to_string())) {
-                    Ok(value) => {
-                        take(value);
-                        metrics.reloaded(what, true);
-                        tracing::info!("{name} reloaded");
-                    }
-                    Err(error) => {
-                        metrics.reloaded(what, false);
-                        tracing::error!(%error, "{name} not reloaded; the old ones stay");
-                    }
+            let looked = tokio::task::spawn_blocking(move || paths.iter().map(|path| stamp(path)).collect());
+            let Ok(now): Result<Vec<_>, _> = looked.await else { continue };
+            if now != read && now == last {
+                read.clone_from(&now);
+                let reload = reload.clone();
+                let Ok(result) = tokio::task::spawn_blocking(move || reload()).await else { continue };
+                let name = what.name();
+                match &result {
+                    Ok(()) => tracing::info!("{name} reloaded"),
+                    Err(error) => tracing::error!(%error, "{name} not reloaded; the old ones stay"),
                 }
+                metrics.reloaded(what, result.is_ok());
             }
             last = now;
         }
     }
 }
 
-fn stamps(paths: &[PathBuf]) -> Vec<Option<Stamp>> {
-    paths.iter().map(|path| stamp(path)).collect()
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::sync::Mutex;
     use std::sync::atomic::{AtomicU32, Ordering};
-    use std::thread::ThreadId;
 
     use super::*;
 
@@ -103,17 +93,10 @@ mod tests {
         std::fs::write(&path, "one").unwrap();
         let watch = Watch::new(vec![path.clone(), directory.path().join("missing")]);
         std::fs::write(&path, "three").unwrap();
-        let metrics = Metrics::new();
-        let reads = Arc::new(AtomicU32::new(0));
-        let threads = Mutex::new(Vec::<ThreadId>::new());
-        let read = {
-            let reads = reads.clone();
-            move || {
-                let number = reads.fetch_add(1, Ordering::SeqCst) + 1;
-                if number == 2 { Err("bad") } else { Ok(std::thread::current().id()) }
-            }
-        };
-        let calls = || reads.load(Ordering::SeqCst);
+        let (metrics, counted) = (Metrics::new(), Arc::new(AtomicU32::new(0)));
+        let counter = counted.clone();
+        let reload = move || if counter.fetch_add(1, Ordering::SeqCst) == 1 { Err("bad") } else { Ok(()) };
+        let calls = || counted.load(Ordering::SeqCst);
         let test = async {
             // Beside the watcher's looks, not at the same moments.
             tokio::time::sleep(EVERY / 2).await;
@@ -138,16 +121,10 @@ mod tests {
             assert_eq!(calls(), 2, "a bad file is complained of once");
         };
         tokio::select! {
-            () = watch.run(Reloaded::ApiKeys, EVERY, &metrics, read, |id| threads.lock().unwrap().push(id)) => {
-                unreachable!()
-            }
+            () = watch.run(Reloaded::ApiKeys, EVERY, &metrics, reload) => unreachable!(),
             () = test => {}
         }
         assert_eq!(metrics.reloads(Reloaded::ApiKeys), [1, 1]);
         assert_eq!(metrics.reloads(Reloaded::Certificates), [0, 0]);
-        // Only what was read well is taken, and it was read where waiting holds up nobody.
-        let threads = threads.into_inner().unwrap();
-        assert_eq!(threads.len(), 1);
-        assert_ne!(threads[0], std::thread::current().id());
     }
 }

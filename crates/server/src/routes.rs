@@ -4,14 +4,38 @@
 //! OpenAPI document's tests) looks here, never at a URL's text.
 
 use hyper::Method;
+use mirai_ledger::Scope;
+
+use crate::auth::Caller;
+use crate::error::ApiError;
 
 /// Who may call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Access {
     /// Anybody: probes and metrics.
     Open,
-    /// Holders of a key, if there are keys.
+    /// Holders of any good credential, if there are credentials.
     Key,
+    /// Of these, who has a scope.
+    Needs(Scope),
+}
+
+impl Access {
+    /// Whether a caller gets in.
+    ///
+    /// # Errors
+    /// 403 without the scope.
+    pub(crate) fn admits(self, caller: &Caller) -> Result<(), ApiError> {
+        match self {
+            Self::Open | Self::Key => Ok(()),
+            Self::Needs(scope) => caller.needs(scope),
+        }
+    }
+
+    /// Whether it answers at the admin listener, and only there.
+    pub(crate) fn is_admin(self) -> bool {
+        self == Self::Needs(Scope::Admin)
+    }
 }
 
 /// What answers.
@@ -35,6 +59,8 @@ pub(crate) enum Target {
     HealthReady,
     HealthStartup,
     Metrics,
+    AdminApplications,
+    AdminReload,
 }
 
 /// One row.
@@ -79,18 +105,21 @@ const fn row(method: &'static str, path: &'static str, v1: bool, access: Access,
     Route { method, path, v1, access, target }
 }
 
+const INFER: Access = Access::Needs(Scope::Infer);
+const ADMIN: Access = Access::Needs(Scope::Admin);
+
 /// Every route. The two parts of a `{model}` path are split at its brace.
 pub(crate) const ROUTES: &[Route] = &[
-    row("POST", "/chat/completions", true, Access::Key, Target::Chat),
-    row("POST", "/completions", true, Access::Key, Target::Completion),
-    row("POST", "/embeddings", true, Access::Key, Target::Embeddings),
-    row("POST", "/rerank", true, Access::Key, Target::Rerank),
-    row("POST", "/v2/rerank", false, Access::Key, Target::RerankV2),
-    row("POST", "/score", true, Access::Key, Target::Score),
+    row("POST", "/chat/completions", true, INFER, Target::Chat),
+    row("POST", "/completions", true, INFER, Target::Completion),
+    row("POST", "/embeddings", true, INFER, Target::Embeddings),
+    row("POST", "/rerank", true, INFER, Target::Rerank),
+    row("POST", "/v2/rerank", false, INFER, Target::RerankV2),
+    row("POST", "/score", true, INFER, Target::Score),
     row("GET", "/models", true, Access::Key, Target::Models),
     row("GET", "/models/{model}", true, Access::Key, Target::Model),
-    row("POST", "/tokenize", true, Access::Key, Target::Tokenize),
-    row("POST", "/detokenize", true, Access::Key, Target::Detokenize),
+    row("POST", "/tokenize", true, INFER, Target::Tokenize),
+    row("POST", "/detokenize", true, INFER, Target::Detokenize),
     row("GET", "/version", false, Access::Key, Target::Version),
     row("GET", "/openapi.json", false, Access::Key, Target::OpenApi),
     row("GET", "/health", false, Access::Open, Target::Health),
@@ -98,6 +127,8 @@ pub(crate) const ROUTES: &[Route] = &[
     row("GET", "/health/ready", false, Access::Open, Target::HealthReady),
     row("GET", "/health/startup", false, Access::Open, Target::HealthStartup),
     row("GET", "/metrics", false, Access::Open, Target::Metrics),
+    row("GET", "/admin/applications", false, ADMIN, Target::AdminApplications),
+    row("POST", "/admin/reload", false, ADMIN, Target::AdminReload),
 ];
 
 /// What a request's line leads to.

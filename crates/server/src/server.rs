@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
 use crate::account::Accounting;
-use crate::auth::{Auth, KeyFileError};
+use crate::auth::{Auth, IdentityError};
 use crate::config::{ConfigError, ServerConfig, seconds};
 use crate::demux::{Context, Demux};
 use crate::error::ApiError;
@@ -20,7 +20,7 @@ use crate::handlers::{self, Door};
 use crate::http::accept::{self, Acceptor};
 use crate::http::io::Deadlines;
 use crate::http::tls::{Tls, TlsError};
-use crate::metrics::DeviceFigure;
+use crate::metrics::{DeviceFigure, Metrics};
 use crate::model::{ModelInfo, ServedModel};
 use crate::state::{Drain, Live, Loading, State};
 use mirai_engine::EngineHealth;
@@ -34,9 +34,9 @@ pub enum BindError {
     /// The certificates cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// The file of keys cannot be used.
+    /// A file of keys, applications or secrets cannot be used.
     #[error(transparent)]
-    Keys(#[from] KeyFileError),
+    Identity(#[from] IdentityError),
     /// The address is taken, not ours, or not allowed.
     #[error("cannot listen on {address}: {source}")]
     Listen {
@@ -89,6 +89,7 @@ pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
     metrics: Option<(TcpListener, SocketAddr)>,
+    admin: Option<(TcpListener, SocketAddr)>,
     tls: Option<Arc<Tls>>,
 }
 
@@ -179,12 +180,14 @@ impl Server {
     /// had.
     pub async fn bind(config: ServerConfig) -> Result<Self, BindError> {
         config.validate()?;
-        let (auth, tls) = read_files(&config).await?;
+        let counts = Arc::new(Metrics::new());
+        let (auth, tls) = read_files(&config, counts.clone()).await?;
         let (listener, address) = bind_one(SocketAddr::new(config.host, config.port))?;
         let metrics = config.metrics_listen.map(bind_one).transpose()?;
-        let state = Arc::new(State::new(config, auth).map_err(BindError::Thread)?);
+        let admin = config.identity.admin_listen.map(bind_one).transpose()?;
+        let state = Arc::new(State::new(config, auth, counts).map_err(BindError::Thread)?);
         let handle = ServerHandle { state, signals: Arc::new(watch::Sender::new(0)) };
-        Ok(Self { handle, listener, address, metrics, tls })
+        Ok(Self { handle, listener, address, metrics, admin, tls })
     }
 
     /// Where it listens; the port that the system chose, if it was asked to.
@@ -195,6 +198,11 @@ impl Server {
     /// Where metrics are served, if they have an address of their own.
     pub fn metrics_addr(&self) -> Option<SocketAddr> {
         self.metrics.as_ref().map(|(_, address)| *address)
+    }
+
+    /// Where administrators are served, if anywhere.
+    pub fn admin_addr(&self) -> Option<SocketAddr> {
+        self.admin.as_ref().map(|(_, address)| *address)
     }
 
     /// Whether it speaks TLS.
@@ -209,13 +217,12 @@ impl Server {
 
     /// Serves until it is told to end, or until the engine dies.
     pub async fn run(self) -> ExitReason {
-        let Self { handle, listener, metrics, tls, .. } = self;
+        let Self { handle, listener, metrics, admin, tls, .. } = self;
         let state = handle.state.clone();
         let (close, closing) = watch::channel(false);
         let mut tasks = JoinSet::new();
         let every = seconds(state.config.timeouts.reload_seconds);
-        let watching = state.clone();
-        tasks.spawn(async move { watching.auth.watch(every, &watching.metrics).await });
+        tasks.spawn(state.auth.clone().watch(every));
         if let Some(tls) = tls.clone() {
             let metrics = state.metrics.clone();
             tasks.spawn(async move { tls.watch(every, &metrics).await });
@@ -233,6 +240,12 @@ impl Server {
             let state = state.clone();
             tasks.spawn(accept::serve(listener, acceptor, move |conn, request| {
                 handlers::handle(state.clone(), Door::Metrics, conn, request)
+            }));
+        }
+        if let Some((listener, _)) = admin {
+            let state = state.clone();
+            tasks.spawn(accept::serve(listener, acceptor.clone(), move |conn, request| {
+                handlers::handle(state.clone(), Door::Admin, conn, request)
             }));
         }
         let for_requests = state.clone();
@@ -264,11 +277,14 @@ impl Server {
 
 /// The keys and certificates that the configuration names, read where a file that does not answer holds up
 /// nothing else.
-async fn read_files(config: &ServerConfig) -> Result<(Auth, Option<Arc<Tls>>), BindError> {
-    let (keys, key_file, tls) = (config.api_keys.clone(), config.api_key_file.clone(), config.tls.clone());
+async fn read_files(
+    config: &ServerConfig,
+    counts: Arc<Metrics>,
+) -> Result<(Auth, Option<Arc<Tls>>), BindError> {
+    let config = config.clone();
     let read = move || {
-        let auth = Auth::load(&keys, key_file.as_deref())?;
-        Ok((auth, tls.map(Tls::load).transpose()?.map(Arc::new)))
+        let auth = Auth::load(&config, counts)?;
+        Ok((auth, config.tls.map(Tls::load).transpose()?.map(Arc::new)))
     };
     tokio::task::spawn_blocking(read).await.expect("keys and certificates are read without a panic")
 }

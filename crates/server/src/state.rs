@@ -49,7 +49,7 @@ pub(crate) struct State {
     pub(crate) config: ServerConfig,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) ids: Ids,
-    pub(crate) auth: Auth,
+    pub(crate) auth: Arc<Auth>,
     pub(crate) workers: Workers,
     loading: Mutex<Loading>,
     failed: OnceLock<String>,
@@ -59,11 +59,11 @@ pub(crate) struct State {
 }
 
 impl State {
-    pub(crate) fn new(config: ServerConfig, auth: Auth) -> std::io::Result<Self> {
+    pub(crate) fn new(config: ServerConfig, auth: Auth, metrics: Arc<Metrics>) -> std::io::Result<Self> {
         Ok(Self {
-            metrics: Arc::new(Metrics::new()),
+            metrics,
             ids: Ids::new(),
-            auth,
+            auth: Arc::new(auth),
             workers: Workers::start(config.workers, config.limits.max_queued_jobs)?,
             loading: Mutex::new(Loading { phase: "starting".to_owned(), percent: 0 }),
             failed: OnceLock::new(),

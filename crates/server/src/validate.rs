@@ -13,6 +13,7 @@ use crate::api::chat::ChatRequest;
 use crate::api::common::Common;
 use crate::api::completions::CompletionRequest;
 use crate::api::wire::PromptInput;
+use crate::auth::Attribution;
 use crate::config::Limits;
 use crate::error::ApiError;
 use crate::model::ModelInfo;
@@ -46,6 +47,8 @@ pub(crate) struct GenerationRequest {
     pub(crate) output: OutputOptions,
     /// Of the client, before the server mixes in who it is.
     pub(crate) cache_salt: Option<String>,
+    /// Whom it says that it is for.
+    pub(crate) attribution: Attribution,
 }
 
 /// One prompt.
@@ -123,6 +126,7 @@ pub(crate) fn validate(mut body: Body, rules: Rules<'_>) -> Result<GenerationReq
         sampling: Arc::new(sampling),
         n,
         output,
+        attribution: Attribution::of(common.user, common.safety_identifier, common.metadata),
         cache_salt: common.cache_salt,
     })
 }

@@ -86,10 +86,18 @@ macro_rules! generation_body {
             /// Separates the prefix cache from that of other salts; at most 128 characters.
             #[schema(max_length = 128)]
             pub cache_salt: Option<String>,
-            /// Accepted and not used.
+            /// On whose behalf; recorded as a pseudonym, if at all.
             #[serde(default)]
             #[schema(value_type = Option<String>)]
-            pub user: $crate::api::wire::Presence,
+            pub user: $crate::api::wire::Name,
+            /// The same under its newer name.
+            #[serde(default)]
+            #[schema(value_type = Option<String>)]
+            pub safety_identifier: $crate::api::wire::Name,
+            /// Texts by name. A gateway may name the application in it.
+            #[serde(default)]
+            #[schema(value_type = Option<Object>)]
+            pub metadata: $crate::api::wire::Metadata,
             /// Only 0 is served: priorities are given by the server.
             #[serde(default)]
             #[schema(value_type = Option<i64>)]
@@ -167,7 +175,7 @@ macro_rules! generation_body {
                     presence_penalty frequency_penalty repetition_penalty logit_bias stop stop_token_ids
                     include_stop_str_in_output ignore_eos allowed_token_ids bad_words skip_special_tokens
                     spaces_between_special_tokens prompt_logprobs return_token_ids
-                    return_tokens_as_token_ids cache_salt user priority response_format structured_outputs
+                    return_tokens_as_token_ids cache_salt user safety_identifier metadata priority response_format structured_outputs
                     guided_json guided_regex guided_choice guided_grammar use_beam_search length_penalty
                     logits_processors lora_request prompt_embeds truncate_prompt_tokens kv_transfer_params
                     vllm_xargs repetition_detection logprob_token_ids)

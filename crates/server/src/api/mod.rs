@@ -38,6 +38,10 @@ pub mod bounds {
     pub const TOOL_CALLS: usize = 128;
     /// Entries of `chat_template_kwargs`.
     pub const KWARGS: usize = 32;
+    /// Texts of `metadata`; further ones are skipped.
+    pub const METADATA: usize = 16;
+    /// Bytes of a user's name and of the texts of `metadata`; longer ones are skipped.
+    pub const NAME: usize = 512;
     /// Ids of one prompt.
     pub const PROMPT_TOKENS: usize = 4 << 20;
 }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::bounds;
-use super::wire::{Bounded, OneOrMany, PromptInput};
+use super::wire::{Bounded, Metadata, Name, OneOrMany, PromptInput};
 
 /// Texts to embed.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
@@ -30,8 +30,18 @@ pub struct EmbeddingRequest {
     pub truncate: Option<Truncate>,
     /// Let the tokenizer add its special tokens to texts. Default true.
     pub add_special_tokens: Option<bool>,
-    /// Ignored.
-    pub user: Option<String>,
+    /// On whose behalf; recorded as a pseudonym, if at all.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub user: Name,
+    /// The same under its newer name.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub safety_identifier: Name,
+    /// Texts by name. A gateway may name the application in it.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    pub metadata: Metadata,
 }
 
 /// Whether longer texts are cut.
@@ -133,8 +143,18 @@ pub struct RerankRequest {
     /// Cut the end of longer documents: `true` or `"END"`. Default: refuse them.
     #[schema(value_type = Option<Truncate>)]
     pub truncate: Option<Truncate>,
-    /// Ignored.
-    pub user: Option<String>,
+    /// On whose behalf; recorded as a pseudonym, if at all.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub user: Name,
+    /// The same under its newer name.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub safety_identifier: Name,
+    /// Texts by name. A gateway may name the application in it.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    pub metadata: Metadata,
 }
 
 /// A document.
@@ -230,8 +250,18 @@ pub struct ScoreRequest {
     /// See `RerankRequest`.
     #[schema(value_type = Option<Truncate>)]
     pub truncate: Option<Truncate>,
-    /// Ignored.
-    pub user: Option<String>,
+    /// On whose behalf; recorded as a pseudonym, if at all.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub user: Name,
+    /// The same under its newer name.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub safety_identifier: Name,
+    /// Texts by name. A gateway may name the application in it.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    pub metadata: Metadata,
 }
 
 /// Schema of the texts to score.

@@ -129,6 +129,78 @@ impl<'de> Deserialize<'de> for Presence {
     }
 }
 
+/// A short text, or nothing: whatever else is there is skipped, because clients put all kinds of things there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Name(pub Option<String>);
+
+impl<'de> Deserialize<'de> for Name {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Any;
+        impl<'de> Visitor<'de> for Any {
+            type Value = Name;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("any value")
+            }
+            fn visit_unit<E>(self) -> Result<Name, E> {
+                Ok(Name(None))
+            }
+            fn visit_bool<E>(self, _: bool) -> Result<Name, E> {
+                Ok(Name(None))
+            }
+            fn visit_i64<E>(self, _: i64) -> Result<Name, E> {
+                Ok(Name(None))
+            }
+            fn visit_u64<E>(self, _: u64) -> Result<Name, E> {
+                Ok(Name(None))
+            }
+            fn visit_f64<E>(self, _: f64) -> Result<Name, E> {
+                Ok(Name(None))
+            }
+            fn visit_str<E>(self, value: &str) -> Result<Name, E> {
+                Ok(Name((1..=bounds::NAME).contains(&value.len()).then(|| value.to_owned())))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Name, A::Error> {
+                while seq.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Name(None))
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Name, A::Error> {
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Name(None))
+            }
+        }
+        deserializer.deserialize_any(Any)
+    }
+}
+
+/// Short texts by name; whatever else is there is skipped.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Metadata(pub Vec<(String, String)>);
+
+impl<'de> Deserialize<'de> for Metadata {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Map;
+        impl<'de> Visitor<'de> for Map {
+            type Value = Metadata;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of texts")
+            }
+            fn visit_unit<E>(self) -> Result<Metadata, E> {
+                Ok(Metadata::default())
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Metadata, A::Error> {
+                let mut out = Vec::new();
+                while let Some((Name(name), Name(value))) = map.next_entry()? {
+                    if let (Some(name), Some(value), true) = (name, value, out.len() < bounds::METADATA) {
+                        out.push((name, value));
+                    }
+                }
+                Ok(Metadata(out))
+            }
+        }
+        deserializer.deserialize_any(Map)
+    }
+}
+
 /// One string or several, of which parsing ends beyond `MAX`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct OneOrMany<const MAX: usize = { bounds::STOP }>(pub Vec<String>);
@@ -364,6 +436,22 @@ mod tests {
         }
         assert!(parse::<Presence>("\"none\"").unwrap().is_text("none"));
         assert_eq!(parse::<Presence>(&format!("{:?}", "x".repeat(65))).unwrap(), Presence::Present);
+    }
+
+    #[test]
+    fn names_are_short_texts_and_anything_else_is_nobody() {
+        let name = |text: &str| parse::<Name>(text).unwrap().0;
+        assert_eq!(name("\"zo\u{e9}\"").as_deref(), Some("zo\u{e9}"));
+        let long = format!("\"{}\"", "x".repeat(513));
+        for other in ["null", "true", "-1", "1", "1.5", "\"\"", "[[1], {}]", "{\"a\": [1]}", &long] {
+            assert_eq!(name(other), None, "{other}");
+        }
+        let all = parse::<Metadata>(r#"{"a": "b", "c": 1, "d": {"e": "f"}, "g": "h"}"#).unwrap();
+        assert_eq!(all.0, [("a".into(), "b".into()), ("g".into(), "h".into())]);
+        assert_eq!(parse::<Metadata>("null").unwrap(), Metadata::default());
+        let many: Vec<String> = (0..40).map(|i| format!("\"{i}\": \"x\"")).collect();
+        assert_eq!(parse::<Metadata>(&format!("{{{}}}", many.join(","))).unwrap().0.len(), 16);
+        assert!(parse::<Metadata>("[]").is_err());
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub(super) fn serving(state: &State) -> Result<&Arc<Live>, ApiError> {
 /// Opens the request's row, if rows are written.
 pub(super) fn account(state: &State, charge: &Charge<'_>) -> Result<Account, ApiError> {
     let Some(accounting) = state.accounting() else { return Ok(Account::default()) };
-    accounting.open(charge).inspect_err(|_| state.metrics.refused(Refused::Ledger))
+    accounting.open(charge, &state.auth).inspect_err(|_| state.metrics.refused(Refused::Ledger))
 }
 
 /// When the request ends whatever its state, on the engine's clock: the caller's patience, but no longer than the

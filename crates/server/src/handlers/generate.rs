@@ -8,14 +8,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use hyper::Request;
 use hyper::body::Incoming;
-use mirai_engine::{EngineRequest, RequestId, Task, TenantId};
+use mirai_engine::{EngineRequest, RequestId, Task};
 use mirai_ledger::Endpoint;
 use tokio::sync::oneshot;
 
 use super::admission::{account, deadline, refusal, refused, serving};
 use super::judged;
 use crate::account::{Charge, Needs};
-use crate::auth;
+use crate::auth::{self, Caller};
 use crate::demux::Registration;
 use crate::demux::sink::{LeaveGuard, Sink, Ticket};
 use crate::demux::stream::{StreamBuffer, StreamReader};
@@ -28,7 +28,7 @@ use crate::validate::{self, Body, GenerationRequest, Kind};
 pub(crate) async fn generate(
     state: &Arc<State>,
     request: Request<Incoming>,
-    tenant: TenantId,
+    caller: Caller,
     kind: Kind,
     scope: &mut Scope,
 ) -> Result<Reply, ApiError> {
@@ -44,7 +44,9 @@ pub(crate) async fn generate(
     // The drain may have begun while the body came.
     serving(state)?;
     observe(state, &judged);
-    admit(state, &live, judged, tenant, scope).await
+    let caller = state.auth.attributed(caller, &judged.attribution)?;
+    scope.tenant = caller.tenant.0;
+    admit(state, &live, judged, &caller, scope).await
 }
 
 fn observe(state: &State, judged: &GenerationRequest) {
@@ -59,14 +61,14 @@ async fn admit(
     state: &State,
     live: &Live,
     judged: GenerationRequest,
-    tenant: TenantId,
+    caller: &Caller,
     scope: &mut Scope,
 ) -> Result<Reply, ApiError> {
     let count = judged.prompts.len() as u32;
     let first = state.ids.engine(count);
     let lengths: Vec<u64> = judged.prompts.iter().map(|prompt| prompt.ids.len() as u64).collect();
     let prompt_tokens = lengths.iter().sum();
-    let requests = engine_requests(state, live, &judged, tenant, first, scope);
+    let requests = engine_requests(state, live, &judged, caller, first, scope);
     // Room first: what is refused leaves no row.
     let admission = live.engine.reserve(requests).map_err(|error| refusal(state, live, &error))?;
     let id = scope.id.trim_start_matches("req-");
@@ -79,6 +81,7 @@ async fn admit(
             revision: &live.model.revision,
             arrived: scope.arrived,
             prompt_tokens,
+            caller,
         },
     )?;
     let ticket = Arc::new(Ticket::new(prompt_tokens));
@@ -139,19 +142,19 @@ fn engine_requests(
     state: &State,
     live: &Live,
     judged: &GenerationRequest,
-    tenant: TenantId,
+    caller: &Caller,
     first: RequestId,
     scope: &Scope,
 ) -> Vec<EngineRequest> {
     let deadline = deadline(state, live, scope);
-    let cache_salt = auth::cache_salt(tenant, judged.cache_salt.as_deref());
+    let cache_salt = auth::cache_salt(caller, judged.cache_salt.as_deref());
     (0..)
         .zip(&judged.prompts)
         .map(|(i, prompt)| EngineRequest {
             task: Task::Generate,
             id: RequestId(first.0 + i),
-            tenant,
-            weight: 1,
+            tenant: caller.tenant,
+            weight: caller.weight,
             cache_salt,
             priority: 0,
             deadline: Some(deadline),

@@ -3,6 +3,7 @@
 //! Owns the order: route, key, then everything else. Nothing that scales with a request's numbers happens
 //! before its body was judged.
 
+mod admin;
 mod admission;
 mod generate;
 mod info;
@@ -14,9 +15,9 @@ use std::time::{Duration, Instant};
 use hyper::body::Incoming;
 use hyper::header::{HOST, HeaderMap};
 use hyper::{Method, Request, Response, Version};
-use mirai_engine::TenantId;
 use serde::de::DeserializeOwned;
 
+use crate::auth::Caller;
 use crate::error::ApiError;
 use crate::handlers::pool::PoolKind;
 use crate::health::{self, Probe};
@@ -38,6 +39,8 @@ pub(crate) enum Door {
     Main,
     /// Metrics and probes only.
     Metrics,
+    /// What administrators do, and nothing else.
+    Admin,
 }
 
 /// Longest path that is looked up.
@@ -139,12 +142,9 @@ async fn dispatch(
         other => other,
     };
     let open = matches!(matched, Match::Found(route, _) if route.route().access == Access::Open);
-    let tenant = match state.auth.check(request.headers()) {
-        Ok(tenant) => tenant,
-        Err(_) if open => TenantId(0),
-        Err(error) => return Err(error),
-    };
-    scope.tenant = tenant.0;
+    // A probe or a scrape is answered whoever asks, and waits for nobody.
+    let caller = if open { Caller::anybody() } else { state.auth.check(request.headers()).await? };
+    scope.tenant = caller.tenant.0;
     let (route, rest) = match matched {
         Match::Found(route, rest) => (route, rest),
         Match::OtherMethod(allow) => {
@@ -155,14 +155,15 @@ async fn dispatch(
     };
     scope.route = Some(route);
     scope.patience = patience(request.headers())?;
+    route.route().access.admits(&caller)?;
     match route.route().target {
-        Target::Chat => generate::generate(state, request, tenant, Kind::Chat, scope).await,
-        Target::Completion => generate::generate(state, request, tenant, Kind::Completion, scope).await,
-        Target::Embeddings => pool::pool(state, request, tenant, PoolKind::Embeddings, scope).await,
+        Target::Chat => generate::generate(state, request, caller, Kind::Chat, scope).await,
+        Target::Completion => generate::generate(state, request, caller, Kind::Completion, scope).await,
+        Target::Embeddings => pool::pool(state, request, caller, PoolKind::Embeddings, scope).await,
         Target::Rerank | Target::RerankV2 => {
-            pool::pool(state, request, tenant, PoolKind::Rerank, scope).await
+            pool::pool(state, request, caller, PoolKind::Rerank, scope).await
         }
-        Target::Score => pool::pool(state, request, tenant, PoolKind::Score, scope).await,
+        Target::Score => pool::pool(state, request, caller, PoolKind::Score, scope).await,
         Target::Models => info::models(state),
         Target::Model => info::model(state, rest.unwrap_or_default()),
         Target::Tokenize => info::tokenize(state, request).await,
@@ -173,15 +174,21 @@ async fn dispatch(
         Target::HealthReady => Ok(health::answer(state, Probe::Ready)),
         Target::HealthStartup => Ok(health::answer(state, Probe::Startup)),
         Target::Metrics => Ok(info::metrics(state)),
+        Target::AdminApplications => Ok(admin::applications(state)),
+        Target::AdminReload => admin::reload(state).await,
     }
 }
 
 /// Whether a route answers at this door.
 fn is_behind(state: &State, door: Door, route: RouteId) -> bool {
-    let target = route.route().target;
+    let (target, access) = (route.route().target, route.route().access);
     match door {
-        Door::Main => target != Target::Metrics || state.config.metrics_listen.is_none(),
-        Door::Metrics => route.route().access == Access::Open,
+        Door::Main => match target {
+            Target::Metrics => state.config.metrics_listen.is_none(),
+            _ => !access.is_admin(),
+        },
+        Door::Metrics => access == Access::Open,
+        Door::Admin => access.is_admin(),
     }
 }
 

@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use hyper::Request;
 use hyper::body::Incoming;
-use mirai_engine::{AdmissionError, EngineHandle, EngineRequest, SamplingParams, Task, TenantId};
+use mirai_engine::{AdmissionError, EngineHandle, EngineRequest, SamplingParams, Task};
 use tokio::sync::{oneshot, watch};
 
 use super::admission::{account, deadline, refusal, refused, serving};
 use super::judged;
 use crate::account::{Charge, Needs};
-use crate::auth;
+use crate::auth::{self, Caller};
 use crate::demux::CallRegistration;
 use crate::demux::sink::{LeaveGuard, Ticket};
 use crate::error::ApiError;
@@ -45,7 +45,7 @@ pub(crate) enum PoolKind {
 pub(crate) async fn pool(
     state: &Arc<State>,
     request: Request<Incoming>,
-    tenant: TenantId,
+    caller: Caller,
     kind: PoolKind,
     scope: &mut Scope,
 ) -> Result<Reply, ApiError> {
@@ -66,7 +66,9 @@ pub(crate) async fn pool(
     .await?;
     // The drain may have begun while the body came.
     serving(state)?;
-    admit(state, &live, judged, tenant, scope).await
+    let caller = state.auth.attributed(caller, &judged.attribution)?;
+    scope.tenant = caller.tenant.0;
+    admit(state, &live, judged, &caller, scope).await
 }
 
 /// Hands a judged call over, and answers.
@@ -74,10 +76,10 @@ async fn admit(
     state: &State,
     live: &Live,
     judged: PoolingRequest,
-    tenant: TenantId,
+    caller: &Caller,
     scope: &mut Scope,
 ) -> Result<Reply, ApiError> {
-    let PoolingRequest { model, items, shape } = judged;
+    let PoolingRequest { model, items, shape, .. } = judged;
     let count = items.len() as u32;
     let first = state.ids.engine(count);
     let lengths: Vec<u64> = items.iter().map(|item| item.len() as u64).collect();
@@ -85,9 +87,9 @@ async fn admit(
     let template = EngineRequest {
         task: Task::Pool,
         id: first,
-        tenant,
-        weight: 1,
-        cache_salt: auth::cache_salt(tenant, None),
+        tenant: caller.tenant,
+        weight: caller.weight,
+        cache_salt: auth::cache_salt(caller, None),
         priority: 0,
         deadline: Some(deadline(state, live, scope)),
         prompt: Arc::default(),
@@ -108,6 +110,7 @@ async fn admit(
         revision: &live.model.revision,
         arrived: scope.arrived,
         prompt_tokens: tokens,
+        caller,
     };
     let account = account(state, &charge)?;
     let ticket = Arc::new(Ticket::new(tokens));
@@ -219,7 +222,7 @@ impl Submission {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use mirai_engine::sim::{SimConfig, SimExecutor};
-    use mirai_engine::{EngineConfig, Geometry, RequestId};
+    use mirai_engine::{EngineConfig, Geometry, RequestId, TenantId};
 
     use super::*;
 

@@ -14,13 +14,16 @@ use rustls::{RootCertStore, ServerConfig};
 use tokio_rustls::TlsAcceptor;
 
 use crate::config::TlsConfig;
-use crate::files;
+use crate::file::{self, FileError};
 use crate::metrics::{Metrics, Reloaded};
 use crate::reload::Watch;
 
 /// Why certificates cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
+    /// A file that cannot be read.
+    #[error(transparent)]
+    Unreadable(#[from] FileError),
     /// A file cannot be read as PEM.
     #[error("{}: {reason}", path.display())]
     File {
@@ -66,19 +69,22 @@ impl Tls {
     }
 
     /// Takes what the files hold whenever they change, if it is usable. Never returns.
-    pub(crate) async fn watch(&self, every: Duration, metrics: &Metrics) {
-        let config = self.config.clone();
-        let take = |server| self.current.store(Arc::new(server));
-        self.watch.run(Reloaded::Certificates, every, metrics, move || build(&config), take).await;
+    pub(crate) async fn watch(self: Arc<Self>, every: Duration, metrics: &Metrics) {
+        let this = self.clone();
+        let reload = move || build(&this.config).map(|config| this.current.store(Arc::new(config)));
+        self.watch.run(Reloaded::Certificates, every, metrics, reload).await;
     }
 }
+
+/// Most bytes of a file of certificates.
+const MAX_PEM: u64 = 1 << 20;
 
 fn file_error(path: &Path, reason: impl Into<String>) -> TlsError {
     TlsError::File { path: path.to_owned(), reason: reason.into() }
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
-    files::read(path).map_err(|e| file_error(path, e.to_string()))
+    Ok(file::read(path, MAX_PEM)?)
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {

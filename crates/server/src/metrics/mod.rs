@@ -5,9 +5,11 @@
 
 mod device;
 mod histogram;
+pub(crate) mod identity;
 mod ledger;
 mod render;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -95,17 +97,20 @@ impl Refused {
 pub(crate) enum Reloaded {
     ApiKeys,
     Certificates,
+    /// Applications, and the secrets beside them.
+    Identity,
 }
 
 impl Reloaded {
-    pub(crate) const ALL: [(Self, &'static str); 2] =
-        [(Self::ApiKeys, "api_keys"), (Self::Certificates, "certificates")];
+    pub(crate) const ALL: [(Self, &'static str); 3] =
+        [(Self::ApiKeys, "api_keys"), (Self::Certificates, "certificates"), (Self::Identity, "identity")];
 
     /// In words.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::ApiKeys => "API keys",
             Self::Certificates => "TLS certificates",
+            Self::Identity => "applications and their secrets",
         }
     }
 }
@@ -140,7 +145,9 @@ pub(crate) struct Metrics {
     finished: [Counter; 4],
     refused: [Counter; 8],
     /// By [`Reloaded`]: taken, and refused because the files are not usable.
-    reloads: [[Counter; 2]; 2],
+    reloads: [[Counter; 2]; 3],
+    /// Who was let in.
+    pub(crate) identity: Arc<identity::IdentityMetrics>,
     /// Open connections.
     pub(crate) connections: Gauge,
     /// Connections accepted.
@@ -204,6 +211,7 @@ impl Metrics {
             finished: Default::default(),
             refused: Default::default(),
             reloads: Default::default(),
+            identity: Arc::default(),
             connections: Gauge::default(),
             accepted: Counter::default(),
             accept_errors: Counter::default(),

@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 use mirai_engine::{BLOCK_TOKENS, Counters, STEP_TOKEN_BOUNDS};
 use mirai_ledger::Ledger;
 
+use super::identity::{Credential, Decision, IdentityMetrics, Lookup};
 use super::ledger::ledger;
 use super::{CLASSES, DeviceFigure, Ended, Histogram, Metrics, Refused, Reloaded};
 use crate::routes::ROUTES;
@@ -99,6 +100,7 @@ pub(crate) fn render(
     page.single("mirai_tasks", "gauge", "Asynchronous tasks alive.", tasks as f64);
     http(&mut page, metrics);
     reloads(&mut page, metrics);
+    identity(&mut page, &metrics.identity);
     requests(&mut page, metrics);
     device(&mut page, metrics);
     if let Some(rows) = rows {
@@ -153,6 +155,24 @@ fn reloads(page: &mut Page, metrics: &Metrics) {
     for (what, label) in Reloaded::ALL {
         for (result, value) in ["taken", "refused"].iter().zip(metrics.reloads(what)) {
             page.sample(name, &format!("files=\"{label}\",result=\"{result}\""), value as f64);
+        }
+    }
+}
+
+fn identity(page: &mut Page, metrics: &IdentityMetrics) {
+    let name = "mirai_identity_decisions_total";
+    page.family(name, "counter", "Callers by what they presented and what was decided.");
+    for (credential, credential_label) in Credential::ALL {
+        for (decision, decision_label) in Decision::ALL {
+            let labels = format!("credential=\"{credential_label}\",decision=\"{decision_label}\"");
+            page.sample(name, &labels, metrics.decisions(credential, decision) as f64);
+        }
+    }
+    let name = "mirai_identity_lookups_total";
+    page.family(name, "counter", "Calls to identity providers, and whether they were answered.");
+    for (what, label) in Lookup::ALL {
+        for (result, value) in ["answered", "failed"].iter().zip(metrics.lookups(what)) {
+            page.sample(name, &format!("result=\"{result}\",what=\"{label}\""), value as f64);
         }
     }
 }

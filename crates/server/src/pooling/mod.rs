@@ -8,10 +8,12 @@ pub(crate) mod answer;
 mod base64;
 mod tokens;
 
+use std::mem::take;
 use std::sync::Arc;
 
 use crate::api::pooling::{EmbeddingRequest, RerankRequest, ScoreRequest, Truncate};
 use crate::api::wire::{OneOrMany, PromptInput};
+use crate::auth::Attribution;
 use crate::error::ApiError;
 use crate::task::{EmbedSpec, ScoreSpec, Task, Wanted};
 use crate::validate::{Rules, resolve_model};
@@ -34,13 +36,21 @@ pub(crate) struct PoolingRequest {
     /// Each is one request of the engine. At least one, each with at least one token.
     pub(crate) items: Vec<Arc<[u32]>>,
     pub(crate) shape: Shape,
+    /// Whom it says that it is for.
+    pub(crate) attribution: Attribution,
 }
 
 /// Judges a body.
 ///
 /// # Errors
 /// 400 naming the field, 404 for another model.
-pub(crate) fn judge(body: Body, rules: Rules<'_>, style: Style) -> Result<PoolingRequest, ApiError> {
+pub(crate) fn judge(mut body: Body, rules: Rules<'_>, style: Style) -> Result<PoolingRequest, ApiError> {
+    let (user, safety_identifier, metadata) = match &mut body {
+        Body::Embeddings(body) => (&mut body.user, &mut body.safety_identifier, &mut body.metadata),
+        Body::Rerank(body) => (&mut body.user, &mut body.safety_identifier, &mut body.metadata),
+        Body::Score(body) => (&mut body.user, &mut body.safety_identifier, &mut body.metadata),
+    };
+    let attribution = Attribution::of(take(user), take(safety_identifier), take(metadata));
     let (name, wanted) = match &body {
         Body::Embeddings(body) => (&body.model, Wanted::Embeddings),
         Body::Rerank(body) => (&body.model, Wanted::Scores),
@@ -54,7 +64,7 @@ pub(crate) fn judge(body: Body, rules: Rules<'_>, style: Style) -> Result<Poolin
         (Body::Score(body), Task::Score(spec)) => score(body, spec, rules)?,
         _ => return Err(ApiError::internal("this request failed; others are not affected")),
     };
-    Ok(PoolingRequest { model, items: items.into_iter().map(Arc::from).collect(), shape })
+    Ok(PoolingRequest { model, items: items.into_iter().map(Arc::from).collect(), shape, attribution })
 }
 
 type Judged = (Vec<Vec<u32>>, Shape);
