@@ -21,7 +21,7 @@ async fn start() -> Bed {
     let server = TestServer::start(Options { ledger: Some(ledger), ..Options::default() }).await;
     server.handle.read_usage(location.clone()).unwrap();
     assert!(server.handle.read_usage(location).is_err(), "there is one reader");
-    Bed { folder: folder, server }
+    Bed { folder, server }
 }
 
 fn results(page: &Value) -> Vec<Value> {
