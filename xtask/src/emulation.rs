@@ -111,7 +111,7 @@ pub(crate) fn watched() -> Result<()> {
         command.env(SANITIZER, runtime.trim()).env(REQUIRED.0, REQUIRED.1);
         shell::run_command(command)
     };
-    test(&["golden", "heads", "operations", "runtime", "steps", "cuda"], &[])?;
+    test(&["golden", "heads", "operations", "redzones", "runtime", "steps", "cuda"], &[])?;
     test(&["golden"], &["--", "--ignored"])
 }
 

@@ -2,7 +2,7 @@
 
 use clap::Parser;
 use mirai_ledger::store::Entry;
-use mirai_ledger::{Finish, Row, UserKind};
+use mirai_ledger::{Finish, Hex, Row, UserKind, commitment};
 
 use super::*;
 use crate::args::{Cli, Command};
@@ -37,6 +37,8 @@ impl Bed {
             key_id: format!("{application}-1"),
             model: if n == 3 { "other".into() } else { "demo".into() },
             user: Some(CANARY.into()),
+            user_salt: Some(Hex([3; 16])),
+            user_commitment: Some(commitment(&Hex([3; 16]), CANARY)),
             user_anon: UserKind::Present,
             prompt_tokens: 1_000_000,
             completion_tokens: 500_000,

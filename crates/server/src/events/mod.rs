@@ -264,7 +264,7 @@ mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::AtomicBool;
 
-    use mirai_ledger::store::{Entry, Store as _};
+    use mirai_ledger::store::Entry;
     use mirai_ledger::{Epoch, Finish, Row, State};
 
     use super::*;
