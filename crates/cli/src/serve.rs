@@ -53,9 +53,9 @@ pub(crate) fn check_config(args: &ServeArgs) -> Result<(), Failure> {
         IdentitySummary::read(&config.server).map_err(Failure::usage)?;
     let plural = |count| if count == 1 { "" } else { "s" };
     let mut out = std::io::stdout().lock();
-    write!(out, "# {keys} API key{}, not shown\n", plural(keys)).map_err(Failure::run)?;
+    writeln!(out, "# {keys} API key{}, not shown", plural(keys)).map_err(Failure::run)?;
     if config.identity.applications_file.is_some() {
-        write!(out, "# {applications} application{}\n", plural(applications)).map_err(Failure::run)?;
+        writeln!(out, "# {applications} application{}", plural(applications)).map_err(Failure::run)?;
     }
     write!(out, "{text}").map_err(Failure::run)
 }

@@ -351,7 +351,9 @@ mod tests {
 
     #[tokio::test]
     async fn what_another_server_may_cost_is_bounded() {
-        let cases: [(&'static [u8], Result<&[u8], CallError>); 7] = [
+        /// What is answered, what is made of it.
+        type Case = (&'static [u8], Result<&'static [u8], CallError>);
+        let cases: [Case; 7] = [
             (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", Ok(b"ok")),
             (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n123456789", Err(CallError::Long)),
             (

@@ -442,7 +442,10 @@ async fn rows_say_who_called_and_never_by_name() {
     let opaque = world.opaque("row-opaque", world.active("4711@chat"));
     let consumer = ("X-Consumer-Username", "Consumer-1");
     let body = json!({"user": "zoe-in-body"});
-    let cases: [(&str, &[(&str, &str)], serde_json::Value, [&str; 2], u32, Option<&str>); 7] = [
+    /// Token, headers, more of the body; application and key, version, user of the row.
+    type Case<'a> =
+        (&'a str, &'a [(&'a str, &'a str)], serde_json::Value, [&'a str; 2], u32, Option<&'a str>);
+    let cases: [Case<'_>; 7] = [
         (&world.keys[0], &[], json!({}), ["default", "key-1"], 0, None),
         (&world.keys[1], &[], body.clone(), ["chat", "chat-1"], 1, Some("zoe-in-body")),
         (&world.signed("chat-app", &json!({})), &[], body.clone(), ["chat", "keycloak"], 0, Some("user-1")),
