@@ -14,14 +14,17 @@ use crate::config::Config;
 use crate::exit::Failure;
 #[cfg(not(feature = "test-hooks"))]
 use crate::load;
-use crate::{device, ledger, logging};
+use crate::{device, ledger, logging, quotas, usage};
 
 /// Resolves all layers and checks what can be checked without touching the machine.
 fn configuration(args: &ServeArgs) -> Result<Config, Failure> {
     let config = args.resolve()?;
     check_engine(&config)?;
     device::check(&config)?;
+    config.energy.check().map_err(Failure::usage)?;
     ledger::check(&config.ledger)?;
+    quotas::check(&config)?;
+    usage::check(&config.usage, config.ledger.store.is_some())?;
     config.server.validate().map_err(Failure::usage)?;
     Ok(config)
 }
@@ -103,8 +106,13 @@ where
     let for_load = handle.clone();
     let loading = tokio::task::spawn_blocking(move || {
         // First: a store that cannot be had should not cost a load.
-        if let Some(accounting) = ledger::start(&config.ledger)? {
+        if let Some(accounting) = ledger::start(&config.ledger, &config.usage)? {
+            let replica = accounting.replica.clone();
             for_load.account(accounting).map_err(Failure::run)?;
+            usage::start(&config, &replica, &for_load)?;
+        }
+        if let Some(quotas) = quotas::start(&config)? {
+            for_load.quotas(quotas).map_err(Failure::run)?;
         }
         let model = load(&config, &for_load)?;
         for_load.ready(model).map_err(Failure::run)?;

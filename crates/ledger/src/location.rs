@@ -9,6 +9,7 @@ use std::str::FromStr;
 
 use crate::chain::ChainKey;
 use crate::error::StoreError;
+use crate::quota::{QuotaConfig, QuotaStartError, Quotas};
 use crate::store::sqlite::SqliteOptions;
 use crate::store::{Outbox, SqlStore, Store};
 
@@ -159,6 +160,24 @@ impl Location {
                 Box::new(SqlStore::new(crate::store::postgres::Postgres::of((**config).clone()), key)?)
             }
         })
+    }
+
+    /// Counts quotas in it, on a connection of their own beside the ledger's.
+    ///
+    /// # Errors
+    /// The zone is unknown, or the store is newer than this build, out of reach or damaged.
+    pub fn start_quotas(&self, config: QuotaConfig) -> Result<Quotas, QuotaStartError> {
+        match &self.kind {
+            Kind::Sqlite(path) => {
+                let options = SqliteOptions { exclusive: false, ..SqliteOptions::default() };
+                Quotas::start(SqlStore::open(path, None, &options)?, config)
+            }
+            #[cfg(feature = "postgres")]
+            Kind::Postgres(place) => {
+                let driver = crate::store::postgres::Postgres::of((**place).clone());
+                Quotas::start(SqlStore::new(driver, None)?, config)
+            }
+        }
     }
 
     /// Opens its queue of ended rows, beside a server that writes them.

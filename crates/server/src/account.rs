@@ -1,11 +1,14 @@
 //! One row of the ledger for each request that the engine takes.
 //!
 //! Owns what a row says of this server, and the handle through which a request's row is opened, followed and
-//! closed. Without a ledger every call here allows everything. It never counts a token: the demultiplexer does.
+//! closed, and through whose end its quota is settled. Without a ledger every call here allows everything. It never
+//! counts a token: the demultiplexer does.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use mirai_ledger::quota::Reservation;
 use mirai_ledger::store::sqlite::system_micros;
 use mirai_ledger::{Counts, Endpoint, Ledger, Open, Outcome, Row, Unavailable};
 
@@ -39,7 +42,7 @@ impl Accounting {
     ///
     /// # Errors
     /// 503: the request cannot be accounted for.
-    pub(crate) fn open(&self, charge: &Charge<'_>, auth: &Auth) -> Result<Account, ApiError> {
+    pub(crate) fn open(&self, charge: &Charge<'_>, auth: &Auth) -> Result<Open, ApiError> {
         let caller = charge.caller;
         let pseudonym = auth.pseudonym(caller);
         let since = i64::try_from(charge.arrived.elapsed().as_micros()).unwrap_or(i64::MAX);
@@ -60,7 +63,7 @@ impl Accounting {
             ..Row::default()
         };
         match self.ledger.open(row, charge.arrived) {
-            Ok(open) => Ok(Account(Some(Arc::new(open)))),
+            Ok(open) => Ok(open),
             Err(fault) => Err(refusal(&fault)),
         }
     }
@@ -97,20 +100,57 @@ pub(crate) enum Needs {
     Closed,
 }
 
-/// A request's row, if rows are written. Clones mean the same row; when the last one is dropped without an end,
-/// the row ends with an error.
+/// A request's row, if rows are written, and what it has taken of its application's limits, if it has any. Clones
+/// mean the same; when the last one is dropped without an end, the row ends with an error.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Account(Option<Arc<Open>>);
+pub(crate) struct Account(Option<Arc<Kept>>);
+
+#[derive(Debug)]
+struct Kept {
+    open: Option<Open>,
+    held: Mutex<Option<Reservation>>,
+    prompt_tokens: u64,
+    /// Output tokens told last.
+    told: AtomicU64,
+}
+
+impl Kept {
+    /// Gives back what was not used. The first end counts.
+    fn settle(&self, completion_tokens: u64) {
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(reservation) = held {
+            reservation.settle(self.prompt_tokens.saturating_add(completion_tokens));
+        }
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.settle(self.told.load(Ordering::Relaxed));
+    }
+}
 
 impl Account {
+    pub(crate) fn new(open: Option<Open>, held: Option<Reservation>, prompt_tokens: u64) -> Self {
+        if open.is_none() && held.is_none() {
+            return Self::default();
+        }
+        let kept = Kept { open, held: Mutex::new(held), prompt_tokens, told: AtomicU64::new(0) };
+        Self(Some(Arc::new(kept)))
+    }
+
+    fn open(&self) -> Option<&Open> {
+        self.0.as_deref()?.open.as_ref()
+    }
+
     /// Whether there is a row.
     pub(crate) fn exists(&self) -> bool {
-        self.0.is_some()
+        self.open().is_some()
     }
 
     /// Whether bytes may leave.
     pub(crate) fn permits(&self, needs: Needs) -> bool {
-        self.0.as_deref().is_none_or(|open| match needs {
+        self.open().is_none_or(|open| match needs {
             Needs::Tokens(tokens) => open.permitted().is_some_and(|permitted| permitted >= tokens),
             Needs::Closed => open.is_closed(),
         })
@@ -121,7 +161,7 @@ impl Account {
     /// # Errors
     /// 503: not in time.
     pub(crate) async fn wait(self, needs: Needs) -> Result<(), ApiError> {
-        let Some(open) = &self.0 else { return Ok(()) };
+        let Some(open) = self.open() else { return Ok(()) };
         let waited = match needs {
             Needs::Tokens(tokens) => open.may_send(tokens).await,
             Needs::Closed => open.closed().await,
@@ -131,15 +171,22 @@ impl Account {
 
     /// Tells how far the request is.
     pub(crate) fn checkpoint(&self, counts: impl FnOnce() -> Counts) {
-        if let Some(open) = &self.0 {
-            open.checkpoint(&counts());
+        let Some(kept) = self.0.as_deref() else { return };
+        let counts = counts();
+        kept.told.store(counts.completion_tokens, Ordering::Relaxed);
+        if let Some(open) = &kept.open {
+            open.checkpoint(&counts);
         }
     }
 
     /// Ends the row. The first end counts.
     pub(crate) fn close(&self, outcome: impl FnOnce() -> Outcome) {
-        if let Some(open) = &self.0 {
-            open.close(&outcome());
+        let Some(kept) = self.0.as_deref() else { return };
+        let outcome = outcome();
+        // First: who reads the row may ask how the application stands.
+        kept.settle(outcome.counts.completion_tokens);
+        if let Some(open) = &kept.open {
+            open.close(&outcome);
         }
     }
 }

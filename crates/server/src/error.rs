@@ -88,6 +88,8 @@ table! {
     internal = INTERNAL_SERVER_ERROR, "server_error", "internal_error";
     /// A logit of this request was NaN or infinite.
     numerical_fault = INTERNAL_SERVER_ERROR, "server_error", "numerical_fault";
+    /// What the caller's application may use is used.
+    rate_limited = TOO_MANY_REQUESTS, "rate_limit_error", "rate_limit_exceeded";
     /// The model is not loaded yet.
     loading = SERVICE_UNAVAILABLE, "unavailable_error", "model_loading";
     /// The model could not be loaded.
@@ -100,6 +102,8 @@ table! {
     engine_stopped = SERVICE_UNAVAILABLE, "unavailable_error", "engine_stopped";
     /// What this request uses could not be written down.
     ledger_unavailable = SERVICE_UNAVAILABLE, "unavailable_error", "ledger_unavailable";
+    /// Nobody can say what the caller's application has used.
+    quotas_unavailable = SERVICE_UNAVAILABLE, "unavailable_error", "quotas_unavailable";
     /// Whoever could say who calls does not answer.
     identity_unavailable = SERVICE_UNAVAILABLE, "unavailable_error", "identity_unavailable";
     /// A file that was to be read again cannot be used.

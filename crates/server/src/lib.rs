@@ -14,6 +14,7 @@ pub mod config;
 mod demux;
 pub mod doors;
 pub mod error;
+mod events;
 mod file;
 mod format;
 mod handlers;
@@ -26,12 +27,14 @@ pub mod openapi;
 mod parse;
 mod pooling;
 mod prompt;
+mod quota;
 mod reload;
 mod routes;
 mod server;
 mod state;
 mod task;
 mod unsupported;
+mod usage;
 mod validate;
 mod worker;
 
@@ -41,6 +44,7 @@ pub use auth::{
     IdentitySummary, IntrospectionConfig, IssuerConfig, KeyFileError, MAX_KEYS, Unknown, read_keys,
 };
 pub use config::{ConfigError, Limits, ServerConfig, Timeouts, TlsConfig};
+pub use events::{EventsError, UsageEvents};
 pub use file::FileError;
 pub use http::client::BundleError;
 pub use http::tls::TlsError;

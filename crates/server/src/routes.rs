@@ -52,6 +52,8 @@ pub(crate) enum Target {
     Model,
     Tokenize,
     Detokenize,
+    /// Sums of requests.
+    Usage,
     Version,
     OpenApi,
     Health,
@@ -86,6 +88,7 @@ impl Route {
             Target::Score => "/v1/score",
             Target::Models => "/v1/models",
             Target::Model => "/v1/models/{model}",
+            Target::Usage => "/v1/organization/usage/completions",
             _ => self.path,
         }
     }
@@ -120,6 +123,7 @@ pub(crate) const ROUTES: &[Route] = &[
     row("GET", "/models/{model}", true, Access::Key, Target::Model),
     row("POST", "/tokenize", true, INFER, Target::Tokenize),
     row("POST", "/detokenize", true, INFER, Target::Detokenize),
+    row("GET", "/organization/usage/completions", true, Access::Needs(Scope::ReadUsage), Target::Usage),
     row("GET", "/version", false, Access::Key, Target::Version),
     row("GET", "/openapi.json", false, Access::Key, Target::OpenApi),
     row("GET", "/health", false, Access::Open, Target::Health),

@@ -16,6 +16,7 @@ use crate::auth::{Auth, IdentityError};
 use crate::config::{ConfigError, ServerConfig, seconds};
 use crate::demux::{Context, Demux};
 use crate::error::ApiError;
+use crate::events::{EventsError, Exporter, UsageEvents};
 use crate::handlers::{self, Door};
 use crate::http::accept::{self, Acceptor};
 use crate::http::io::Deadlines;
@@ -23,7 +24,10 @@ use crate::http::tls::{Tls, TlsError};
 use crate::metrics::{DeviceFigure, Metrics};
 use crate::model::{ModelInfo, ServedModel};
 use crate::state::{Drain, Live, Loading, State};
+use crate::usage::Reader;
 use mirai_engine::EngineHealth;
+use mirai_ledger::location::Location;
+use mirai_ledger::quota::Quotas;
 
 /// Why the server cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +63,9 @@ pub enum ReadyError {
     /// Rows have one place.
     #[error("there is a ledger already")]
     TwoLedgers,
+    /// Limits have one count.
+    #[error("there are quotas already")]
+    TwoQuotas,
     /// There must be a name to ask for.
     #[error("the model has no name")]
     NoName,
@@ -153,6 +160,36 @@ impl ServerHandle {
     /// There is one already.
     pub fn account(&self, accounting: Accounting) -> Result<(), ReadyError> {
         if self.state.set_accounting(accounting) { Ok(()) } else { Err(ReadyError::TwoLedgers) }
+    }
+
+    /// Takes the quotas. To be called before [`ServerHandle::ready`]: from then on every request of an application
+    /// with limits is counted.
+    ///
+    /// # Errors
+    /// There are some already.
+    pub fn quotas(&self, quotas: Quotas) -> Result<(), ReadyError> {
+        if self.state.set_quotas(quotas) { Ok(()) } else { Err(ReadyError::TwoQuotas) }
+    }
+
+    /// Takes the place from which usage is read: `GET /v1/organization/usage/completions` answers from now on.
+    ///
+    /// # Errors
+    /// There is one already.
+    pub fn read_usage(&self, ledger: Location) -> Result<(), ReadyError> {
+        if self.state.set_usage(Reader::new(ledger)) { Ok(()) } else { Err(ReadyError::TwoLedgers) }
+    }
+
+    /// Sends each ended request as an event from now on, at least once. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// The address, the token or the authorities cannot be used, or events are sent already.
+    pub fn send_events(&self, events: UsageEvents) -> Result<(), EventsError> {
+        let exporter = Exporter::new(events)?;
+        if !self.state.set_events(exporter.counters.clone()) {
+            return Err(EventsError::Twice);
+        }
+        tokio::spawn(exporter.run());
+        Ok(())
     }
 
     /// Takes a figure of the device that computes, for `/metrics`; none is "not known".
@@ -327,9 +364,9 @@ async fn ledger_end(state: &State) {
 /// How long the last rows have to reach their store. What does not is recovered by the next start.
 const LAST_ROWS: Duration = Duration::from_secs(5);
 
-/// Closes what is still open, and ends this process's run in the ledger.
+/// Closes what is still open, and ends this process's run in the ledger and among those who count quotas.
 async fn close_ledger(state: Arc<State>) {
-    if state.accounting().is_none() {
+    if state.accounting().is_none() && state.quotas().is_none() {
         return;
     }
     let until = Instant::now() + LAST_ROWS;
@@ -341,6 +378,10 @@ async fn close_ledger(state: Arc<State>) {
     let stop = tokio::task::spawn_blocking(move || {
         if let Some(accounting) = state.accounting() {
             accounting.ledger.stop();
+        }
+        // After the rows: their ends settle what their requests have taken.
+        if let Some(quotas) = state.quotas() {
+            quotas.stop();
         }
     });
     if tokio::time::timeout_at(until, stop).await.is_err() {

@@ -7,15 +7,18 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use mirai_engine::{EngineHandle, EngineHealth};
+use mirai_ledger::quota::Quotas;
 
 use crate::account::Accounting;
 use crate::auth::Auth;
 use crate::config::{ServerConfig, seconds};
 use crate::demux::Demux;
 use crate::error::ApiError;
+use crate::events::EventCounters;
 use crate::ids::Ids;
 use crate::metrics::Metrics;
 use crate::model::ModelInfo;
+use crate::usage::Reader;
 use crate::validate::Rules;
 use crate::worker::Workers;
 
@@ -55,6 +58,9 @@ pub(crate) struct State {
     failed: OnceLock<String>,
     live: OnceLock<Arc<Live>>,
     accounting: OnceLock<Accounting>,
+    quotas: OnceLock<Quotas>,
+    usage: OnceLock<Reader>,
+    events: OnceLock<Arc<EventCounters>>,
     drain: AtomicU8,
 }
 
@@ -69,6 +75,9 @@ impl State {
             failed: OnceLock::new(),
             live: OnceLock::new(),
             accounting: OnceLock::new(),
+            quotas: OnceLock::new(),
+            usage: OnceLock::new(),
+            events: OnceLock::new(),
             drain: AtomicU8::new(0),
             config,
         })
@@ -105,8 +114,37 @@ impl State {
         self.accounting.set(accounting).is_ok()
     }
 
+    /// Returns false if there is a reader already.
+    pub(crate) fn set_usage(&self, reader: Reader) -> bool {
+        self.usage.set(reader).is_ok()
+    }
+
+    /// What reads the ledger, if there is one.
+    pub(crate) fn usage(&self) -> Option<&Reader> {
+        self.usage.get()
+    }
+
+    /// Returns false if there is an exporter already.
+    pub(crate) fn set_events(&self, counters: Arc<EventCounters>) -> bool {
+        self.events.set(counters).is_ok()
+    }
+
+    /// What the exporter of events did, if there is one.
+    pub(crate) fn events(&self) -> Option<&EventCounters> {
+        self.events.get().map(Arc::as_ref)
+    }
+
     pub(crate) fn accounting(&self) -> Option<&Accounting> {
         self.accounting.get()
+    }
+
+    /// Returns false if there are quotas already.
+    pub(crate) fn set_quotas(&self, quotas: Quotas) -> bool {
+        self.quotas.set(quotas).is_ok()
+    }
+
+    pub(crate) fn quotas(&self) -> Option<&Quotas> {
+        self.quotas.get()
     }
 
     pub(crate) fn drain(&self) -> Drain {

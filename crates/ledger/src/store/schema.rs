@@ -21,6 +21,7 @@ pub(super) struct Migration {
 
 pub(super) const MIGRATIONS: &[Migration] = &[
     Migration { version: 1, needs: 1, statements: first },
+    Migration { version: 2, needs: 1, statements: quotas },
     // How far consumers of ended rows were told. A build without it tells nobody.
     Migration { version: 3, needs: 1, statements: super::outbox::tables },
 ];
@@ -48,6 +49,22 @@ fn first() -> Vec<String> {
         "CREATE TABLE mirai_purge (writer TEXT NOT NULL, epoch BIGINT NOT NULL, seq BIGINT NOT NULL, \
          head BYTEA NOT NULL, purged_rows BIGINT NOT NULL, at BIGINT NOT NULL, key_version BIGINT NOT NULL, \
          mac BYTEA NOT NULL, PRIMARY KEY (writer, epoch))",
+    ]
+    .map(str::to_owned)
+    .to_vec()
+}
+
+/// What applications used and what replicas hold of it; nothing of a request.
+fn quotas() -> Vec<String> {
+    [
+        "CREATE TABLE mirai_quota (application TEXT NOT NULL, kind TEXT NOT NULL, bucket BIGINT NOT NULL, \
+         used BIGINT NOT NULL, leased BIGINT NOT NULL, PRIMARY KEY (application, kind, bucket))",
+        "CREATE TABLE mirai_quota_holder (holder TEXT NOT NULL, writer TEXT NOT NULL, by_rows BIGINT NOT NULL, \
+         seq BIGINT NOT NULL, lease_until BIGINT NOT NULL, started_at BIGINT NOT NULL, \
+         synced_at BIGINT NOT NULL, PRIMARY KEY (holder))",
+        "CREATE TABLE mirai_quota_lease (holder TEXT NOT NULL, application TEXT NOT NULL, \
+         kind TEXT NOT NULL, bucket BIGINT NOT NULL, amount BIGINT NOT NULL, \
+         PRIMARY KEY (holder, application, kind, bucket))",
     ]
     .map(str::to_owned)
     .to_vec()

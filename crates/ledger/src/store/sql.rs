@@ -146,7 +146,7 @@ pub(super) fn mutable_values(row: &Row) -> Vec<Value> {
 }
 
 /// Takes the next value of a result's row.
-pub(super) fn take<T: Cell>(
+pub(crate) fn take<T: Cell>(
     values: &mut impl Iterator<Item = Value>,
     field: &'static str,
 ) -> Result<T, StoreError> {
@@ -156,15 +156,15 @@ pub(super) fn take<T: Cell>(
     T::from_value(value).map_err(|error| StoreError::Row(RowError::Cell { field, error }))
 }
 
-pub(super) fn text(text: &str) -> Value {
+pub(crate) fn text(text: &str) -> Value {
     Value::Text(text.to_owned())
 }
 
-pub(super) fn int(n: u64) -> Value {
+pub(crate) fn int(n: u64) -> Value {
     n.to_value()
 }
 
-pub(super) fn micros(duration: Duration) -> i64 {
+pub(crate) fn micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
 }
 
@@ -201,7 +201,7 @@ impl<C: Sql> SqlStore<C> {
     }
 
     /// Runs `body` in one transaction that writes.
-    pub(super) fn transaction<T>(
+    pub(crate) fn transaction<T>(
         &mut self,
         body: impl FnOnce(&mut Self) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {

@@ -66,6 +66,16 @@ impl SqlStore<Sqlite> {
         Ok(store)
     }
 
+    /// A store that lasts as long as its process.
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    pub fn in_memory() -> Result<Self, StoreError> {
+        let options = SqliteOptions::default();
+        let connection = Connection::open_in_memory().map_err(|e| meaning(&e))?;
+        Self::new(Sqlite::new(connection, options.statements, None)?, None)
+    }
+
     /// Opens a file to read, beside a server that may be writing it.
     ///
     /// # Errors

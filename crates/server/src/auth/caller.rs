@@ -63,7 +63,6 @@ pub(crate) struct Caller {
     /// What it may do.
     pub(crate) scopes: Scopes,
     /// What its application may use.
-    #[allow(dead_code, reason = "whoever holds quotas reads it")]
     pub(crate) quota: Quota,
     /// On whose behalf, if it was said.
     pub(crate) user: Option<User>,

@@ -12,6 +12,7 @@ use crate::demux::sink::LeaveGuard;
 use crate::error::ApiError;
 use crate::http::reply::Scope;
 use crate::metrics::Refused;
+use crate::quota::Held;
 use crate::state::{Live, State};
 
 /// The model, or a counted refusal.
@@ -34,15 +35,16 @@ pub(super) fn attributed(
     scope: &mut Scope,
 ) -> Result<Caller, ApiError> {
     let caller = state.auth.attributed(caller, attribution)?;
-    scope.tenant = caller.tenant.0;
+    scope.called_by(&caller);
     scope.route.map_or(Ok(()), |route| route.route().access.admits(&caller))?;
     Ok(caller)
 }
 
-/// Opens the request's row, if rows are written.
-pub(super) fn account(state: &State, charge: &Charge<'_>) -> Result<Account, ApiError> {
-    let Some(accounting) = state.accounting() else { return Ok(Account::default()) };
-    accounting.open(charge, &state.auth).inspect_err(|_| state.metrics.refused(Refused::Ledger))
+/// Opens the request's row, if rows are written; its end settles what was taken of its application's limits.
+pub(super) fn account(state: &State, charge: &Charge<'_>, held: Held) -> Result<Account, ApiError> {
+    let open = state.accounting().map(|accounting| accounting.open(charge, &state.auth)).transpose();
+    let open = open.inspect_err(|_| state.metrics.refused(Refused::Ledger))?;
+    Ok(Account::new(open, held.take(), charge.prompt_tokens))
 }
 
 /// When the request ends whatever its state, on the engine's clock: the caller's patience, but no longer than the

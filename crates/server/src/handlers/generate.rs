@@ -10,6 +10,7 @@ use hyper::Request;
 use hyper::body::Incoming;
 use mirai_engine::{EngineRequest, RequestId, Task};
 use mirai_ledger::Endpoint;
+use mirai_ledger::quota::Demand;
 use tokio::sync::oneshot;
 
 use super::admission::{account, attributed, deadline, refusal, refused, serving};
@@ -21,6 +22,7 @@ use crate::demux::sink::{LeaveGuard, Sink, Ticket};
 use crate::demux::stream::{StreamBuffer, StreamReader};
 use crate::error::ApiError;
 use crate::http::reply::{JSON, Reply, Scope};
+use crate::quota::{self, Held};
 use crate::state::{Live, State};
 use crate::validate::{self, Body, GenerationRequest, Kind};
 
@@ -59,10 +61,11 @@ fn observe(state: &State, judged: &GenerationRequest) {
 async fn admit(
     state: &State,
     live: &Live,
-    judged: GenerationRequest,
+    mut judged: GenerationRequest,
     caller: &Caller,
     scope: &mut Scope,
 ) -> Result<Reply, ApiError> {
+    let held = reserve(state, &mut judged, caller).await?;
     let count = judged.prompts.len() as u32;
     let first = state.ids.engine(count);
     let lengths: Vec<u64> = judged.prompts.iter().map(|prompt| prompt.ids.len() as u64).collect();
@@ -82,6 +85,7 @@ async fn admit(
             prompt_tokens,
             caller,
         },
+        held,
     )?;
     let ticket = Arc::new(Ticket::new(prompt_tokens));
     let (sink, answer) = if judged.output.stream {
@@ -130,6 +134,20 @@ async fn admit(
             Ok(Reply::new(hyper::StatusCode::OK, JSON, bytes))
         }
     }
+}
+
+/// Takes the most that it may use from its application's limits. Its answers get no longer than those allow.
+async fn reserve(state: &State, judged: &mut GenerationRequest, caller: &Caller) -> Result<Held, ApiError> {
+    for prompt in &mut judged.prompts {
+        prompt.max_tokens = quota::longest(caller, prompt.max_tokens);
+    }
+    let longest = judged.prompts.iter().map(|prompt| prompt.max_tokens).max().unwrap_or(0);
+    let demand = Demand {
+        prompt_tokens: judged.prompts.iter().map(|prompt| prompt.ids.len() as u64).sum(),
+        max_output_tokens: longest.into(),
+        choices: u64::from(judged.n) * judged.prompts.len() as u64,
+    };
+    quota::reserve(state, caller, demand).await
 }
 
 enum Answer {

@@ -8,6 +8,7 @@ mod admission;
 mod generate;
 mod info;
 mod pool;
+mod usage;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 use hyper::body::Incoming;
 use hyper::header::{HOST, HeaderMap};
 use hyper::{Method, Request, Response, Version};
+use mirai_ledger::identity::Quota;
 use serde::de::DeserializeOwned;
 
 use crate::auth::Caller;
@@ -69,6 +71,7 @@ pub(crate) async fn handle(
         error_code: None,
         allow: None,
         tenant: 0,
+        payer: None,
     };
     let id = caller_id.unwrap_or_else(|| scope.id.clone());
     let mut reply = match dispatch(&state, door, request, &mut scope).await {
@@ -79,6 +82,11 @@ pub(crate) async fn handle(
         }
     };
     reply.allow = scope.allow;
+    if let (Some(quotas), Some((application, quota))) = (state.quotas(), &scope.payer)
+        && *quota != Quota::default()
+    {
+        reply.standing = quotas.standing(application, quota);
+    }
     reply.close |= state.drain() == Drain::Refusing;
     reply.into_response(scope, &id)
 }
@@ -141,7 +149,7 @@ async fn dispatch(
     let open = matches!(matched, Match::Found(route, _) if route.route().access == Access::Open);
     // A probe or a scrape is answered whoever asks, and waits for nobody.
     let caller = if open { Caller::anybody() } else { state.auth.check(request.headers()).await? };
-    scope.tenant = caller.tenant.0;
+    scope.called_by(&caller);
     let (route, rest) = match matched {
         Match::Found(route, rest) => (route, rest),
         Match::OtherMethod(allow) => {
@@ -165,6 +173,7 @@ async fn dispatch(
         Target::Model => info::model(state, rest.unwrap_or_default()),
         Target::Tokenize => info::tokenize(state, request).await,
         Target::Detokenize => info::detokenize(state, request).await,
+        Target::Usage => usage::usage(state, request.uri(), usage::Sees::of(&caller)).await,
         Target::Version => Ok(info::version()),
         Target::OpenApi => Ok(info::openapi()),
         Target::Health | Target::HealthLive => Ok(health::answer(state, Probe::Live)),

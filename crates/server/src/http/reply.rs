@@ -12,12 +12,16 @@ use bytes::Bytes;
 use hyper::body::Frame;
 use hyper::header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::{Response, StatusCode};
+use mirai_ledger::identity::Quota;
+use mirai_ledger::quota::Standing;
 
 use super::io::ConnState;
+use crate::auth::Caller;
 use crate::demux::sink::Ticket;
 use crate::demux::stream::StreamReader;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
+use crate::quota;
 use crate::routes::RouteId;
 
 /// Exactly this: some gateways compare the whole string.
@@ -34,6 +38,8 @@ pub(crate) struct Reply {
     pub(crate) retry_after: Option<u64>,
     pub(crate) close: bool,
     pub(crate) allow: Option<&'static str>,
+    /// How the caller's application stands.
+    pub(crate) standing: Standing,
 }
 
 /// Bytes of an answer.
@@ -48,7 +54,8 @@ pub(crate) enum Content {
 impl Reply {
     pub(crate) fn new(status: StatusCode, content_type: &'static str, bytes: impl Into<Bytes>) -> Self {
         let content = Content::Bytes(bytes.into());
-        Self { status, content_type, content, retry_after: None, close: false, allow: None }
+        let standing = Standing::default();
+        Self { status, content_type, content, retry_after: None, close: false, allow: None, standing }
     }
 
     /// A JSON answer.
@@ -76,6 +83,7 @@ impl Reply {
             retry_after: None,
             close: false,
             allow: None,
+            standing: Standing::default(),
         }
     }
 
@@ -106,6 +114,7 @@ impl Reply {
         if let Some(allow) = self.allow {
             headers.insert(hyper::header::ALLOW, HeaderValue::from_static(allow));
         }
+        quota::write_headers(headers, &self.standing);
         if self.close {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
@@ -133,6 +142,16 @@ pub(crate) struct Scope {
     /// Methods of a path that was asked with another.
     pub(crate) allow: Option<&'static str>,
     pub(crate) tenant: u64,
+    /// Who pays, and what it may use.
+    pub(crate) payer: Option<(Arc<str>, Quota)>,
+}
+
+impl Scope {
+    /// Notes who calls.
+    pub(crate) fn called_by(&mut self, caller: &Caller) {
+        self.tenant = caller.tenant.0;
+        self.payer = Some((caller.application.clone(), caller.quota));
+    }
 }
 
 impl Drop for Scope {

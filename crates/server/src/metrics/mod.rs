@@ -7,7 +7,9 @@ mod device;
 mod histogram;
 pub(crate) mod identity;
 mod ledger;
+mod quota;
 mod render;
+mod usage;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
@@ -16,7 +18,7 @@ use std::time::{Duration, Instant};
 pub(crate) use device::Device;
 pub use device::DeviceFigure;
 pub(crate) use histogram::Histogram;
-pub(crate) use render::{CONTENT_TYPE, EngineView, render};
+pub(crate) use render::{CONTENT_TYPE, EngineView, Seen, render};
 
 use crate::routes::{ROUTES, RouteId};
 
@@ -77,10 +79,11 @@ pub(crate) enum Refused {
     Draining,
     EngineStopped,
     Ledger,
+    Quota,
 }
 
 impl Refused {
-    pub(crate) const ALL: [(Self, &'static str); 8] = [
+    pub(crate) const ALL: [(Self, &'static str); 9] = [
         (Self::QueueRequests, "max_num_queued_reqs"),
         (Self::QueueTokens, "max_num_queued_tokens"),
         (Self::Workers, "worker_queue"),
@@ -89,6 +92,7 @@ impl Refused {
         (Self::Draining, "draining"),
         (Self::EngineStopped, "engine_stopped"),
         (Self::Ledger, "ledger"),
+        (Self::Quota, "quota"),
     ];
 }
 

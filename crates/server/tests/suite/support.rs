@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use mirai_engine::sim::{Draw, DrawFn, PoolFn, SimConfig, SimExecutor};
 use mirai_engine::{EngineConfig, EngineHandle, Geometry, GroupKind};
 use mirai_ledger::Ledger;
+use mirai_ledger::quota::Quotas;
 use mirai_server::{
     Accounting, ExitReason, FimTokens, GenerationDefaults, ServedModel, Server, ServerConfig, ServerHandle,
     Task,
@@ -110,6 +111,8 @@ pub struct Options {
     pub setup: fn(&mut ServedModel),
     /// What requests are accounted in.
     pub ledger: Option<Ledger>,
+    /// What counts limits.
+    pub quotas: Option<Quotas>,
 }
 
 impl Default for Options {
@@ -129,6 +132,7 @@ impl Default for Options {
             task: Task::Generate,
             setup: |_| {},
             ledger: None,
+            quotas: None,
         }
     }
 }
@@ -171,6 +175,8 @@ pub fn model(options: &Options) -> ServedModel {
     let mut model = ServedModel {
         names: vec![MODEL.to_owned(), ALIAS.to_owned()],
         revision: String::new(),
+        estimate: None,
+        footprint: None,
         max_model_len: CONTEXT,
         tokenizer,
         template: options
@@ -199,6 +205,9 @@ impl TestServer {
         let admin_address = server.admin_addr();
         if let Some(ledger) = options.ledger.take() {
             handle.account(Accounting { ledger, replica: "pod-0".to_owned() }).unwrap();
+        }
+        if let Some(quotas) = options.quotas.take() {
+            handle.quotas(quotas).unwrap();
         }
         let served = model(&options);
         let engine = served.engine.clone();
