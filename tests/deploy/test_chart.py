@@ -165,6 +165,17 @@ class Schema(unittest.TestCase):
         self.assertEqual(claim["replicas"], 1)
         self.assertEqual(len(claim["volumeClaimTemplates"]), 1)
 
+    def test_where_rows_go(self):
+        """A file on the claim; or a database, whose password never stands in a ConfigMap, and a spool beside it."""
+        store = lambda name: tomllib.loads(toml_of(chart.render(SETS[name])))["ledger"]  # noqa: E731
+        self.assertEqual(store("demo"), {"store": "sqlite:///var/lib/mirai/ledger.sqlite"})
+        self.assertEqual(store("scaled"), {"store": "postgres://mirai@ledger-rw/mirai", "spool": "/var/lib/mirai/spool"})
+        spec = pod_of(chart.render(SETS["scaled"]))[1]
+        secret = {"secretKeyRef": {"name": "ledger", "key": "password"}}
+        self.assertIn({"name": "MIRAI_LEDGER_PASSWORD", "valueFrom": secret}, spec["containers"][0]["env"])
+        self.assertIn({"name": "ledger", "emptyDir": {"sizeLimit": "10Gi"}}, spec["volumes"])
+        self.assertIn("chain_key_file", store("identity"))
+
 
 class Pods(unittest.TestCase):
     def test_what_every_pod_has(self):
@@ -251,6 +262,15 @@ class Pods(unittest.TestCase):
                     self.assertLessEqual({e["port"] for e in spec["endpoints"]}, ports)
                 else:
                     self.assertLessEqual(selector.get("matchLabels", selector).items(), labels, f"{name} {manifest['kind']}")
+
+    def test_administration_has_a_door_of_its_own(self):
+        manifests = chart.render(SETS["identity"])
+        ports = {p["name"]: p["containerPort"] for p in pod_of(manifests)[1]["containers"][0]["ports"]}
+        self.assertEqual(ports, {"http": 8000, "admin": 8001})
+        rules = {r["ports"][0]["port"]: r["from"] for r in chart.of_kind(manifests, "NetworkPolicy")[0]["spec"]["ingress"]}
+        self.assertEqual(rules["admin"], [{"podSelector": {"matchLabels": {"app": "finance"}}}])
+        closed = chart.of_kind(chart.render(merged(SETS["identity"], {"networkPolicy": {"adminFrom": []}})), "NetworkPolicy")[0]
+        self.assertNotIn("admin", [r["ports"][0]["port"] for r in closed["spec"]["ingress"]])
 
     def test_the_bundle_of_authorities_is_mounted(self):
         spec = pod_of(chart.render(SETS["tls"]))[1]
