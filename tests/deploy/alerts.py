@@ -35,7 +35,7 @@ def counter(name, values, labels=""):
 def energy(before, after):
     """Joules a minute on the day before and now, at a steady 100 tokens a minute."""
     joules = f"0+{before}x1440 {before * 1440}+{after}x240"
-    return {f"mirai_gpu_energy_joules_total{{{POD}}}": joules, f"mirai_generation_tokens_total{{{POD}}}": "0+100x1700"}
+    return {f"mirai_energy_joules_total{{{POD},state=\"attributed\"}}": joules, f"mirai_generation_tokens_total{{{POD}}}": "0+100x1700"}
 
 
 CASES = {
@@ -96,6 +96,31 @@ CASES = {
     "MiraiWasting": [
         (counter("mirai_wasted_tokens_total", "0+30x90") | counter("mirai_engine_step_tokens_total", "0+100x90"), 70, ALL),
         (counter("mirai_wasted_tokens_total", "0+10x90") | counter("mirai_engine_step_tokens_total", "0+100x90"), 70, None),
+    ],
+    "MiraiLedgerSpooling": [
+        (counter("mirai_ledger_health", "0x5 1x20"), 15, ONE),
+        (counter("mirai_ledger_health", "0x5 1x3 0x20"), 15, None),
+    ],
+    "MiraiLedgerStopped": [
+        (counter("mirai_ledger_health", "0x5 2x20"), 10, ONE),
+        (counter("mirai_ledger_health", "0x5 4x20"), 10, ONE),
+        (counter("mirai_ledger_health", "0x5 1x20"), 10, None),
+    ],
+    "MiraiLedgerSpoolLarge": [
+        (counter("mirai_ledger_spool_bytes", "0+4000000x30"), 20, ONE),
+        (counter("mirai_ledger_spool_bytes", "33000000x30"), 20, None),
+    ],
+    "MiraiLedgerFenced": [
+        (counter("mirai_ledger_fenced_total", "0x5 1x60"), 10, ONE),
+        (counter("mirai_ledger_fenced_total", "1x90"), 80, None),
+    ],
+    "MiraiLedgerSlow": [
+        (histogram("mirai_ledger_commit_seconds", {"0.25": 90, "1.0": 100, "+Inf": 100}), 30, ALL),
+        (histogram("mirai_ledger_commit_seconds", {"0.25": 100, "1.0": 100, "+Inf": 100}), 30, None),
+    ],
+    "MiraiIdentityUnavailable": [
+        (counter("mirai_identity_decisions_total", "0+2x30", ',credential="jwt",decision="unavailable"'), 20, ALL),
+        (counter("mirai_identity_decisions_total", "0+2x30", ',credential="jwt",decision="refused"'), 20, None),
     ],
     "MiraiGpuFault": [(counter("mirai_gpu_last_xid", "0x5 79x5"), 8, ONE), (counter("mirai_gpu_last_xid", "0x10"), 8, None)],
     "MiraiGpuIdle": [

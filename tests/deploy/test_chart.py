@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pathlib
+import re
 import stat
 import subprocess
 import tempfile
@@ -14,6 +15,12 @@ import jsonschema
 
 import chart
 import options
+import policy
+
+# Content of the files that values name, good enough for `check-config`.
+SECRETS = {
+    "applications": "", "pepper": "1 " + "p" * 43 + "\n", "user-key": "1 " + "u" * 43 + "\n", "chain-key": "1 " + "c" * 43 + "\n",
+}
 
 SETS = chart.value_sets()
 DEMO = SETS["demo"]
@@ -133,7 +140,8 @@ class Schema(unittest.TestCase):
             {"labels": {"env": "production"}}, {"labels": {"tier": "gpu"}}, {"auth": {"existingSecret": ""}},
             {"replicas": 2}, {"kind": "LeaderWorkerSet"}, {"kind": "ServingRuntime"}, {"autoscaling": {"enabled": True}},
             {"ledger": {"store": "none"}}, {"ledger": {"store": "postgres"}}, {"ledger": {"size": "1Ti"}},
-            {"ledger": {"store": "postgres", "existingSecret": "l", "ephemeral": True}},
+            {"ledger": {"store": "postgres", "url": "postgres://u@h/d", "ephemeral": True}}, {"ledger": {"url": "postgres://u:secret@h/d"}},
+            {"identity": {"applications": {"configMap": "a"}}},
             {"model": {"source": "pvc"}}, {"model": {"source": "image"}}, {"model": {"source": "fetch"}},
             {"model": {"source": "kserve"}}, {"model": {"path": "../etc"}}, {"model": {"path": "/etc"}}, {"model": {"sizeGiB": 0}},
             {"tls": {"clientCa": {"configMap": "ca"}}}, {"env": [{"name": "A"}]}, {"env": [{"name": "A", "value": "b", "secret": "s"}]},
@@ -152,7 +160,7 @@ class Schema(unittest.TestCase):
         self.assertIn("StatefulSet", kinds({}))
         many = {"replicas": 3, "ledger": {"ephemeral": True}}
         self.assertIn("Deployment", kinds(many))
-        self.assertIn("Deployment", kinds({"replicas": 3, "ledger": {"store": "postgres", "existingSecret": "l"}}))
+        self.assertIn("Deployment", kinds({"replicas": 3, "ledger": {"store": "postgres", "url": "postgres://u@h/d"}}))
         claim = chart.of_kind(chart.render(DEMO), "StatefulSet")[0]["spec"]
         self.assertEqual(claim["replicas"], 1)
         self.assertEqual(len(claim["volumeClaimTemplates"]), 1)
@@ -244,6 +252,15 @@ class Pods(unittest.TestCase):
                 else:
                     self.assertLessEqual(selector.get("matchLabels", selector).items(), labels, f"{name} {manifest['kind']}")
 
+    def test_the_bundle_of_authorities_is_mounted(self):
+        spec = pod_of(chart.render(SETS["tls"]))[1]
+        server = spec["containers"][0]
+        self.assertIn({"name": "SSL_CERT_FILE", "value": "/etc/mirai/ca/bundle.pem"}, server["env"])
+        self.assertIn({"name": "ca", "mountPath": "/etc/mirai/ca", "readOnly": True}, server["volumeMounts"])
+        self.assertIn({"name": "ca", "configMap": {"name": "internal-ca"}}, spec["volumes"])
+        secret = {"secretKeyRef": {"name": "break-glass", "key": "bearer"}}
+        self.assertIn({"name": "MIRAI_API_KEY", "valueFrom": secret}, server["env"])
+
     def test_gpus_and_shared_memory(self):
         spec = pod_of(chart.render(SETS["gpu-four"]))[1]
         self.assertEqual(spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"], 4)
@@ -307,20 +324,18 @@ class Options(unittest.TestCase):
         cls.options = options.tree()
 
     def test_every_option_can_be_set_through_the_chart(self):
-        self.assertGreater(len(self.options), 50)
-        untyped = [path for path, value in self.options.items() if value is None]
-        self.assertEqual(untyped, [], "no value found for these: add a candidate")
-        wanted = {}
-        for path, value in self.options.items():
-            *sections, key = path.split(".")
-            table = wanted
-            for section in sections:
-                table = table.setdefault(section, {})
-            table[key] = value
+        flat = dict(options.flat(self.options))
+        self.assertGreater(len(flat), 70)
+        self.assertEqual([path for path, value in flat.items() if value is None], [], "no value found: add a candidate")
+        wanted = copy.deepcopy(self.options)
         # Where the chart itself has bounds.
         wanted["server"]["port"] = 8007
-        rendered = tomllib.loads(toml_of(chart.render(merged(DEMO, {"config": wanted}))))
-        self.assertEqual(rendered, wanted)
+        manifests = chart.render(merged(DEMO, {"config": wanted}))
+        # What must not stand in a ConfigMap by its name goes by the environment.
+        env = {e["name"]: e["value"] for e in pod_of(manifests)[1]["containers"][0]["env"] if "value" in e}
+        self.assertEqual(env["MIRAI__LEDGER__PASSWORD_FILE"], wanted["ledger"].pop("password_file"))
+        self.assertEqual(tomllib.loads(toml_of(manifests)), wanted)
+        self.assertEqual(policy.report(manifests), [])
 
     def test_the_server_takes_what_the_chart_writes(self):
         for name, values in SETS.items():
@@ -330,6 +345,10 @@ class Options(unittest.TestCase):
                 keys.write_text("0123456789abcdef\n")
                 secret = values["auth"] if "auth" in values else {}
                 text = text.replace(f"/etc/mirai/auth/{secret.get('key', 'api-keys')}", str(keys))
+                for name, content in SECRETS.items():
+                    file = pathlib.Path(folder) / name
+                    file.write_text(content)
+                    text = re.sub(rf'"/etc/mirai/{name}/[^"]*"', f'"{file}"', text)
                 accepted, said = options.ask(text)
                 self.assertTrue(accepted, f"{name}: {said}\n{text}")
 

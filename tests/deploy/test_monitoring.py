@@ -77,10 +77,11 @@ class Live(unittest.TestCase):
     def setUpClass(cls):
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            addresses = [stack.enter_context(running.server(folder, "cpu"))[0]]
+            ledger = lambda name: ("--ledger", f"sqlite://{folder}/{name}.sqlite")  # noqa: E731
+            addresses = [stack.enter_context(running.server(folder, "cpu", *ledger("cpu")))[0]]
             cls.gpu = (DRIVER / "libcuda.so.1").exists()
             if cls.gpu:
-                flags = ("--device", "cuda", "--max-num-seqs", "4", "--max-num-batched-tokens", "64")
+                flags = ("--device", "cuda", "--max-num-seqs", "4", "--max-num-batched-tokens", "64", *ledger("gpu"))
                 env = {"LD_LIBRARY_PATH": str(DRIVER)}
                 addresses.append(stack.enter_context(running.server(folder, "gpu", *flags, env=env))[0])
             cls.addresses = addresses

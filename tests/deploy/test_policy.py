@@ -55,7 +55,7 @@ class Charts(unittest.TestCase):
         for name in ("restricted", "fetched-claim"):
             for manifest in chart.render(chart.value_sets()[name]):
                 for _, spec in chart.pod_templates(manifest):
-                    self.assertEqual(spec["securityContext"], {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}})
+                    self.assertEqual(spec["securityContext"], {"runAsNonRoot": True, "fsGroup": 65532, "seccompProfile": {"type": "RuntimeDefault"}})
                     for container in policy.containers(spec):
                         self.assertEqual(container["securityContext"], {
                             "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}})

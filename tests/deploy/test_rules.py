@@ -58,7 +58,7 @@ class Alerts(unittest.TestCase):
         """Turn each comparison round: every alert's cases must then fail."""
         for alert, cases in CASES.items():
             rule = dict(RULES[alert])
-            turned = {" > ": " < ", " == 0": " != 0", "absent(": "count("}
+            turned = {" > ": " < ", " == 0": " != 0", " == 1": " != 1", " >= ": " < ", "absent(": "count("}
             for old, new in turned.items():
                 if old in rule["expr"]:
                     rule["expr"] = rule["expr"].replace(old, new)

@@ -5,13 +5,10 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::shell::{self, root};
-use crate::{coverage, emulation, kernels};
+use crate::{coverage, deploy, emulation, kernels};
 
 /// The README's test command, word for word.
 const TEST: [&str; 2] = ["test", "--workspace"];
-
-/// Has tests fail, instead of saying that they are skipped, where the emulated CUDA driver is not found.
-const EMULATED: (&str, &str) = ("MIRAI_TEST_REQUIRES_EMULATED_DRIVER", "1");
 
 /// Where instrumented artifacts lie: cargo cannot tell them from plain ones, and either would be taken for the
 /// other in one folder. Lints run there too and share what both need: build scripts, procedural macros.
@@ -24,6 +21,8 @@ pub(crate) fn run() -> Result<()> {
     // The tests of the CUDA backend run on it.
     emulation::build_driver(None)?;
     test_under_coverage()?;
+    // On the server that the tests have just built.
+    deploy::run_on(&root().join(TARGET).join("debug/mirai"), &[], true)?;
     emulation::check()?;
     kernels::run(kernels::Mode::Check)
 }
@@ -46,7 +45,7 @@ fn test_under_coverage() -> Result<()> {
     };
     shell::run_command(with_env(&["llvm-cov", "clean", "--workspace", "--profraw-only"]))?;
     let mut test = with_env(&TEST);
-    test.env(EMULATED.0, EMULATED.1);
+    test.env(emulation::REQUIRED.0, emulation::REQUIRED.1);
     shell::run_command(test)?;
     let report = root().join("target/coverage.json");
     let path = report.to_str().context("the workspace's path is not UTF-8")?;
@@ -70,14 +69,6 @@ mod tests {
         assert_eq!(parse_env("A='b c'"), Some(("A".into(), "b c".into())));
         assert_eq!(parse_env("export A=b=c"), Some(("A".into(), "b=c".into())));
         assert_eq!(parse_env("nonsense"), None);
-    }
-
-    #[test]
-    fn tests_know_the_variable_that_forbids_them_to_skip() {
-        for support in ["crates/cuda/tests/support/mod.rs", "crates/cli/tests/support/mod.rs"] {
-            let text = std::fs::read_to_string(root().join(support)).unwrap();
-            assert!(text.contains(&format!("\"{}\"", EMULATED.0)), "{support}");
-        }
     }
 
     #[test]

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+mod ledger;
+
 use crate::shell::{self, root};
 
 const REPORT: &str = "benches/results/full.md";
@@ -34,14 +36,26 @@ pub(crate) enum Check {
     Frozen,
     /// What a thousand hang-ups leave after a second.
     Storm,
+    /// Whether the time of an answer tells how much of a key was right.
+    Timing,
     /// Tokens a second through HTTP.
     Http,
     /// The release binary: size, start, no test hooks.
     Binary,
+    /// The ledger under kills, power losses and failing stores; writes `benches/results/ledger-faults.md`.
+    Ledger,
 }
 
-const ALL: [Check; 6] =
-    [Check::Simulation, Check::Demo, Check::Frozen, Check::Storm, Check::Http, Check::Binary];
+const ALL: [Check; 8] = [
+    Check::Simulation,
+    Check::Demo,
+    Check::Frozen,
+    Check::Storm,
+    Check::Timing,
+    Check::Http,
+    Check::Binary,
+    Check::Ledger,
+];
 
 impl Check {
     fn run(self, report: &mut Report) -> Result<()> {
@@ -50,8 +64,10 @@ impl Check {
             Self::Demo => demo_model(report),
             Self::Frozen => frozen(report),
             Self::Storm => storm(report),
+            Self::Timing => timing(report),
             Self::Http => http_throughput(report),
             Self::Binary => release_binary(report),
+            Self::Ledger => ledger::run(report),
         }
     }
 }
@@ -89,6 +105,11 @@ struct Report(String);
 
 impl Report {
     fn new() -> Result<Self> {
+        Self::titled("Long checks", "`cargo xtask full`, or `cargo xtask ci --full` after the other checks.")
+    }
+
+    /// A report with the commit and the machine in its head.
+    fn titled(title: &str, how: &str) -> Result<Self> {
         let commit = shell::output("git", &["rev-parse", "HEAD"])?;
         let dirty = !shell::output("git", &["status", "--porcelain"])?.trim().is_empty();
         let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -96,9 +117,7 @@ impl Report {
         let cores = std::thread::available_parallelism().map_or(0, usize::from);
         // Beside other work every time and speed below is a worse one.
         let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-        let mut text = String::from(
-            "# Long checks\n\n`cargo xtask full`, or `cargo xtask ci --full` after the other checks.\n\n",
-        );
+        let mut text = format!("# {title}\n\n{how}\n\n");
         let state = if dirty { " with uncommitted changes" } else { "" };
         writeln!(
             text,
@@ -118,7 +137,11 @@ impl Report {
     }
 
     fn write(self) -> Result<()> {
-        std::fs::write(root().join(REPORT), self.0).context(REPORT)
+        self.write_to(REPORT)
+    }
+
+    fn write_to(self, path: &'static str) -> Result<()> {
+        std::fs::write(root().join(path), self.0).context(path)
     }
 }
 
@@ -160,11 +183,24 @@ fn storm(report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// The server with a simulated executor, and the benchmark client, on this machine.
-fn http_throughput(report: &mut Report) -> Result<()> {
+fn timing(report: &mut Report) -> Result<()> {
+    let name = "auth::timing_tests::time_does_not_tell_a_key_in_a_million_tries";
+    release_test("mirai-server", &["--lib", "--", "--exact", name, "--ignored", "--nocapture"], &[])?;
+    report.row("time of a wrong key by how much of it is right, 1,000,000 tries, Welch's t", "< 4.5", "held");
+    Ok(())
+}
+
+/// A release build with test hooks, under a name that no other build takes.
+fn hooked_binary() -> Result<PathBuf> {
     shell::run("cargo", &["build", "--release", "--features", "test-hooks"])?;
     let binary = root().join("target/release/mirai-hooks");
     std::fs::copy(root().join("target/release/mirai"), &binary).context("copy of the hooked binary")?;
+    Ok(binary)
+}
+
+/// The server with a simulated executor, and the benchmark client, on this machine.
+fn http_throughput(report: &mut Report) -> Result<()> {
+    let binary = hooked_binary()?;
     let server = Server::start(&binary, &["--simulate", "--max-num-seqs", "256", "--log-level", "warn"])?;
     let mut best: f64 = 0.0;
     for _ in 0..3 {

@@ -7,10 +7,15 @@
 
 mod ci;
 mod coverage;
+mod deploy;
 mod emulation;
+mod evidence;
 mod full;
 mod gpu_suite;
+mod image;
 mod kernels;
+mod lint;
+mod sbom;
 mod shell;
 
 use std::path::PathBuf;
@@ -60,6 +65,14 @@ enum Task {
         /// Then prove that they notice faults (long).
         #[arg(long)]
         faults: bool,
+        /// Run the server's black-box suites on the emulated GPU instead (minutes). Needs `MIRAI_TEST_PYTHON`, a Python with
+        /// the package `openai`.
+        #[arg(long, conflicts_with_all = ["faults", "driver"])]
+        server: bool,
+        /// Run the CUDA backend's tests and a server on an emulated driver with AddressSanitizer instead, which watches what
+        /// lies between the regions of device memory (long).
+        #[arg(long, conflicts_with_all = ["faults", "driver", "server"])]
+        watched: bool,
         /// Only build the emulated driver, cublasLt and NVML, in `target/cuda-emu/driver` (`-address`).
         #[arg(long, conflicts_with = "faults")]
         driver: bool,
@@ -67,6 +80,18 @@ enum Task {
         #[arg(long, requires = "driver")]
         sanitize: Option<emulation::Sanitizer>,
     },
+    /// Test what is deployed and how it is operated: all of it, or only the named parts. Builds the server first.
+    Deploy {
+        /// Which; none means all.
+        parts: Vec<deploy::Part>,
+        /// A test that cannot run here fails.
+        #[arg(long)]
+        strict: bool,
+    },
+    /// Build container images with buildah, into its store.
+    Image(image::Options),
+    /// Write a dated folder with what an audit asks for.
+    Evidence(evidence::Options),
     /// Prepare `target/gpu-suite`, which is carried to a machine with a GPU and run there. Needs no GPU.
     GpuSuite,
     /// Make the golden checkpoints and log-probabilities anew with HF transformers.
@@ -88,9 +113,14 @@ fn main() -> ExitCode {
             _ => kernels::Mode::Build,
         }),
         Task::CudaEmu { driver: true, sanitize, .. } => emulation::build_driver(sanitize),
+        Task::CudaEmu { watched: true, .. } => emulation::watched(),
+        Task::CudaEmu { server: true, .. } => emulation::server(),
         Task::CudaEmu { faults, .. } => emulation::check()
             .and_then(|()| emulation::goldens())
             .and_then(|()| if faults { emulation::faults() } else { Ok(()) }),
+        Task::Deploy { parts, strict } => deploy::run(&parts, strict),
+        Task::Image(options) => image::run(&options),
+        Task::Evidence(options) => evidence::run(&options),
         Task::GpuSuite => gpu_suite::run(),
         Task::Golden { python } => shell::run(&python.to_string_lossy(), &["crates/model/golden/make.py"]),
     };

@@ -7,6 +7,18 @@
 {{- $_ := set $c.server "tls" (dict "certfile" "/etc/mirai/tls/tls.crt" "keyfile" "/etc/mirai/tls/tls.key") }}
 {{- with $.Values.tls.clientCa }}{{ if .configMap }}{{ $_ := set $c.server.tls "ca_certs" (printf "/etc/mirai/client-ca/%s" .key) }}{{ end }}{{ end }}
 {{- end }}
+{{- with .Values.identity }}
+{{- $identity := dict }}
+{{- if .applications.configMap }}{{ $_ := set $identity "applications_file" (printf "/etc/mirai/applications/%s" .applications.key) }}{{ end }}
+{{- if .pepper.existingSecret }}{{ $_ := set $identity "pepper_file" (printf "/etc/mirai/pepper/%s" .pepper.key) }}{{ end }}
+{{- if .userKey.existingSecret }}{{ $_ := set $identity "user_key_file" (printf "/etc/mirai/user-key/%s" .userKey.key) }}{{ end }}
+{{- if $identity }}{{ $_ := set $c "identity" $identity }}{{ end }}
+{{- end }}
+{{- with .Values.ledger }}
+{{- $_ := set $c "ledger" (dict "store" "sqlite:///var/lib/mirai/ledger.sqlite") }}
+{{- if eq .store "postgres" }}{{ $_ := set $c "ledger" (dict "store" .url "spool" "/var/lib/mirai/spool") }}{{ end }}
+{{- if .chainKey.existingSecret }}{{ $_ := set $c.ledger "chain_key_file" (printf "/etc/mirai/chain-key/%s" .chainKey.key) }}{{ end }}
+{{- end }}
 {{- with .Values.model.name }}{{ $_ := set $c.model "served_names" (list .) }}{{ end }}
 {{- $root := include "mirai.modelRoot" . }}
 {{- if $root }}{{ $_ := set $c.model "path" (trimSuffix "/" (printf "%s/%s" $root .Values.model.path)) }}{{ end }}
@@ -19,15 +31,27 @@
 {{- if eq .Values.model.source "kserve" }}/mnt/models{{ else if ne .Values.model.source "embedded" }}/models{{ end }}
 {{- end }}
 
-{{/* A map as TOML: a key's JSON is TOML, except for maps, which become tables. Arguments: list(path, map). */}}
+{{/*
+A map as TOML. A value's JSON is TOML, but for maps and lists of maps, which become tables. Arguments: path, map.
+What the clusters' rules forbid in a ConfigMap by its name (a path, never the secret) goes by the environment.
+*/}}
 {{- define "mirai.toml" -}}
 {{- $path := index . 0 }}{{ $map := index . 1 }}
-{{- range $key, $value := $map }}{{ if not (kindIs "map" $value) }}
+{{- range $key, $value := $map }}
+{{- if and (not (kindIs "map" $value)) (not (include "mirai.isTables" $value)) (not (contains "password" $key)) }}
 {{ $key }} = {{ toJson $value }}{{ end }}{{ end }}
-{{- range $key, $value := $map }}{{ if kindIs "map" $value }}
+{{- range $key, $value := $map }}
 {{- $inner := ternary (printf "%s.%s" $path $key) $key (ne $path "") }}
+{{- if kindIs "map" $value }}
 
-[{{ $inner }}]{{ include "mirai.toml" (list $inner $value) }}{{ end }}{{ end }}
+[{{ $inner }}]{{ include "mirai.toml" (list $inner $value) }}
+{{- else if include "mirai.isTables" $value }}{{ range $value }}
+
+[[{{ $inner }}]]{{ include "mirai.toml" (list $inner .) }}{{ end }}{{ end }}{{ end }}
+{{- end }}
+
+{{- define "mirai.isTables" -}}
+{{- if kindIs "slice" . }}{{ if . }}{{ if kindIs "map" (first .) }}true{{ end }}{{ end }}{{ end }}
 {{- end }}
 
 {{- define "mirai.configToml" -}}
@@ -49,6 +73,10 @@
 
 {{- define "mirai.scheme" -}}
 {{ ternary "HTTPS" "HTTP" (hasKey (include "mirai.config" . | fromJson).server "tls") }}
+{{- end }}
+
+{{- define "mirai.adminPort" -}}
+{{- with ((include "mirai.config" . | fromJson).identity | default dict).admin_listen }}{{ regexFind "[0-9]+$" . }}{{ end }}
 {{- end }}
 
 {{- define "mirai.metricsPort" -}}

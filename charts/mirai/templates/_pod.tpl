@@ -54,6 +54,7 @@ terminationGracePeriodSeconds: {{ ceil (addf $config.server.timeouts.drain_delay
 {{- if eq .Values.podSecurity "restricted" }}
 securityContext:
   runAsNonRoot: true
+  fsGroup: 65532
   seccompProfile:
     type: RuntimeDefault
 {{- end }}
@@ -80,6 +81,10 @@ ports:
   - name: metrics
     containerPort: {{ . }}
   {{- end }}
+  {{- with include "mirai.adminPort" . }}
+  - name: admin
+    containerPort: {{ . }}
+  {{- end }}
 {{- include "mirai.env" . }}
 {{- include "mirai.probes" . }}
 resources:
@@ -98,8 +103,20 @@ volumeMounts:
 {{- end }}
 
 {{- define "mirai.env" -}}
-{{- if or .Values.env .Values.caBundle.configMap }}
+{{- $ledger := (include "mirai.config" . | fromJson).ledger | default dict }}
+{{- if or .Values.env .Values.caBundle.configMap .Values.ledger.existingSecret $ledger.password_file }}
 env:
+  {{- with .Values.ledger }}{{ if .existingSecret }}
+  - name: MIRAI_LEDGER_PASSWORD
+    valueFrom:
+      secretKeyRef:
+        name: {{ .existingSecret }}
+        key: {{ .key }}
+  {{- end }}{{ end }}
+  {{- with $ledger.password_file }}
+  - name: MIRAI__LEDGER__PASSWORD_FILE
+    value: {{ . | quote }}
+  {{- end }}
   {{- with .Values.caBundle }}{{ if .configMap }}
   - name: SSL_CERT_FILE
     value: /etc/mirai/ca/{{ .key }}

@@ -9,9 +9,7 @@
   subPath: {{ .Values.model.pvc.subPath }}
   {{- end }}
 {{- end }}
-{{- if eq .Values.ledger.store "sqlite" }}
 - {name: ledger, mountPath: /var/lib/mirai}
-{{- end }}
 {{- if gt (int .Values.resources.gpu) 1 }}
 - {name: shm, mountPath: /dev/shm}
 {{- end }}
@@ -27,6 +25,18 @@
 {{- define "mirai.files" -}}
 {{- with .Values.auth.existingSecret }}
 auth: {secret: {secretName: {{ . }}}}
+{{- end }}
+{{- with .Values.identity.applications.configMap }}
+applications: {configMap: {name: {{ . }}}}
+{{- end }}
+{{- with .Values.identity.pepper.existingSecret }}
+pepper: {secret: {secretName: {{ . }}}}
+{{- end }}
+{{- with .Values.identity.userKey.existingSecret }}
+user-key: {secret: {secretName: {{ . }}}}
+{{- end }}
+{{- with .Values.ledger.chainKey.existingSecret }}
+chain-key: {secret: {secretName: {{ . }}}}
 {{- end }}
 {{- with .Values.tls.existingSecret }}
 tls: {secret: {secretName: {{ . }}}}
@@ -69,7 +79,7 @@ ca: {configMap: {name: {{ . }}}}
     name: {{ include "mirai.checksumsName" $ }}
 {{- end }}
 {{- end }}
-{{- if and (eq .Values.ledger.store "sqlite") (ne (include "mirai.kind" .) "StatefulSet") }}
+{{- if ne (include "mirai.kind" .) "StatefulSet" }}
 - name: ledger
   emptyDir:
     sizeLimit: {{ .Values.ledger.size }}

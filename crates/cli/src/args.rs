@@ -30,6 +30,8 @@ pub(crate) enum Command {
     CheckConfig(Box<ServeArgs>),
     /// Download a model into the local store, with checksums.
     Pull(PullArgs),
+    /// Say what was used, by which application and model, from the ledger's rows; erase, purge, verify them.
+    Usage(Box<crate::usage::UsageArgs>),
     /// Make keys for applications.
     Keys(KeysArgs),
     /// Say what a model is, what it needs and what would be refused, without loading it.

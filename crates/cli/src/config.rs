@@ -4,9 +4,11 @@
 //! uses it. Secrets are never read from the file and never printed.
 
 mod device;
+mod energy;
 mod layers;
 mod ledger;
 mod quotas;
+mod usage;
 
 use std::path::PathBuf;
 
@@ -15,9 +17,11 @@ use serde::{Deserialize, Serialize};
 use mirai_server::{IdentityConfig, ServerConfig};
 
 pub(crate) use device::Device;
+pub(crate) use energy::EnergyConfig;
 pub(crate) use layers::{ConfigError, Flag, load};
 pub(crate) use ledger::LedgerConfig;
 pub(crate) use quotas::QuotasConfig;
+pub(crate) use usage::UsageConfig;
 
 /// Everything the server can be told. `mirai check-config` prints it; each field is also a key of the TOML file
 /// and, as `MIRAI__SECTION__KEY`, an environment variable.
@@ -32,6 +36,10 @@ pub(crate) struct Config {
     pub(crate) server: ServerConfig,
     /// Accounting for requests.
     pub(crate) ledger: LedgerConfig,
+    /// How the energy of requests becomes known.
+    pub(crate) energy: EnergyConfig,
+    /// What usage costs, and who else is told of it.
+    pub(crate) usage: UsageConfig,
     /// Who may call.
     pub(crate) identity: IdentityConfig,
     /// How what applications may use is counted.

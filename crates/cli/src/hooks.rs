@@ -63,6 +63,8 @@ fn simulated(config: &Config, step_time: Duration) -> Result<ServedModel, Failur
     Ok(ServedModel {
         names: vec!["simulated".to_owned()],
         revision: String::new(),
+        estimate: None,
+        footprint: config.energy.footprint(),
         max_model_len: context,
         tokenizer,
         template: None,

@@ -11,11 +11,13 @@ use mirai_ledger::secret::parse_versions;
 use mirai_ledger::{ChainKey, Ledger, Spool, StartError, StoreError};
 use mirai_server::Accounting;
 
-use crate::config::LedgerConfig;
+use crate::config::{LedgerConfig, UsageConfig};
 use crate::exit::Failure;
 
 /// Most bytes of a file of secrets.
 const MAX_SECRETS: u64 = 64 << 10;
+/// Most applications whose figures are metrics.
+const MAX_APPLICATIONS: usize = 1000;
 
 /// Checks what can be checked without touching the machine.
 pub(crate) fn check(config: &LedgerConfig) -> Result<(), Failure> {
@@ -94,7 +96,7 @@ pub(crate) fn writer(config: &LedgerConfig) -> String {
 }
 
 /// Opens the store and starts the ledger. Blocks.
-pub(crate) fn start(config: &LedgerConfig) -> Result<Option<Accounting>, Failure> {
+pub(crate) fn start(config: &LedgerConfig, usage: &UsageConfig) -> Result<Option<Accounting>, Failure> {
     let Some(location) = place(config)? else {
         tracing::warn!("no ledger: requests are counted in metrics only (--ledger)");
         return Ok(None);
@@ -111,6 +113,7 @@ pub(crate) fn start(config: &LedgerConfig) -> Result<Option<Accounting>, Failure
         takeover: location.is_exclusive(),
         lease: Duration::from_secs_f64(config.lease_seconds),
         stall: Duration::from_secs_f64(config.stall_seconds),
+        applications: if usage.application_metrics { MAX_APPLICATIONS } else { 0 },
         ..mirai_ledger::LedgerConfig::default()
     };
     let failed = |error: StoreError| Failure::environment(format!("ledger {location}: {error}"));

@@ -48,8 +48,13 @@ pub(crate) fn load(config: &Config, device: Chosen, server: &ServerHandle) -> Re
     if let Chosen::Cuda(ordinal) = device {
         telemetry::start(ordinal, server);
     }
+    let energy = match device {
+        Chosen::Cuda(ordinal) if config.energy.measures() => telemetry::energy_counter(ordinal),
+        Chosen::Cuda(_) | Chosen::Cpu => None,
+    };
     let engine = mirai_engine::EngineConfig {
         max_step_tokens: options.max_step_tokens as u32,
+        energy,
         ..engine_config(config)
     };
     let (send, described) = sync_channel(1);
@@ -252,6 +257,7 @@ fn served(
     events: Receiver<Vec<Event>>,
 ) -> Result<ServedModel, Failure> {
     let Described { spec, pooling, texts, mut eos_ids } = described;
+    let parameters = (spec.active_parameters(), spec.parameters());
     let understood = understood(&spec, pooling.as_ref(), texts, &config.model.reasoning_parser)?;
     let Understood { tokenizer, special, template, reasoning, task, generation_defaults } = understood;
     let token = |text: &Option<String>| text.as_deref().and_then(|t| tokenizer.token_to_id(t));
@@ -270,6 +276,8 @@ fn served(
     Ok(ServedModel {
         names,
         revision: revision.unwrap_or_default(),
+        estimate: config.energy.estimates(parameters),
+        footprint: config.energy.footprint(),
         max_model_len,
         bos_token_id: token(&special.bos),
         fim: fim_tokens(&tokenizer),

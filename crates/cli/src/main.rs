@@ -22,6 +22,7 @@ mod serve;
 mod task;
 mod telemetry;
 mod tokenizer;
+mod usage;
 mod verify;
 
 use std::process::ExitCode;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(*options),
         Command::CheckConfig(args) => serve::check_config(&args),
         Command::Pull(args) => pull::run(&args),
+        Command::Usage(args) => usage::run(&args),
         Command::Keys(args) => keys::run(&args.command),
         Command::Verify(args) => verify::run(&args),
     };

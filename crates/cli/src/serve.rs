@@ -14,15 +14,17 @@ use crate::config::Config;
 use crate::exit::Failure;
 #[cfg(not(feature = "test-hooks"))]
 use crate::load;
-use crate::{device, ledger, logging, quotas};
+use crate::{device, ledger, logging, quotas, usage};
 
 /// Resolves all layers and checks what can be checked without touching the machine.
 fn configuration(args: &ServeArgs) -> Result<Config, Failure> {
     let config = args.resolve()?;
     check_engine(&config)?;
     device::check(&config)?;
+    config.energy.check().map_err(Failure::usage)?;
     ledger::check(&config.ledger)?;
     quotas::check(&config)?;
+    usage::check(&config.usage, config.ledger.store.is_some())?;
     config.server.validate().map_err(Failure::usage)?;
     Ok(config)
 }
@@ -54,9 +56,9 @@ pub(crate) fn check_config(args: &ServeArgs) -> Result<(), Failure> {
         IdentitySummary::read(&config.server).map_err(Failure::usage)?;
     let plural = |count| if count == 1 { "" } else { "s" };
     let mut out = std::io::stdout().lock();
-    write!(out, "# {keys} API key{}, not shown\n", plural(keys)).map_err(Failure::run)?;
+    writeln!(out, "# {keys} API key{}, not shown", plural(keys)).map_err(Failure::run)?;
     if config.identity.applications_file.is_some() {
-        write!(out, "# {applications} application{}\n", plural(applications)).map_err(Failure::run)?;
+        writeln!(out, "# {applications} application{}", plural(applications)).map_err(Failure::run)?;
     }
     write!(out, "{text}").map_err(Failure::run)
 }
@@ -104,8 +106,10 @@ where
     let for_load = handle.clone();
     let loading = tokio::task::spawn_blocking(move || {
         // First: a store that cannot be had should not cost a load.
-        if let Some(accounting) = ledger::start(&config.ledger)? {
+        if let Some(accounting) = ledger::start(&config.ledger, &config.usage)? {
+            let replica = accounting.replica.clone();
             for_load.account(accounting).map_err(Failure::run)?;
+            usage::start(&config, &replica, &for_load)?;
         }
         if let Some(quotas) = quotas::start(&config)? {
             for_load.quotas(quotas).map_err(Failure::run)?;

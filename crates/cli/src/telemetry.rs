@@ -1,10 +1,14 @@
-//! The GPU's own figures, once a second, for `/metrics`.
+//! The GPU's own figures: once a second for `/metrics`, and its energy counter for the engine.
 //!
-//! Owns the thread that asks, because asking can take longer than a scrape may.
+//! Owns the thread that asks, because asking can take longer than a scrape may. The engine asks for itself, on its
+//! own thread and by a connection of its own, since energy is shared out by when the counter moved.
 
+use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mirai_cuda::{Gpu, Telemetry, TelemetryReading};
+use mirai_engine::EnergyCounter;
 use mirai_server::{DeviceFigure, ServerHandle};
 
 /// Time between two readings.
@@ -32,6 +36,31 @@ pub(crate) fn start(ordinal: usize, server: &ServerHandle) {
     if let Err(error) = thread {
         tracing::warn!(%error, "no thread for the GPU's figures");
     }
+}
+
+/// The energy counter of one GPU.
+struct GpuCounter(Telemetry);
+
+impl fmt::Debug for GpuCounter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("GpuCounter")
+    }
+}
+
+impl EnergyCounter for GpuCounter {
+    fn microjoules(&self) -> Option<u64> {
+        self.0.energy_microjoules()
+    }
+}
+
+/// The GPU's energy counter, if it has one.
+pub(crate) fn energy_counter(ordinal: usize) -> Option<Arc<dyn EnergyCounter>> {
+    let telemetry = Gpu::look(ordinal).ok().and_then(|facts| Telemetry::open(&facts.bus))?;
+    let counter = telemetry.energy_microjoules().map(|_| Arc::new(GpuCounter(telemetry)) as _);
+    if counter.is_none() {
+        tracing::info!("this GPU has no energy counter");
+    }
+    counter
 }
 
 /// A reading in the units of `/metrics`.

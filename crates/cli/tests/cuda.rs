@@ -8,7 +8,7 @@ use std::fs::File;
 use std::process::Command;
 
 use serde_json::json;
-use support::{Server, emulated_driver, mirai, run};
+use support::{Server, emulated_driver, mirai, mirai_without_gpu, run_command};
 
 /// `mirai` where the emulated driver is found; none if it was not built.
 fn emulated(test: &str, args: &[&str]) -> Option<Command> {
@@ -34,7 +34,7 @@ fn error(mut command: Command) -> (Option<i32>, String) {
 
 #[test]
 fn a_gpu_that_is_not_there_is_named() {
-    let output = run(&["serve", "--port", "0", "--device", "cuda"]);
+    let output = run_command(mirai_without_gpu(&["serve", "--port", "0", "--device", "cuda"]));
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(3), "{text}");
     // A machine with a driver of its own has its GPUs hidden from this test.
@@ -46,7 +46,7 @@ fn a_gpu_that_is_not_there_is_named() {
 #[test]
 fn without_a_gpu_auto_serves_on_the_cpu_and_says_so_in_one_line() {
     let log = tempfile::NamedTempFile::new().unwrap();
-    let mut command = mirai(&["serve", "--port", "0", "--device", "auto"]);
+    let mut command = mirai_without_gpu(&["serve", "--port", "0", "--device", "auto"]);
     command.stderr(File::create(log.path()).unwrap());
     let server = Server::start_command(command);
     assert!(!server.ask("Bonjour", 2).is_empty());

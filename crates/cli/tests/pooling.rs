@@ -6,7 +6,7 @@ mod support;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use support::{Server, run};
+use support::{Server, on_gpu, run};
 
 fn golden(case: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/golden").join(case)
@@ -58,11 +58,6 @@ fn prompts(case: &str) -> Vec<(Vec<u64>, Vec<f64>)> {
     let numbers = |v: &Value| v.as_array().unwrap().iter().map(|n| n.as_f64().unwrap()).collect::<Vec<_>>();
     let prompt = |p: &Value| (numbers(&p["ids"]).iter().map(|n| *n as u64).collect(), numbers(&p["vector"]));
     json["prompts"].as_array().unwrap().iter().map(prompt).collect()
-}
-
-/// Whether the servers of these tests compute on a GPU, in bf16.
-fn on_gpu() -> bool {
-    std::env::var("MIRAI__MODEL__DEVICE").is_ok_and(|device| device.starts_with("cuda"))
 }
 
 fn cosine(a: &[f64], b: &[f64]) -> f64 {

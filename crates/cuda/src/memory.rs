@@ -35,8 +35,8 @@ impl Memory {
 
     /// A region whose content is whatever was there.
     pub(crate) fn take(&mut self, part: Part, bytes: u64) -> Result<DevicePtr> {
-        let taken = bytes.next_multiple_of(crate::ALIGNMENT);
-        self.budget.add(part, taken).map_err(|e| over(&e))?;
+        // What is no number of bytes is refused by the arena.
+        self.budget.add(part, self.arena.taken(bytes).unwrap_or(0)).map_err(|e| over(&e))?;
         self.arena.take(part, bytes).map_err(driver("allocate"))
     }
 
@@ -73,6 +73,11 @@ impl Memory {
     /// How memory is divided, as far as it is known.
     pub(crate) fn table(&self) -> String {
         self.planned.as_ref().unwrap_or(&self.budget).to_string()
+    }
+
+    /// Most bytes that a region takes beside its own.
+    pub(crate) fn rounding(&self) -> u64 {
+        self.arena.rounding()
     }
 
     /// Memory for scratch until the next region is taken.

@@ -150,8 +150,6 @@ pub(crate) fn chunk_limit(geometry: &Geometry, budget: u32) -> u32 {
 /// The limits that do not depend on what is running.
 #[derive(Clone, Debug)]
 pub(crate) struct Door {
-    pub(crate) max_queued_requests: usize,
-    pub(crate) max_queued_tokens: usize,
     /// Longest chunk of one row.
     chunk: u32,
     geometry: Geometry,
@@ -160,12 +158,7 @@ pub(crate) struct Door {
 impl Door {
     pub(crate) fn new(config: &EngineConfig, geometry: &Geometry) -> Self {
         let budget = config.max_step_tokens.min(geometry.max_step_tokens);
-        Self {
-            max_queued_requests: config.max_queued_requests,
-            max_queued_tokens: config.max_queued_tokens,
-            chunk: chunk_limit(geometry, budget),
-            geometry: geometry.clone(),
-        }
+        Self { chunk: chunk_limit(geometry, budget), geometry: geometry.clone() }
     }
 
     /// Longest prompt that could be served.

@@ -4,7 +4,7 @@
 //! engine's thread, so a frozen engine can never freeze a caller.
 
 use std::error::Error;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use crate::config::EngineConfig;
 use crate::door::{AdmissionError, Door};
 use crate::ids::RequestId;
 use crate::mailbox::Mailbox;
+use crate::queue::Queue;
 use crate::request::{EngineRequest, Time};
 use crate::stats::{Counters, EngineStats};
 use crate::step::Geometry;
@@ -66,9 +67,8 @@ pub(crate) struct Shared {
     pub(crate) stopping: AtomicBool,
     pub(crate) stopped: AtomicBool,
     pub(crate) dead: OnceLock<String>,
-    /// Requests, and their prompt tokens, between the door and their first slot.
-    pub(crate) queued_requests: AtomicUsize,
-    pub(crate) queued_tokens: AtomicUsize,
+    /// Requests between the door and their first slot.
+    pub(crate) queue: Queue,
     #[cfg(feature = "test-hooks")]
     pub(crate) hooks: Arc<crate::hooks::TestHooks>,
 }
@@ -86,8 +86,7 @@ impl Shared {
             stopping: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
             dead: OnceLock::new(),
-            queued_requests: AtomicUsize::new(0),
-            queued_tokens: AtomicUsize::new(0),
+            queue: Queue::new(config.max_queued_requests, config.max_queued_tokens),
             #[cfg(feature = "test-hooks")]
             hooks: Arc::default(),
         }
@@ -120,8 +119,6 @@ pub struct Admission {
     owner: Arc<Owner>,
     /// Empty once they are queued.
     requests: Vec<EngineRequest>,
-    /// Of their prompts.
-    tokens: usize,
 }
 
 impl std::fmt::Debug for Admission {
@@ -165,9 +162,10 @@ impl Drop for Admission {
     fn drop(&mut self) {
         // What was queued keeps its room until it has a slot.
         if !self.requests.is_empty() {
-            let shared = &self.owner.0;
-            shared.queued_requests.fetch_sub(self.requests.len(), Ordering::AcqRel);
-            shared.queued_tokens.fetch_sub(self.tokens, Ordering::AcqRel);
+            self.owner
+                .0
+                .queue
+                .leave(self.requests.iter().map(|request| (request.tenant, 1, request.prompt.len())));
         }
     }
 }
@@ -194,12 +192,15 @@ impl EngineHandle {
         &self.owner.0
     }
 
-    /// Holds room in the queue for all of these requests, or for none. Nothing is queued before
+    /// Holds room in the queue for all of these requests of one tenant, or for none. Nothing is queued before
     /// [`Admission::submit`]: a caller has time to do what must come between, and gives the room back by dropping
-    /// it.
+    /// it. A full queue still takes those of a tenant that has less than its share of it.
     ///
     /// # Errors
     /// One of them can never fit, the queue is full, or the engine takes no more.
+    ///
+    /// # Panics
+    /// The requests are of several tenants.
     pub fn reserve(&self, requests: Vec<EngineRequest>) -> Result<Admission, AdmissionError> {
         let shared = self.shared();
         if let Some(reason) = shared.dead.get() {
@@ -209,27 +210,14 @@ impl EngineHandle {
             return Err(AdmissionError::Stopping);
         }
         requests.iter().try_for_each(|request| shared.door.check(request))?;
-        let (count, tokens) = (requests.len(), requests.iter().map(|request| request.prompt.len()).sum());
-        let limits = &shared.door;
-        let requests_before = shared.queued_requests.fetch_add(count, Ordering::AcqRel);
-        let tokens_before = shared.queued_tokens.fetch_add(tokens, Ordering::AcqRel);
+        if let Some(first) = requests.first() {
+            let (tenant, weight) = (first.tenant, first.weight);
+            assert!(requests.iter().all(|request| request.tenant == tenant), "requests of several tenants");
+            let tokens = requests.iter().map(|request| request.prompt.len()).sum();
+            shared.queue.enter(tenant, weight, requests.len(), tokens)?;
+        }
         // From here on dropping it gives the room back.
-        let admission = Admission { owner: Arc::clone(&self.owner), requests, tokens };
-        if requests_before + count > limits.max_queued_requests {
-            return Err(AdmissionError::QueueFull {
-                queued: requests_before,
-                limit: limits.max_queued_requests,
-            });
-        }
-        // An empty queue takes any request that fits the model, or it could never be served.
-        if tokens_before + tokens > limits.max_queued_tokens && requests_before > 0 {
-            return Err(AdmissionError::QueueTokensFull {
-                queued: tokens_before,
-                request: tokens,
-                limit: limits.max_queued_tokens,
-            });
-        }
-        Ok(admission)
+        Ok(Admission { owner: Arc::clone(&self.owner), requests })
     }
 
     /// Hands a request over. From `Ok` on, exactly one [`Event::Finished`] comes for each of its choices.
@@ -271,8 +259,8 @@ impl EngineHandle {
     #[must_use]
     pub fn counters(&self) -> Counters {
         let mut counters = self.shared().stats.snapshot();
-        counters.queued_requests = self.shared().queued_requests.load(Ordering::Relaxed) as u64;
-        counters.queued_tokens = self.shared().queued_tokens.load(Ordering::Relaxed) as u64;
+        let (requests, tokens) = self.shared().queue.len();
+        (counters.queued_requests, counters.queued_tokens) = (requests as u64, tokens as u64);
         counters
     }
 
@@ -294,7 +282,7 @@ impl EngineHandle {
         }
         let beat = Duration::from_nanos(shared.beat.load(Ordering::Acquire));
         EngineHealth::Running {
-            busy: shared.busy.load(Ordering::Relaxed) || shared.queued_requests.load(Ordering::Relaxed) > 0,
+            busy: shared.busy.load(Ordering::Relaxed) || shared.queue.len().0 > 0,
             last_progress: shared.now().saturating_sub(beat),
         }
     }

@@ -15,6 +15,7 @@ mod mailbox;
 mod params;
 mod pool;
 mod prefix;
+mod queue;
 mod request;
 mod scheduler;
 mod sequence;

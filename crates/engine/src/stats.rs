@@ -91,6 +91,11 @@ counters! {
     preemptions,
     /// Requests accepted by the scheduler.
     requests,
+    /// Of these, requests that left the queue: by a first slot, or by their end. Their growth in a second is how fast
+    /// the queue drains.
+    dequeued_requests,
+    /// Prompt tokens of those requests.
+    dequeued_tokens,
     /// Sequences that ended, for whatever reason.
     finished,
     /// Sequences that ended by a fault of their own.

@@ -142,8 +142,7 @@ impl Engine {
         }
         let unread = self.shared.mailbox.close();
         for request in unread.submits {
-            self.shared.queued_requests.fetch_sub(1, Ordering::AcqRel);
-            self.shared.queued_tokens.fetch_sub(request.prompt.len(), Ordering::AcqRel);
+            self.shared.queue.leave([(request.tenant, 1, request.prompt.len())]);
             for choice in 0..request.choices {
                 let usage = SeqUsage { prompt_tokens: request.prompt.len() as u32, ..SeqUsage::default() };
                 let (request, reason) = (request.id, FinishReason::EngineStopped);
@@ -254,9 +253,10 @@ impl Engine {
     }
 
     fn publish(&mut self) {
-        let (requests, tokens) = self.scheduler.take_dequeued();
-        self.shared.queued_requests.fetch_sub(requests, Ordering::AcqRel);
-        self.shared.queued_tokens.fetch_sub(tokens, Ordering::AcqRel);
+        let gone = self.scheduler.take_dequeued();
+        if !gone.is_empty() {
+            self.shared.queue.leave(gone.into_iter().map(|(tenant, tokens)| (tenant, 1, tokens)));
+        }
         self.shared.stats.publish(&self.scheduler.counters());
         self.shared.beat(!self.scheduler.is_idle());
     }
@@ -289,13 +289,12 @@ impl Engine {
     }
 
     fn add(&mut self, request: crate::EngineRequest, now: Time) {
-        let (id, choices, tokens) = (request.id, request.choices, request.prompt.len());
+        let (id, choices, place) = (request.id, request.choices, (request.tenant, 1, request.prompt.len()));
         if let Err(error) = self.scheduler.add(request, now) {
             // The door has checked the rest: only a duplicate id comes here, and its events could not be told
             // from the first one's. It is the caller's bug; nothing more can be said to anybody.
             tracing::error!(%id, choices, %error, "request refused after the door");
-            self.shared.queued_requests.fetch_sub(1, Ordering::AcqRel);
-            self.shared.queued_tokens.fetch_sub(tokens, Ordering::AcqRel);
+            self.shared.queue.leave([place]);
         }
     }
 

@@ -287,6 +287,36 @@ fn throughput_follows_weights() {
 }
 
 #[test]
+fn who_waits_past_the_deadline_is_ended_by_the_next_plan() {
+    let config = EngineConfig { max_running: 1, ..EngineConfig::default() };
+    for look_ahead in [false, true] {
+        let mut bed = Bed::new(room(&[GroupKind::Full]), &config);
+        bed.look_ahead = look_ahead;
+        // Nothing else runs: the first plan ends it, without a row.
+        bed.now = Duration::from_secs(1);
+        bed.add(EngineRequest { deadline: Some(bed.now), ..request(0, 20, 10) });
+        bed.step();
+        assert!(bed.plan.rows.is_empty() && bed.scheduler.is_idle());
+        assert_eq!((&bed.ends[0].2, bed.usage(0).device_micros), (&FinishReason::Deadline, 0));
+        // Behind one that runs.
+        let deadline = bed.now + Duration::from_millis(20);
+        bed.add(request(1, 20, 500));
+        bed.step();
+        bed.add(EngineRequest { deadline: Some(deadline), choices: 2, ..request(2, 20, 10) });
+        while bed.now < deadline {
+            assert_eq!(bed.ends.len(), 1);
+            bed.step();
+        }
+        assert_eq!(bed.ends.len(), 3);
+        assert!(bed.ends[1..].iter().all(|end| (end.0, &end.2) == (RequestId(2), &FinishReason::Deadline)));
+        let counters = bed.counters();
+        assert_eq!((counters.dequeued_requests, counters.dequeued_tokens), (3, 60));
+        assert_eq!((counters.requests, counters.queued_requests), (3, 0));
+        bed.finish();
+    }
+}
+
+#[test]
 fn priority_goes_before_age() {
     let config = EngineConfig { max_running: 1, ..EngineConfig::default() };
     let mut bed = Bed::new(room(&[GroupKind::Full]), &config);

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, unreachable_pub, missing_docs)]
 
 #[path = "world/rng.rs"]
+#[allow(dead_code, reason = "each test binary uses its part")]
 mod rng;
 
 use std::collections::HashMap;

@@ -133,7 +133,7 @@ fn a_full_queue_refuses_at_once() {
     freeze(&handle);
     handle.submit(request(4, 70, 4)).unwrap();
     let full = AdmissionError::QueueTokensFull { queued: 70, request: 31, limit: 100 };
-    assert_eq!(handle.submit(request(5, 31, 4)), Err(full));
+    assert_eq!(handle.submit(EngineRequest { tenant: TenantId(1), ..request(5, 31, 4) }), Err(full));
     handle.submit(request(6, 30, 4)).unwrap();
     handle.hooks().thaw();
     listen(&events, 2);
@@ -145,7 +145,8 @@ fn room_is_held_for_all_or_for_none_and_comes_back() {
     let config = EngineConfig { max_queued_requests: 4, ..EngineConfig::default() };
     let (handle, events) = launch(config, |_| {});
     freeze(&handle);
-    let batch = |ids: std::ops::Range<u64>| ids.map(|id| request(id, 10, 4)).collect::<Vec<_>>();
+    let own = |request| EngineRequest { tenant: TenantId(0), ..request };
+    let batch = |ids: std::ops::Range<u64>| ids.map(|id| own(request(id, 10, 4))).collect::<Vec<_>>();
     let held = handle.reserve(batch(0..3)).unwrap();
     let full = |queued| Some(AdmissionError::QueueFull { queued, limit: 4 });
     assert_eq!(handle.reserve(batch(3..5)).err(), full(3), "held room is taken");
@@ -163,8 +164,12 @@ fn room_is_held_for_all_or_for_none_and_comes_back() {
     assert!(handle.reserve(one_wrong).is_err(), "all or none");
     handle.reserve(batch(0..4)).unwrap().submit().unwrap();
     assert_eq!(handle.submit(request(9, 10, 4)).err(), full(4));
+    let other = EngineRequest { tenant: TenantId(1), ..request(10, 10, 4) };
+    handle.submit(other.clone()).expect("another tenant has room in a queue that one has filled");
+    handle.submit(EngineRequest { id: RequestId(11), ..other.clone() }).unwrap();
+    assert_eq!(handle.submit(EngineRequest { id: RequestId(12), ..other }).err(), full(6), "its half");
     handle.hooks().thaw();
-    assert_eq!(listen(&events, 4).len(), 4);
+    assert_eq!(listen(&events, 6).len(), 6);
     until(&handle, "an empty queue", |handle| handle.counters().queued_tokens == 0);
     let late = handle.reserve(batch(5..6)).unwrap();
     handle.shutdown(Duration::ZERO);
@@ -243,6 +248,10 @@ fn a_deadline_ends_a_sequence_in_the_queue_and_on_the_device() {
     let ends = listen(&events, 2);
     assert!(ends.values().all(|(_, reason, _)| *reason == FinishReason::Deadline), "{ends:?}");
     assert!(ends[&(RequestId(1), 0)].0.is_empty());
+    // While nothing else runs, one that comes too late wakes the engine and is ended.
+    until(&handle, "rest", |handle| handle.counters().running == 0);
+    handle.submit(EngineRequest { deadline: Some(Duration::ZERO), ..request(2, 20, 450) }).unwrap();
+    assert_eq!(listen(&events, 1)[&(RequestId(2), 0)].1, FinishReason::Deadline);
 }
 
 #[test]

@@ -32,11 +32,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let key = ChainKey::new(1, &[0; 32])?;
     let store = SqlStore::open(&folder.join("pace.db"), Some(key), &SqliteOptions::default())?;
     let config = LedgerConfig { takeover: true, ..LedgerConfig::default() };
-    let ledger = Ledger::start(Box::new(store), None, config, Box::new(|_| {}))?;
+    let ledger = Ledger::start(Box::new(store), None, config)?;
     let (began, used) = (Instant::now(), processor());
     let begun = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_micros();
     let open = |n: u64| -> Result<Open, Box<dyn std::error::Error>> {
-        Ok(ledger.open(Row { id: format!("{begun}-{n}"), ..Row::default() }, n)?)
+        Ok(ledger.open(Row { id: format!("{begun}-{n}"), ..Row::default() }, Instant::now())?)
     };
     // Each answer has 200 tokens; they begin at different times.
     let mut next = 0;

@@ -9,6 +9,7 @@ mod error;
 pub mod event;
 pub mod export;
 pub mod identity;
+pub mod impact;
 mod ledger;
 pub mod location;
 pub mod price;
@@ -24,8 +25,8 @@ mod verify;
 pub use chain::{ChainKey, Epoch, Hash, Link, LinkKind, commitment, content_digest, open_digest};
 pub use error::StoreError;
 pub use ledger::{
-    COMMIT_SECONDS, Counter, Counters, Counts, Health, Ledger, LedgerConfig, Open, Outcome, StartError,
-    Unavailable,
+    ApplicationCounts, COMMIT_SECONDS, Counter, Counters, Counts, Health, Ledger, LedgerConfig, Open,
+    Outcome, StartError, Unavailable,
 };
 pub use row::{
     Anonymise, Class, Endpoint, EnergyMethod, FIELDS, Field, Finish, MAX_TEXT, Retention, Row, RowError,

@@ -12,7 +12,9 @@ pub mod api;
 mod auth;
 pub mod config;
 mod demux;
+pub mod doors;
 pub mod error;
+mod events;
 mod file;
 mod format;
 mod handlers;
@@ -32,6 +34,7 @@ mod server;
 mod state;
 mod task;
 mod unsupported;
+mod usage;
 mod validate;
 mod worker;
 
@@ -41,6 +44,7 @@ pub use auth::{
     IdentitySummary, IntrospectionConfig, IssuerConfig, KeyFileError, MAX_KEYS, Unknown, read_keys,
 };
 pub use config::{ConfigError, Limits, ServerConfig, Timeouts, TlsConfig};
+pub use events::{EventsError, UsageEvents};
 pub use file::FileError;
 pub use http::client::BundleError;
 pub use http::tls::TlsError;

@@ -4,8 +4,10 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
+use std::time::Duration;
 
 use mirai_engine::{EngineHandle, Event, TokenId};
+use mirai_ledger::impact::{Footprint, ModelSize};
 use mirai_text::{ChatTemplate, ReasoningFormat, Tokenizer};
 use serde::Deserialize;
 
@@ -18,6 +20,10 @@ pub struct ServedModel {
     pub names: Vec<String>,
     /// Its exact weights, for the ledger; empty if nobody knows.
     pub revision: String,
+    /// How large it is, if the energy of requests is to be estimated where nothing measured it.
+    pub estimate: Option<ModelSize>,
+    /// What energy means where it runs, if answers are to name their impacts.
+    pub footprint: Option<Footprint>,
     /// What it is served for.
     pub task: Task,
     /// Most tokens of prompt and output together.
@@ -90,6 +96,8 @@ impl GenerationDefaults {
 pub(crate) struct ModelInfo {
     pub(crate) names: Vec<Arc<str>>,
     pub(crate) revision: String,
+    pub(crate) estimate: Option<ModelSize>,
+    pub(crate) footprint: Option<Footprint>,
     pub(crate) task: Task,
     pub(crate) max_model_len: u32,
     pub(crate) tokenizer: Tokenizer,
@@ -105,6 +113,12 @@ pub(crate) struct ModelInfo {
 }
 
 impl ModelInfo {
+    /// Microjoules of an answer of which nothing measured the energy, by the published formula.
+    pub(crate) fn estimate(&self, output_tokens: u32, took: Duration) -> Option<u64> {
+        let size = self.estimate.filter(|_| output_tokens > 0)?;
+        Some(size.estimate(output_tokens.into(), took.as_secs_f64()).microjoules())
+    }
+
     /// Splits the model into what requests are judged by, and the engine's two ends.
     pub(crate) fn split(model: ServedModel) -> (Self, EngineHandle, Receiver<Vec<Event>>) {
         let mut eos_token_ids = model.eos_token_ids;
@@ -118,6 +132,8 @@ impl ModelInfo {
         let info = Self {
             names: model.names.into_iter().map(Arc::from).collect(),
             revision: model.revision,
+            estimate: model.estimate,
+            footprint: model.footprint,
             // What the engine could never compute is not promised.
             max_model_len: model.max_model_len.min(model.engine.max_prompt_tokens()),
             task: model.task,

@@ -15,6 +15,7 @@ use crate::api::pooling::{
     EmbeddingRequest, EmbeddingResponse, RerankRequest, RerankResponse, ScoreRequest, ScoreResponse,
 };
 use crate::api::tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
+use crate::api::usage::UsagePage;
 use crate::error::ERROR_TABLE;
 use crate::routes::{Access, ROUTES, Target};
 
@@ -39,6 +40,7 @@ pub const COMMITTED: &str = include_str!("../openapi.json");
     TokenizeResponse,
     DetokenizeRequest,
     DetokenizeResponse,
+    UsagePage,
     ModelList,
     ModelCard,
     Version,
@@ -85,6 +87,9 @@ fn operation(target: Target) -> Operation {
         }
         Target::Detokenize => {
             op("Turns tokens into text.", Some("DetokenizeRequest"), Some("DetokenizeResponse"), None)
+        }
+        Target::Usage => {
+            op("Sums of requests that have ended, by buckets of time.", None, Some("UsagePage"), None)
         }
         Target::Version => op("Version of the server.", None, Some("Version"), None),
         Target::OpenApi => op("This document.", None, None, None),
@@ -199,6 +204,12 @@ fn describe(target: Target, access: Access) -> Value {
         value["requestBody"] =
             json!({"required": true, "content": {"application/json": {"schema": reference(name)}}});
     }
+    if target == Target::Usage {
+        value["parameters"] = usage_parameters();
+        value["responses"]["400"] = error("A parameter is wrong, missing or not served; `param` names it.");
+        value["responses"]["404"] = error("This server keeps no ledger.");
+        value["responses"]["503"] = error("The ledger cannot be read now, or not in time.");
+    }
     if target == Target::Model {
         value["parameters"] =
             json!([{"name": "model", "in": "path", "required": true, "schema": {"type": "string"}}]);
@@ -207,6 +218,44 @@ fn describe(target: Target, access: Access) -> Value {
         value["security"] = json!([{"key": []}]);
     }
     value
+}
+
+fn usage_parameters() -> Value {
+    let one = |name: &str, required: bool, schema: Value, text: &str| json!({"name": name, "in": "query", "required": required, "schema": schema, "description": text});
+    let many = |name: &str, items: Value, text: &str| {
+        one(name, false, json!({"type": "array", "items": items}), text)
+    };
+    let (integer, string) = (json!({"type": "integer", "minimum": 0}), json!({"type": "string"}));
+    json!([
+        one("start_time", true, integer.clone(), "Unix seconds; requests that arrived at it or later."),
+        one(
+            "end_time",
+            false,
+            integer.clone(),
+            "Unix seconds; requests that arrived before it. Default: now."
+        ),
+        one(
+            "bucket_width",
+            false,
+            json!({"type": "string", "enum": ["1m", "1h", "1d"], "default": "1d"}),
+            "Width of a bucket; days begin at midnight UTC."
+        ),
+        one(
+            "limit",
+            false,
+            json!({"type": "integer", "minimum": 1, "maximum": 1440}),
+            "Buckets of a page: 7 of 31 for days, 24 of 168 for hours, 60 of 1440 for minutes."
+        ),
+        one("page", false, string.clone(), "`next_page` of the page before."),
+        many(
+            "group_by",
+            json!({"type": "string", "enum": ["project_id", "api_key_id", "model"]}),
+            "What results are kept apart by."
+        ),
+        many("project_ids", string.clone(), "Only these applications."),
+        many("api_key_ids", string.clone(), "Only these keys, by their ids."),
+        many("models", string, "Only these models."),
+    ])
 }
 
 #[cfg(test)]

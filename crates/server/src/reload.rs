@@ -95,7 +95,15 @@ mod tests {
         std::fs::write(&path, "three").unwrap();
         let (metrics, counted) = (Metrics::new(), Arc::new(AtomicU32::new(0)));
         let counter = counted.clone();
-        let reload = move || if counter.fetch_add(1, Ordering::SeqCst) == 1 { Err("bad") } else { Ok(()) };
+        let networks = std::thread::current().id();
+        let reload = move || {
+            assert_ne!(
+                std::thread::current().id(),
+                networks,
+                "a file that hangs would hold up every connection"
+            );
+            if counter.fetch_add(1, Ordering::SeqCst) == 1 { Err("bad") } else { Ok(()) }
+        };
         let calls = || counted.load(Ordering::SeqCst);
         let test = async {
             // Beside the watcher's looks, not at the same moments.

@@ -52,6 +52,8 @@ pub(crate) enum Target {
     Model,
     Tokenize,
     Detokenize,
+    /// Sums of requests.
+    Usage,
     Version,
     OpenApi,
     Health,
@@ -86,6 +88,7 @@ impl Route {
             Target::Score => "/v1/score",
             Target::Models => "/v1/models",
             Target::Model => "/v1/models/{model}",
+            Target::Usage => "/v1/organization/usage/completions",
             _ => self.path,
         }
     }
@@ -120,6 +123,7 @@ pub(crate) const ROUTES: &[Route] = &[
     row("GET", "/models/{model}", true, Access::Key, Target::Model),
     row("POST", "/tokenize", true, INFER, Target::Tokenize),
     row("POST", "/detokenize", true, INFER, Target::Detokenize),
+    row("GET", "/organization/usage/completions", true, Access::Needs(Scope::ReadUsage), Target::Usage),
     row("GET", "/version", false, Access::Key, Target::Version),
     row("GET", "/openapi.json", false, Access::Key, Target::OpenApi),
     row("GET", "/health", false, Access::Open, Target::Health),
@@ -142,10 +146,11 @@ pub(crate) enum Match<'a> {
     None,
 }
 
-/// Finds the route of a path, exactly as written: nothing is decoded, merged or made lower case.
-pub(crate) fn find<'a>(method: &Method, path: &'a str) -> Match<'a> {
+/// Finds the route of a path among those that are `here`, exactly as written: nothing is decoded, merged or made
+/// lower case.
+pub(crate) fn find<'a>(method: &Method, path: &'a str, here: impl Fn(&Route) -> bool) -> Match<'a> {
     let mut other = Match::None;
-    for (index, route) in ROUTES.iter().enumerate() {
+    for (index, route) in ROUTES.iter().enumerate().filter(|(_, route)| here(route)) {
         let Some(rest) = matches(route, path) else { continue };
         let head = *method == Method::HEAD && route.method == "GET";
         if method.as_str() == route.method || head {
@@ -194,15 +199,16 @@ mod tests {
             let path = route.path.replace("{model}", "a/b");
             let method: Method = route.method.parse().unwrap_or_default();
             let rest = route.path.contains('{').then_some("a/b");
-            assert_eq!(find(&method, &path), Match::Found(RouteId(index), rest));
+            assert_eq!(find(&method, &path, |_| true), Match::Found(RouteId(index), rest));
             let with_v1 = format!("/v1{path}");
             let expected = if route.v1 { Match::Found(RouteId(index), rest) } else { Match::None };
-            assert_eq!(find(&method, &with_v1), expected, "{with_v1}");
-            assert!(matches!(find(&Method::TRACE, &path), Match::OtherMethod(_)));
-            assert!(find(&method, route.name()) != Match::None);
+            assert_eq!(find(&method, &with_v1, |_| true), expected, "{with_v1}");
+            assert!(matches!(find(&Method::TRACE, &path, |_| true), Match::OtherMethod(_)));
+            assert!(find(&method, route.name(), |_| true) != Match::None);
         }
-        assert!(matches!(find(&Method::HEAD, "/health"), Match::Found(..)));
-        assert!(matches!(find(&Method::HEAD, "/completions"), Match::OtherMethod("POST")));
+        assert!(matches!(find(&Method::HEAD, "/health", |_| true), Match::Found(..)));
+        assert_eq!(find(&Method::PUT, "/health", |route| route.access != Access::Open), Match::None);
+        assert!(matches!(find(&Method::HEAD, "/completions", |_| true), Match::OtherMethod("POST")));
     }
 
     #[test]
@@ -225,7 +231,7 @@ mod tests {
             "/models?x",
             "/v1",
         ] {
-            assert_eq!(find(&Method::GET, path), Match::None, "{path}");
+            assert_eq!(find(&Method::GET, path, |_| true), Match::None, "{path}");
         }
     }
 

@@ -16,6 +16,7 @@ use crate::auth::{Auth, IdentityError};
 use crate::config::{ConfigError, ServerConfig, seconds};
 use crate::demux::{Context, Demux};
 use crate::error::ApiError;
+use crate::events::{EventsError, Exporter, UsageEvents};
 use crate::handlers::{self, Door};
 use crate::http::accept::{self, Acceptor};
 use crate::http::io::Deadlines;
@@ -23,7 +24,9 @@ use crate::http::tls::{Tls, TlsError};
 use crate::metrics::{DeviceFigure, Metrics};
 use crate::model::{ModelInfo, ServedModel};
 use crate::state::{Drain, Live, Loading, State};
+use crate::usage::Reader;
 use mirai_engine::EngineHealth;
+use mirai_ledger::location::Location;
 use mirai_ledger::quota::Quotas;
 
 /// Why the server cannot start.
@@ -166,6 +169,27 @@ impl ServerHandle {
     /// There are some already.
     pub fn quotas(&self, quotas: Quotas) -> Result<(), ReadyError> {
         if self.state.set_quotas(quotas) { Ok(()) } else { Err(ReadyError::TwoQuotas) }
+    }
+
+    /// Takes the place from which usage is read: `GET /v1/organization/usage/completions` answers from now on.
+    ///
+    /// # Errors
+    /// There is one already.
+    pub fn read_usage(&self, ledger: Location) -> Result<(), ReadyError> {
+        if self.state.set_usage(Reader::new(ledger)) { Ok(()) } else { Err(ReadyError::TwoLedgers) }
+    }
+
+    /// Sends each ended request as an event from now on, at least once. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// The address, the token or the authorities cannot be used, or events are sent already.
+    pub fn send_events(&self, events: UsageEvents) -> Result<(), EventsError> {
+        let exporter = Exporter::new(events)?;
+        if !self.state.set_events(exporter.counters.clone()) {
+            return Err(EventsError::Twice);
+        }
+        tokio::spawn(exporter.run());
+        Ok(())
     }
 
     /// Takes a figure of the device that computes, for `/metrics`; none is "not known".

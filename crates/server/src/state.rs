@@ -14,9 +14,11 @@ use crate::auth::Auth;
 use crate::config::{ServerConfig, seconds};
 use crate::demux::Demux;
 use crate::error::ApiError;
+use crate::events::EventCounters;
 use crate::ids::Ids;
 use crate::metrics::Metrics;
 use crate::model::ModelInfo;
+use crate::usage::Reader;
 use crate::validate::Rules;
 use crate::worker::Workers;
 
@@ -57,6 +59,8 @@ pub(crate) struct State {
     live: OnceLock<Arc<Live>>,
     accounting: OnceLock<Accounting>,
     quotas: OnceLock<Quotas>,
+    usage: OnceLock<Reader>,
+    events: OnceLock<Arc<EventCounters>>,
     drain: AtomicU8,
 }
 
@@ -72,6 +76,8 @@ impl State {
             live: OnceLock::new(),
             accounting: OnceLock::new(),
             quotas: OnceLock::new(),
+            usage: OnceLock::new(),
+            events: OnceLock::new(),
             drain: AtomicU8::new(0),
             config,
         })
@@ -106,6 +112,26 @@ impl State {
     /// Returns false if there is a ledger already.
     pub(crate) fn set_accounting(&self, accounting: Accounting) -> bool {
         self.accounting.set(accounting).is_ok()
+    }
+
+    /// Returns false if there is a reader already.
+    pub(crate) fn set_usage(&self, reader: Reader) -> bool {
+        self.usage.set(reader).is_ok()
+    }
+
+    /// What reads the ledger, if there is one.
+    pub(crate) fn usage(&self) -> Option<&Reader> {
+        self.usage.get()
+    }
+
+    /// Returns false if there is an exporter already.
+    pub(crate) fn set_events(&self, counters: Arc<EventCounters>) -> bool {
+        self.events.set(counters).is_ok()
+    }
+
+    /// What the exporter of events did, if there is one.
+    pub(crate) fn events(&self) -> Option<&EventCounters> {
+        self.events.get().map(Arc::as_ref)
     }
 
     pub(crate) fn accounting(&self) -> Option<&Accounting> {

@@ -61,12 +61,19 @@ Pages map_large(size_t bytes) {
     }
     REDZONE(base + bytes, rounded - bytes);
     return {base, [=] {
-                NO_REDZONE(base + bytes, rounded - bytes);
+                NO_REDZONE(base, rounded);
                 munmap(reserved, all);
             }};
 }
 
 }  // namespace
+
+#if defined(__SANITIZE_ADDRESS__)
+// A part of an allocation that nobody may touch. Its presence says that somebody watches. Memory that is freed forgets it.
+extern "C" void mirai_emu_redzone(unsigned long long address, size_t bytes) {
+    REDZONE(reinterpret_cast<void*>(static_cast<uintptr_t>(address)), bytes);
+}
+#endif
 
 Pages map_pages(size_t bytes) {
     if (bytes >= kLarge && pattern_file() >= 0) {

@@ -96,6 +96,9 @@ fn read_file(path: &Path) -> Result<Table, ConfigError> {
 fn find_secret(table: &Table) -> Option<&str> {
     table.iter().find_map(|(key, value)| match value {
         Value::Table(inner) => find_secret(inner),
+        Value::Array(list) if list.iter().any(Value::is_table) => {
+            list.iter().filter_map(Value::as_table).find_map(find_secret)
+        }
         _ => {
             let name = key.to_lowercase();
             let secret =
@@ -225,11 +228,13 @@ mod tests {
     fn a_bad_value_names_its_layer_and_its_field() {
         /// File, environment, flags, words of the error.
         type Case<'a> = (&'a str, &'a [(&'a str, &'a str)], Vec<Flag>, &'a [&'a str]);
-        let cases: [Case<'_>; 8] = [
+        let cases: [Case<'_>; 10] = [
             ("[server]\nprot = 1", &[], vec![], &["mirai.toml", "prot"]),
             ("[server]\nport = \"x\"", &[], vec![], &["mirai.toml", "port"]),
             ("[server", &[], vec![], &["mirai.toml"]),
             ("[server]\napi_key = \"k\"", &[], vec![], &["mirai.toml", "api_key", "secret"]),
+            ("[identity.introspection]\nclient_secret = \"k\"", &[], vec![], &["client_secret", "secret"]),
+            ("[[identity.issuer]]\nclient_secret = \"k\"", &[], vec![], &["client_secret", "secret"]),
             ("", &[("MIRAI__SERVER__PROT", "1")], vec![], &["MIRAI__SERVER__PROT", "prot"]),
             ("", &[("PORT", "tcp://1.2.3.4:5")], vec![], &["variable PORT"]),
             ("", &[("MIRAI__MODEL__DEVICE", "tpu")], vec![], &["MIRAI__MODEL__DEVICE", "tpu"]),

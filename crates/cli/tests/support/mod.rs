@@ -15,6 +15,9 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+/// Names AddressSanitizer's run-time library: then the emulated driver is the one that was built with it.
+const SANITIZER: &str = "MIRAI_TEST_ADDRESS_SANITIZER";
+
 /// Longest that a test waits for anything.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -27,7 +30,24 @@ pub(crate) fn mirai(args: &[&str]) -> Command {
     }
     // A machine's own GPU is for tests that are made for one.
     command.env("CUDA_VISIBLE_DEVICES", "");
+    if let Some(runtime) = std::env::var_os(SANITIZER) {
+        // A program that is not built with it cannot be searched for leaks.
+        command.env("LD_PRELOAD", runtime).env("ASAN_OPTIONS", "detect_leaks=0");
+    }
     command
+}
+
+/// `mirai` where no CUDA driver is found, whatever this process finds: an emulated one is hidden with its folder, and a
+/// machine's own has no devices to show.
+pub(crate) fn mirai_without_gpu(args: &[&str]) -> Command {
+    let mut command = mirai(args);
+    command.env_remove("LD_LIBRARY_PATH");
+    command
+}
+
+/// Whether the servers of these tests compute on a GPU: in bf16, and slowly, because it is an emulated one.
+pub(crate) fn on_gpu() -> bool {
+    std::env::var("MIRAI__MODEL__DEVICE").is_ok_and(|device| device.starts_with("cuda"))
 }
 
 /// Where it is set, a test that finds no emulated driver fails: whoever runs all tests has built it.
@@ -35,19 +55,25 @@ const REQUIRED: &str = "MIRAI_TEST_REQUIRES_EMULATED_DRIVER";
 
 /// Where `cargo xtask cuda-emu --driver` puts the emulated driver; none, and a line, if it was not built.
 pub(crate) fn emulated_driver(test: &str) -> Option<std::path::PathBuf> {
-    let folder = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/cuda-emu/driver"));
+    let name = if std::env::var_os(SANITIZER).is_some() { "driver-address" } else { "driver" };
+    let folder =
+        std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/cuda-emu")).join(name);
     let libraries = ["libcuda.so.1", "libcublasLt.so.13", "libnvidia-ml.so.1"];
     if libraries.iter().all(|library| folder.join(library).exists()) {
-        return Some(folder.to_owned());
+        return Some(folder);
     }
     assert!(std::env::var_os(REQUIRED).is_none(), "{test}: no emulated driver, which {REQUIRED} asks for");
     println!("{test}: skipped: `cargo xtask cuda-emu --driver` was not run");
     None
 }
 
-/// Runs to the end.
+/// Runs `mirai` to the end.
 pub(crate) fn run(args: &[&str]) -> Output {
-    let mut command = mirai(args);
+    run_command(mirai(args))
+}
+
+/// Runs to the end.
+pub(crate) fn run_command(mut command: Command) -> Output {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().unwrap();
     let _watch = Watch::over(&child);

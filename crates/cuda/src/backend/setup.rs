@@ -145,7 +145,7 @@ impl CudaBackend {
     fn fixed_bytes(&self, layout: &CacheLayout) -> u64 {
         let workspace = self.attention_bytes() + self.partial_bytes() + COUNTERS * 4;
         let lt = if self.options.cublaslt { LT_WORKSPACE } else { 0 };
-        self.sizes(layout).bytes() + workspace as u64 + lt + 16 * crate::ALIGNMENT
+        self.sizes(layout).bytes() + workspace as u64 + lt + 16 * self.memory.rounding()
     }
 
     pub(super) fn room_for_cache(&mut self, draft: &CacheLayout) -> Result<u64> {
@@ -157,7 +157,7 @@ impl CudaBackend {
         // The reserved slot has states too. Regions are rounded up: all pages are one, states and snapshots of a group two.
         let reserved = state_bytes(&CacheLayout { slots: 0, snapshots: 0, ..draft.clone() });
         let regions = 1 + 2 * (draft.groups.len() - paged) as u64;
-        Ok(bytes.saturating_sub(reserved + regions * crate::ALIGNMENT))
+        Ok(bytes.saturating_sub(reserved + regions * self.memory.rounding()))
     }
 
     /// What layouts of the upload depend on.

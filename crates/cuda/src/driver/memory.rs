@@ -8,6 +8,8 @@ use std::ptr::NonNull;
 use cudarc::driver::sys;
 
 use super::error::{CudaError, Result, check};
+#[cfg(feature = "test-hooks")]
+use super::redzone::Redzones;
 use super::stream::{Event, Gpu};
 
 /// Every region of the arena starts on a multiple of this.
@@ -81,6 +83,8 @@ pub struct Arena {
     bytes: u64,
     used: u64,
     parts: [u64; Part::ALL.len()],
+    #[cfg(feature = "test-hooks")]
+    redzones: Redzones,
 }
 
 impl Arena {
@@ -93,7 +97,36 @@ impl Arena {
         // SAFETY: a place for one address, in the current context.
         let result = unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes as usize) };
         check(result, std::ptr::null_mut(), || format!("allocate {bytes} bytes of device memory"))?;
-        Ok(Self { gpu: gpu.clone(), base: DevicePtr(address), bytes, used: 0, parts: Default::default() })
+        Ok(Self {
+            gpu: gpu.clone(),
+            base: DevicePtr(address),
+            bytes,
+            used: 0,
+            parts: Default::default(),
+            #[cfg(feature = "test-hooks")]
+            redzones: Redzones::find(),
+        })
+    }
+
+    /// Bytes of the arena that a region of `bytes` takes; none if it is no number of bytes.
+    pub fn taken(&self, bytes: u64) -> Option<u64> {
+        bytes.checked_next_multiple_of(ALIGNMENT)?.checked_add(self.gap())
+    }
+
+    /// Most bytes that a region takes beside its own.
+    pub fn rounding(&self) -> u64 {
+        ALIGNMENT + self.gap()
+    }
+
+    #[cfg(feature = "test-hooks")]
+    const fn gap(&self) -> u64 {
+        self.redzones.gap()
+    }
+
+    #[cfg(not(feature = "test-hooks"))]
+    #[allow(clippy::unused_self, reason = "there are gaps in tests alone")]
+    const fn gap(&self) -> u64 {
+        0
     }
 
     /// A region of at least `bytes`, on a multiple of [`ALIGNMENT`]. Its content is whatever was there.
@@ -101,7 +134,7 @@ impl Arena {
     /// # Errors
     /// [`CudaError::Arena`] if it does not fit.
     pub fn take(&mut self, part: Part, bytes: u64) -> Result<DevicePtr> {
-        let taken = bytes.checked_next_multiple_of(ALIGNMENT).filter(|&taken| taken <= self.left());
+        let taken = self.taken(bytes).filter(|&taken| taken <= self.left());
         let Some(taken) = taken else {
             return Err(CudaError::Arena {
                 part: part.name(),
@@ -111,6 +144,8 @@ impl Arena {
             });
         };
         let at = self.base.add(self.used);
+        #[cfg(feature = "test-hooks")]
+        self.redzones.watch(at.add(bytes), taken - bytes);
         self.used += taken;
         self.parts[part as usize] += taken;
         Ok(at)

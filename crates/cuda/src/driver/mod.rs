@@ -18,6 +18,8 @@ mod lt_tune;
 mod memory;
 mod module;
 mod nvml;
+#[cfg(feature = "test-hooks")]
+mod redzone;
 mod stream;
 
 pub use error::{CudaError, DriverCode, OpenError, Result};

@@ -109,6 +109,12 @@ impl Telemetry {
         }
     }
 
+    /// Microjoules of the whole board, all its processes together, since the driver was loaded, if the device has such a
+    /// counter. It moves some ten times a second. Takes some tens of microseconds.
+    pub fn energy_microjoules(&self) -> Option<u64> {
+        self.energy().map(|millijoules| millijoules * 1000)
+    }
+
     /// Calls a function of the library; none if it is not there or fails.
     ///
     /// # Safety

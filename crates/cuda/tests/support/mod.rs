@@ -5,17 +5,26 @@
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
-use std::path::PathBuf;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 
 /// Set in the second process.
 const INSIDE: &str = "MIRAI_TEST_ON_EMULATED_DRIVER";
 /// Longest that one may take, in seconds.
 const LIMIT: u64 = 600;
 
+/// Names AddressSanitizer's run-time library: then the emulated driver is the one that was built with it.
+const SANITIZER: &str = "MIRAI_TEST_ADDRESS_SANITIZER";
+
 /// Where `cargo xtask cuda-emu --driver` puts the libraries.
 pub(crate) fn driver_folder() -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/cuda-emu/driver"))
+    let name = if is_sanitized() { "driver-address" } else { "driver" };
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/cuda-emu")).join(name)
+}
+
+/// Whether the emulated driver watches memory.
+pub(crate) fn is_sanitized() -> bool {
+    std::env::var_os(SANITIZER).is_some()
 }
 
 /// Where it is set, a test that finds no emulated driver fails: whoever runs all tests has built it.
@@ -76,20 +85,45 @@ pub(crate) fn without_driver(name: &str, body: impl FnOnce()) {
     run(name, &[], empty.path());
 }
 
-fn run(name: &str, variables: &[(&str, &str)], libraries: &std::path::Path) {
-    let output = Command::new("timeout")
+/// Runs `body` in a process that the sanitized driver must end; what it said. None in that process, and where the driver
+/// watches nothing.
+pub(crate) fn ends_on_sanitized_driver(name: &str, body: impl FnOnce()) -> Option<String> {
+    if is_inside() {
+        body();
+        return None;
+    }
+    if !is_sanitized() || !is_built(name) {
+        return None;
+    }
+    let output = start(name, &[], &driver_folder());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "{name}: {said}");
+    Some(said)
+}
+
+fn run(name: &str, variables: &[(&str, &str)], libraries: &Path) {
+    let output = start(name, variables, libraries);
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{name} with {variables:?}: {}\n{out}\n{err}", output.status);
+    assert!(out.contains("1 passed"), "{name} is not the calling test's name\n{out}");
+}
+
+/// The second process, to its end.
+fn start(name: &str, variables: &[(&str, &str)], libraries: &Path) -> Output {
+    let mut command = Command::new("timeout");
+    command
         .arg(LIMIT.to_string())
         .arg(std::env::current_exe().expect("this test has a file"))
         .args(["--exact", name, "--nocapture", "--include-ignored", "--test-threads", "1"])
         .env(INSIDE, "1")
         .env("LD_LIBRARY_PATH", libraries)
-        .envs(variables.iter().copied())
-        .output()
-        .expect("the test can be started again");
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let (out, err) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success(), "{name} with {variables:?}: {}\n{out}\n{err}", output.status);
-    assert!(out.contains("1 passed"), "{name} is not the calling test's name\n{out}");
+        .envs(variables.iter().copied());
+    if let Some(runtime) = std::env::var_os(SANITIZER) {
+        // A program that is not built with it cannot be searched for leaks.
+        command.env("LD_PRELOAD", runtime).env("ASAN_OPTIONS", "detect_leaks=0");
+    }
+    command.output().expect("the test can be started again")
 }
 
 /// Whether this is the second process.

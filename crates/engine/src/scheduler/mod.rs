@@ -28,7 +28,7 @@ use crate::config::EngineConfig;
 use crate::door::{AdmissionError, Door, chunk_limit};
 use crate::energy::Meter;
 use crate::fair::{FairShare, Place};
-use crate::ids::{BLOCK_TOKENS, RequestId, SeqId, SlotId, SnapshotId};
+use crate::ids::{BLOCK_TOKENS, RequestId, SeqId, SlotId, SnapshotId, TenantId};
 use crate::params::{SamplingParams, Task};
 use crate::pool::PagePool;
 use crate::prefix::{NodeId, PrefixIndex, Room};
@@ -125,8 +125,8 @@ pub struct Scheduler {
     deadlines: BTreeSet<(Time, u32)>,
     /// Requests without a slot so far: arrival to time and prompt tokens.
     queued: BTreeMap<u64, (Time, usize)>,
-    /// Requests and prompt tokens that left the queue since [`Scheduler::take_dequeued`].
-    dequeued: (usize, usize),
+    /// Requests that left the queue since [`Scheduler::take_dequeued`]: whose, and their prompt tokens.
+    dequeued: Vec<(TenantId, usize)>,
     /// Ended sequences that a submitted step still names.
     draining: usize,
 
@@ -214,7 +214,7 @@ impl Scheduler {
             marked: Vec::new(),
             deadlines: BTreeSet::new(),
             queued: BTreeMap::new(),
-            dequeued: (0, 0),
+            dequeued: Vec::new(),
             draining: 0,
             inflight: VecDeque::new(),
             spare: Vec::new(),
@@ -381,8 +381,8 @@ impl Scheduler {
         }
     }
 
-    /// Requests and prompt tokens that left the queue since the last call.
-    pub fn take_dequeued(&mut self) -> (usize, usize) {
+    /// Requests that left the queue since the last call: whose, and their prompt tokens.
+    pub fn take_dequeued(&mut self) -> Vec<(TenantId, usize)> {
         std::mem::take(&mut self.dequeued)
     }
 
@@ -391,8 +391,9 @@ impl Scheduler {
         let entry = &mut self.requests[request];
         if std::mem::take(&mut entry.queued) {
             self.queued.remove(&entry.arrival);
-            self.dequeued.0 += 1;
-            self.dequeued.1 += entry.body.prompt.len();
+            self.dequeued.push((entry.body.tenant, entry.body.prompt.len()));
+            self.counters.dequeued_requests += 1;
+            self.counters.dequeued_tokens += entry.body.prompt.len() as u64;
         }
     }
 }

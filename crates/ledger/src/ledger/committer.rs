@@ -235,6 +235,7 @@ impl Committer {
         if closes && before != Phase::Closed {
             counters.closed.add(1);
             counters.closed_tokens.add(row.completion_tokens);
+            self.shared.count_for_application(row);
             self.shared.open.fetch_sub(1, Ordering::AcqRel);
         }
         // Last: who is told may look at the counters.

@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::row::Row;
+
 /// A number that only rises.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -15,6 +17,28 @@ impl Counter {
     /// The number.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What ended for one application.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ApplicationCounts {
+    /// Requests.
+    pub requests: u64,
+    /// Tokens of prompts.
+    pub prompt_tokens: u64,
+    /// Those of them that were not computed again.
+    pub cached_tokens: u64,
+    /// Tokens of answers.
+    pub completion_tokens: u64,
+}
+
+impl ApplicationCounts {
+    pub(super) const fn add(&mut self, row: &Row) {
+        self.requests += 1;
+        self.prompt_tokens += row.prompt_tokens;
+        self.cached_tokens += row.cached_tokens;
+        self.completion_tokens += row.completion_tokens;
     }
 }
 

@@ -16,12 +16,13 @@ mod slot;
 #[allow(clippy::unwrap_used, clippy::print_stdout)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-pub use counters::{COMMIT_SECONDS, Counter, Counters};
+pub use counters::{ApplicationCounts, COMMIT_SECONDS, Counter, Counters};
 pub use slot::{Counts, Open, Outcome};
 
 use tokio::sync::Notify;
@@ -60,6 +61,8 @@ pub struct LedgerConfig {
     pub stall: Duration,
     /// Between looks for rows of dead writers.
     pub recover_every: Duration,
+    /// Applications of which counts are kept for metrics, at most; what ends for others is not counted there.
+    pub applications: usize,
 }
 
 impl Default for LedgerConfig {
@@ -76,6 +79,7 @@ impl Default for LedgerConfig {
             retry: Duration::from_millis(250),
             stall: Duration::from_secs(10),
             recover_every: Duration::from_secs(10),
+            applications: 0,
         }
     }
 }
@@ -151,6 +155,7 @@ struct Shared {
     spool_limit: u64,
     stopped: AtomicBool,
     counters: Counters,
+    applications: Mutex<BTreeMap<String, ApplicationCounts>>,
     started: Instant,
     /// When the thread's turn began, by [`Shared::micros`]; 0 while it waits.
     busy_since: AtomicU64,
@@ -167,6 +172,17 @@ impl Shared {
         // A store that does not answer at all keeps the thread from saying so.
         let stuck = since > 0 && self.micros().saturating_sub(since) >= self.config.stall.as_micros() as u64;
         if stuck { health.max(Health::Unavailable) } else { health }
+    }
+
+    /// A row has durably ended.
+    fn count_for_application(&self, row: &Row) {
+        if self.config.applications == 0 {
+            return;
+        }
+        let mut all = self.applications.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() < self.config.applications || all.contains_key(&row.application) {
+            all.entry(row.application.clone()).or_default().add(row);
+        }
     }
 
     /// Since the start, from 1.
@@ -247,6 +263,7 @@ fn shared(mut config: LedgerConfig, spool: Option<&Spool>) -> Arc<Shared> {
         spool_limit: spool.map_or(0, Spool::limit),
         stopped: AtomicBool::new(false),
         counters: Counters::default(),
+        applications: Mutex::default(),
         started: Instant::now(),
         busy_since: AtomicU64::new(0),
         config,
@@ -331,6 +348,13 @@ impl Ledger {
     /// What it did since it started.
     pub fn counters(&self) -> &Counters {
         &self.shared.counters
+    }
+
+    /// What ended for each application since the start, in the order of names; empty unless
+    /// [`LedgerConfig::applications`] asks for it.
+    pub fn by_application(&self) -> Vec<(String, ApplicationCounts)> {
+        let all = self.shared.applications.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().map(|(name, counts)| (name.clone(), *counts)).collect()
     }
 
     /// Takes no more requests, stores what there is to store, and ends the run. Rows that are still open are

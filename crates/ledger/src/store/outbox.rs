@@ -91,13 +91,8 @@ impl<C: Sql> SqlStore<C> {
         Ok(self.sql.execute(take, &mine)? > 0 || self.sql.execute(first, &mine[..3])? > 0)
     }
 
-    /// Ends of rows among the links of one chain after a place; and the last place that was looked at.
-    fn ends(
-        &mut self,
-        chain: &Epoch,
-        after: u64,
-        limit: u64,
-    ) -> Result<(Vec<(Row, Hash)>, u64, u64), StoreError> {
+    /// Adds the ends of rows among the links of one chain after a place. Returns how many links that were.
+    fn ends(&mut self, chain: Epoch, after: u64, limit: u64, batch: &mut Batch) -> Result<u64, StoreError> {
         let sql = format!(
             "SELECT l.seq, r.digest, {} FROM mirai_link l LEFT JOIN mirai_request r ON r.id = l.id \
              AND r.digest = l.digest AND r.state = 'closed' AND l.kind <> 'open' \
@@ -105,16 +100,17 @@ impl<C: Sql> SqlStore<C> {
             self.words.r_columns
         );
         let params = [text(&chain.writer), int(chain.epoch), int(after), int(limit)];
-        let (mut rows, mut last, mut links) = (Vec::new(), after, 0);
+        let (mut last, mut links) = (after, 0);
         for link in self.sql.query(&sql, &params)? {
             let mut values = link.into_iter();
             last = take(&mut values, "seq")?;
             links += 1;
             if let Some(digest) = take::<Option<Hex<32>>>(&mut values, "digest")? {
-                rows.push((Row::from_values(values.take(FIELDS.len()))?, digest));
+                batch.rows.push((Row::from_values(values.take(FIELDS.len()))?, digest));
             }
         }
-        Ok((rows, last, links))
+        batch.places.push((chain, last));
+        Ok(links)
     }
 }
 
@@ -136,10 +132,7 @@ impl<C: Sql> Outbox for SqlStore<C> {
             }
             let values = &mut row.into_iter();
             let chain = Epoch { writer: take(values, "writer")?, epoch: take(values, "epoch")? };
-            let (rows, last, links) = self.ends(&chain, take(values, "seq")?, left)?;
-            left -= links;
-            batch.rows.extend(rows);
-            batch.places.push((chain, last));
+            left -= self.ends(chain, take(values, "seq")?, left, &mut batch)?;
         }
         Ok(batch)
     }

@@ -227,7 +227,7 @@ pub enum StopSchema {
 }
 
 /// Exact token counts.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct Usage {
     /// Of all prompts.
@@ -240,6 +240,21 @@ pub struct Usage {
     pub prompt_tokens_details: PromptTokensDetails,
     /// Parts of `completion_tokens`.
     pub completion_tokens_details: CompletionTokensDetails,
+    /// Only where the server knows its site, and the request's energy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub impacts: Option<Impacts>,
+}
+
+/// What an answer took from the world, as OpenGateLLM names it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct Impacts {
+    /// Energy at the site's meter.
+    #[serde(rename = "kWh")]
+    pub kwh: f64,
+    /// What the grid emitted for it.
+    #[serde(rename = "kgCO2eq")]
+    pub kgco2eq: f64,
 }
 
 /// Parts of the prompt.

@@ -9,6 +9,7 @@ pub mod completions;
 pub mod models;
 pub mod pooling;
 pub mod tokenize;
+pub mod usage;
 pub mod wire;
 
 /// Hard bounds of lists. The configuration may lower, never raise them: parsing stops right there, before a

@@ -31,9 +31,7 @@ pub struct EmbeddingRequest {
     /// Let the tokenizer add its special tokens to texts. Default true.
     pub add_special_tokens: Option<bool>,
     /// On whose behalf; recorded as a pseudonym, if at all.
-    #[serde(default)]
-    #[schema(value_type = Option<String>)]
-    pub user: Name,
+    pub user: Option<String>,
     /// The same under its newer name.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
@@ -144,9 +142,7 @@ pub struct RerankRequest {
     #[schema(value_type = Option<Truncate>)]
     pub truncate: Option<Truncate>,
     /// On whose behalf; recorded as a pseudonym, if at all.
-    #[serde(default)]
-    #[schema(value_type = Option<String>)]
-    pub user: Name,
+    pub user: Option<String>,
     /// The same under its newer name.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
@@ -251,9 +247,7 @@ pub struct ScoreRequest {
     #[schema(value_type = Option<Truncate>)]
     pub truncate: Option<Truncate>,
     /// On whose behalf; recorded as a pseudonym, if at all.
-    #[serde(default)]
-    #[schema(value_type = Option<String>)]
-    pub user: Name,
+    pub user: Option<String>,
     /// The same under its newer name.
     #[serde(default)]
     #[schema(value_type = Option<String>)]

@@ -20,7 +20,7 @@ use super::applications::{IdentityFileError, read_secret};
 use super::claims::{self, Identity};
 use super::config::IntrospectionConfig;
 use super::jwt::TokenError;
-use super::{Refusal, unix_now};
+use super::{Refusal, Seldom, unix_now};
 use crate::config::seconds;
 use crate::http::client::{Call, CallError, Client, Target, form_encode};
 use crate::metrics::identity::{IdentityMetrics, Lookup};
@@ -75,6 +75,7 @@ pub(super) struct Introspection {
     metrics: Arc<IdentityMetrics>,
     authorization: ArcSwap<HeaderValue>,
     tables: Mutex<Tables>,
+    warned: Seldom,
 }
 
 /// Removes a lookup when it has ended, however that was.
@@ -111,6 +112,7 @@ impl Introspection {
             metrics,
             authorization: ArcSwap::from_pointee(authorization),
             tables: Mutex::new(tables),
+            warned: Seldom::default(),
             config,
         })
     }
@@ -197,7 +199,9 @@ impl Introspection {
         });
         self.metrics.looked_up(Lookup::Token, parsed.is_ok());
         let (active, claims) = parsed.map_err(|error| {
-            tracing::warn!(provider = self.config.name, %error, "a token could not be looked up; its caller is refused");
+            if self.warned.is_due() {
+                tracing::warn!(provider = self.config.name, %error, "a token could not be looked up; its caller is refused");
+            }
             Refusal::Unavailable
         })?;
         let now = Instant::now();

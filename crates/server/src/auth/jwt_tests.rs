@@ -4,6 +4,7 @@ use serde_json::json;
 use super::*;
 
 #[path = "../../tests/suite/signer.rs"]
+#[allow(unreachable_pub, reason = "shared with the black-box suite, where all is public")]
 mod signer;
 
 use signer::{Signer, encode};

@@ -14,13 +14,14 @@ mod jwt;
 mod keys;
 mod oidc;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwapOption;
 use hyper::HeaderMap;
 use hyper::header::AUTHORIZATION;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use crate::api::wire::{Metadata, Name};
 use crate::config::{ServerConfig, seconds};
@@ -127,6 +128,22 @@ pub(crate) struct Auth {
     metrics: Arc<Metrics>,
     plain_watch: Watch,
     watch: Watch,
+}
+
+/// Something that is worth a line in the log, but not one for each request.
+#[derive(Debug, Default)]
+struct Seldom(Mutex<Option<Instant>>);
+
+impl Seldom {
+    /// True at first, and ten seconds after the last time.
+    fn is_due(&self) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = last.is_none_or(|last| last.elapsed() >= Duration::from_secs(10));
+        if due {
+            *last = Some(Instant::now());
+        }
+        due
+    }
 }
 
 /// Seconds since 1970.
@@ -355,3 +372,7 @@ fn bearer(headers: &HeaderMap) -> Result<&str, ApiError> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::print_stdout)]
+mod timing_tests;

@@ -12,7 +12,7 @@ use mirai_text::Tokenizer;
 use serde_json::{Value, json};
 use tokio::sync::{oneshot, watch};
 
-use super::sink::{Sink, Ticket};
+use super::sink::{LeaveGuard, Sink, Ticket};
 use super::stream::{Polled, StreamBuffer};
 use super::{CallRegistration, Context, Demux, Registration};
 use crate::account::Account;
@@ -52,6 +52,8 @@ fn served() -> ServedModel {
     ServedModel {
         names: vec!["m".to_owned()],
         revision: String::new(),
+        estimate: None,
+        footprint: None,
         task: Task::Generate,
         max_model_len: 64,
         tokenizer: Tokenizer::from_json_bytes(tokenizer.to_string().as_bytes()).unwrap(),
@@ -150,11 +152,15 @@ fn start() -> (Demux, mpsc::SyncSender<Vec<Event>>, Arc<Metrics>) {
 type CallEnds = (watch::Receiver<u32>, oneshot::Receiver<Result<Vec<Box<[f32]>>, ApiError>>);
 
 fn call(demux: &Demux, first: u64, items: u32) -> CallEnds {
+    call_of(demux, first, items, Arc::new(Ticket::new(1)))
+}
+
+fn call_of(demux: &Demux, first: u64, items: u32, ticket: Arc<Ticket>) -> CallEnds {
     let ((progress, ended), (sink, answer)) = (watch::channel(0), oneshot::channel());
     let registration = CallRegistration {
         first: RequestId(first),
         items,
-        ticket: Arc::new(Ticket::new(1)),
+        ticket,
         account: Account::default(),
         arrived: Instant::now(),
         arrived_engine: Duration::ZERO,
@@ -173,6 +179,32 @@ fn pooled(request: u64) -> [Event; 2] {
         Event::Pooled { request, values },
         Event::Finished { request, choice: 0, reason: FinishReason::Pooled, usage },
     ]
+}
+
+fn wait_for(what: &str, check: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !check() {
+        assert!(start.elapsed() < PATIENCE, "{what}");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_call_that_was_given_up_is_no_disconnect_and_one_that_was_left_is() {
+    let (demux, _events, metrics) = start();
+    let (_, engine, _engines_events) = ModelInfo::split(served());
+    for (given_up, disconnects) in [(true, 0), (false, 1)] {
+        let ticket = Arc::new(Ticket::new(1));
+        let _ends = call_of(&demux, 1, 2, ticket.clone());
+        wait_for("the call is known", || metrics.streams.get() == 1);
+        let guard = LeaveGuard::new(ticket, engine.clone(), RequestId(1));
+        if given_up {
+            guard.give_up(503);
+        }
+        drop(guard);
+        wait_for("the call is forgotten", || metrics.streams.get() == 0);
+        assert_eq!(metrics.disconnects.get(), disconnects);
+    }
 }
 
 #[test]

@@ -358,7 +358,10 @@ impl Group {
         if *reason == FinishReason::Fault(RowFault::NonFinite) {
             metrics.corrupted.inc();
         }
-        let wasted = self.settlement.part_ended(reason, ended == Ended::Stop, usage, choice.tokens);
+        let estimate = cx.model.estimate(choice.tokens, now.saturating_duration_since(self.arrived));
+        let stopped = ended == Ended::Stop;
+        let wasted = self.settlement.part_ended(reason, stopped, usage, choice.tokens, estimate);
+        self.usage.impacts = self.settlement.impacts(cx.model.footprint);
         metrics.wasted_tokens.add(wasted);
         metrics.preemptions.observe(f64::from(usage.preemptions));
         metrics.request_generation_tokens.observe(f64::from(choice.tokens));

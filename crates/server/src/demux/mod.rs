@@ -274,7 +274,7 @@ impl Thread {
         self.calls.tick(&self.context, now);
         for index in 0..self.groups.len() {
             let Some(group) = &mut self.groups[index] else { continue };
-            group.settle_late(now);
+            guarded(&mut **group, &self.context, |group, _| group.settle_late(now));
             if let Some(every) = self.ping_every {
                 guarded(&mut **group, &self.context, |group, cx| group.ping(every, cx, now));
             }
@@ -285,8 +285,8 @@ impl Thread {
     }
 
     fn remove(&mut self, index: usize) {
-        let Some(group) = self.groups[index].take() else { return };
-        group.settle();
+        let Some(mut group) = self.groups[index].take() else { return };
+        guarded(&mut *group, &self.context, |group, _| group.settle());
         for request in group.requests() {
             self.requests.remove(&request);
         }

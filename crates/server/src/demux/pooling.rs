@@ -155,7 +155,7 @@ impl Call {
         if *reason == FinishReason::Fault(RowFault::NonFinite) {
             metrics.corrupted.inc();
         }
-        metrics.wasted_tokens.add(self.settlement.part_ended(reason, true, usage, 0));
+        metrics.wasted_tokens.add(self.settlement.part_ended(reason, true, usage, 0, None));
         metrics.preemptions.observe(f64::from(usage.preemptions));
         if let Some(scheduled) = self.scheduled[index] {
             metrics.inference.observe_time(now.saturating_duration_since(scheduled));
@@ -219,7 +219,9 @@ impl Calls {
 
     /// Forgets calls that were refused or left half way, and ends rows whose engine is silent.
     pub(super) fn tick(&mut self, cx: &Context, now: Instant) {
-        self.open.values().filter(|call| call.settlement.is_overdue(now)).for_each(Call::settle);
+        for call in self.open.values_mut().filter(|call| call.settlement.is_overdue(now)) {
+            guarded(call, cx, |call, _| call.settle());
+        }
         let over: Vec<RequestId> =
             self.open.iter().filter(|(_, call)| call.is_over()).map(|(&first, _)| first).collect();
         for first in over {
@@ -244,7 +246,7 @@ impl Calls {
 
     fn remove(&mut self, first: RequestId, cx: &Context) {
         let Some(mut call) = self.open.remove(&first) else { return };
-        call.settle();
+        guarded(&mut call, cx, |call, _| call.settle());
         // Whoever still waits is woken by this, which runs code that is not ours.
         guarded(&mut call, cx, |call, _| {
             call.progress = None;

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use mirai_engine::{EnergyMethod as Method, FinishReason, SeqUsage};
+use mirai_ledger::impact::Footprint;
 use mirai_ledger::{Counts, EnergyMethod, Finish, Outcome};
 
 use super::sink::Ticket;
@@ -79,22 +80,24 @@ impl Settlement {
         self.account.checkpoint(|| self.counts(usage, ticket));
     }
 
-    /// A choice, or an item, has ended; its client got `delivered` tokens of it. Returns those that were computed
-    /// in vain.
+    /// A choice, or an item, has ended; its client got `delivered` tokens of it, and where nothing measured its energy
+    /// that was `estimate` microjoules. Returns the tokens that were computed in vain.
     pub(super) fn part_ended(
         &mut self,
         reason: &FinishReason,
         stopped: bool,
         usage: &SeqUsage,
         delivered: u32,
+        estimate: Option<u64>,
     ) -> u64 {
         let wasted =
             u64::from(usage.wasted_tokens) + u64::from(usage.completion_tokens.saturating_sub(delivered));
         self.spent.wasted_tokens += wasted;
         self.spent.device_micros += usage.device_micros;
-        self.spent.energy_microjoules += usage.energy_microjoules;
+        let estimate = estimate.filter(|_| usage.energy_method == Method::None);
+        self.spent.energy_microjoules += estimate.unwrap_or(usage.energy_microjoules);
         self.spent.measured |= usage.energy_method == Method::Counter;
-        self.spent.estimated |= usage.energy_method == Method::Estimated;
+        self.spent.estimated |= usage.energy_method == Method::Estimated || estimate.is_some();
         let finish = match reason {
             FinishReason::Deadline => Finish::Timeout,
             _ if stopped => Finish::Stop,
@@ -104,6 +107,12 @@ impl Settlement {
             self.worst = finish;
         }
         wasted
+    }
+
+    /// kWh and kgCO2eq of what has ended so far, if its energy is known.
+    pub(super) fn impacts(&self, footprint: Option<Footprint>) -> Option<(f64, f64)> {
+        let footprint = footprint.filter(|_| self.spent.method() != EnergyMethod::None)?;
+        Some(footprint.impacts(self.spent.energy_microjoules))
     }
 
     /// The request was ended with an error.

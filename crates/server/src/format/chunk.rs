@@ -9,12 +9,14 @@ use crate::error::ApiError;
 use crate::validate::Kind;
 
 /// Token counts of one request.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct UsageCounts {
     pub(crate) prompt: u64,
     pub(crate) cached: u64,
     pub(crate) completion: u64,
     pub(crate) reasoning: u64,
+    /// kWh and kgCO2eq, once all of it has ended and where the site says what energy means.
+    pub(crate) impacts: Option<(f64, f64)>,
 }
 
 impl UsageCounts {
@@ -30,7 +32,13 @@ impl UsageCounts {
             out.extend_from_slice(name);
             json::int(out, value);
         }
-        out.extend_from_slice(b"}}");
+        out.push(b'}');
+        if let Some((kwh, kgco2eq)) = self.impacts {
+            // As OpenGateLLM names them.
+            let impacts = format!(",\"impacts\":{{\"kWh\":{kwh},\"kgCO2eq\":{kgco2eq}}}");
+            out.extend_from_slice(impacts.as_bytes());
+        }
+        out.push(b'}');
     }
 }
 
@@ -274,7 +282,8 @@ mod tests {
     fn chat_chunks_have_their_documented_shape() {
         let events = Events::new(Kind::Chat, "chatcmpl-1", 7, "a\"b");
         let before = events.before_text(3);
-        let counts = UsageCounts { prompt: 5, cached: 2, completion: 3, reasoning: 1 };
+        let impacts = Some((1.5e-7, 6e-9));
+        let counts = UsageCounts { prompt: 5, cached: 2, completion: 3, reasoning: 1, impacts };
         let ids = [1, 2];
         let mut out = Vec::new();
         let piece = Piece { text: b"\\n\\u0000", token_ids: Some(&ids), ..Piece::default() };
@@ -285,6 +294,8 @@ mod tests {
         assert_eq!(value["choices"][0]["index"], 3);
         assert_eq!(value["usage"]["total_tokens"], 8);
         assert_eq!(value["usage"]["prompt_tokens_details"]["cached_tokens"], 2);
+        assert_eq!(value["usage"]["impacts"]["kWh"], 1.5e-7);
+        assert_eq!(value["usage"]["impacts"]["kgCO2eq"], 6e-9);
         for text in [&b""[..], b"so"] {
             out.clear();
             let piece = Piece { text, reasoning: b"\\\"hm", ..Piece::default() };

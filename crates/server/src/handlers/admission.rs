@@ -6,6 +6,7 @@ use std::time::Duration;
 use mirai_engine::{AdmissionError, Time};
 
 use crate::account::{Account, Charge};
+use crate::auth::{Attribution, Caller};
 use crate::config::seconds;
 use crate::demux::sink::LeaveGuard;
 use crate::error::ApiError;
@@ -24,6 +25,19 @@ pub(super) fn serving(state: &State) -> Result<&Arc<Live>, ApiError> {
         accounting.takes_more().inspect_err(|_| state.metrics.refused(Refused::Ledger))?;
     }
     state.loaded()
+}
+
+/// The caller as its body names it. Whoever that is must be allowed here too.
+pub(super) fn attributed(
+    state: &State,
+    caller: Caller,
+    attribution: &Attribution,
+    scope: &mut Scope,
+) -> Result<Caller, ApiError> {
+    let caller = state.auth.attributed(caller, attribution)?;
+    scope.called_by(&caller);
+    scope.route.map_or(Ok(()), |route| route.route().access.admits(&caller))?;
+    Ok(caller)
 }
 
 /// Opens the request's row, if rows are written; its end settles what was taken of its application's limits.

@@ -13,7 +13,7 @@ use mirai_ledger::Endpoint;
 use mirai_ledger::quota::Demand;
 use tokio::sync::oneshot;
 
-use super::admission::{account, deadline, refusal, refused, serving};
+use super::admission::{account, attributed, deadline, refusal, refused, serving};
 use super::judged;
 use crate::account::{Charge, Needs};
 use crate::auth::{self, Caller};
@@ -46,8 +46,7 @@ pub(crate) async fn generate(
     // The drain may have begun while the body came.
     serving(state)?;
     observe(state, &judged);
-    let caller = state.auth.attributed(caller, &judged.attribution)?;
-    scope.called_by(&caller);
+    let caller = attributed(state, caller, &judged.attribution, scope)?;
     admit(state, &live, judged, &caller, scope).await
 }
 

@@ -10,7 +10,7 @@ use crate::api::models::{ModelCard, ModelList, Version};
 use crate::api::tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
 use crate::error::ApiError;
 use crate::http::reply::{JSON, Reply};
-use crate::metrics::{self, EngineView};
+use crate::metrics::{self, EngineView, Seen};
 use crate::model::ModelInfo;
 use crate::openapi;
 use crate::prompt;
@@ -98,12 +98,13 @@ pub(crate) fn openapi() -> Reply {
 pub(crate) fn metrics(state: &State) -> Reply {
     let tasks = tokio::runtime::Handle::current().metrics().num_alive_tasks();
     let counters = state.live().map(|live| live.engine.counters());
-    let view = state.live().zip(counters.as_ref()).map(|(live, counters)| EngineView {
+    let engine = state.live().zip(counters.as_ref()).map(|(live, counters)| EngineView {
         model: live.model.name(),
         counters,
         oldest_queued_seconds: counters.oldest_queued_age(live.engine.now()).as_secs_f64(),
     });
     let rows = state.accounting().map(|accounting| &accounting.ledger);
-    let page = metrics::render(&state.metrics, view, rows, state.quotas(), state.drain() != Drain::No, tasks);
+    let seen = Seen { engine, rows, quotas: state.quotas(), told: state.events() };
+    let page = metrics::render(&state.metrics, seen, state.drain() != Drain::No, tasks);
     Reply::new(hyper::StatusCode::OK, metrics::CONTENT_TYPE, page)
 }

@@ -8,6 +8,7 @@ mod admission;
 mod generate;
 mod info;
 mod pool;
+mod usage;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,7 +29,7 @@ use crate::http::reply::{Body, Reply, Scope};
 use crate::ids;
 use crate::metrics::Refused;
 use crate::parse::parse;
-use crate::routes::{self, Access, Match, RouteId, Target};
+use crate::routes::{self, Access, Match, Route, Target};
 use crate::state::{Drain, Live, State};
 use crate::validate::{Kind, Rules};
 use crate::worker::JobError;
@@ -144,10 +145,7 @@ async fn dispatch(
 ) -> Result<Reply, ApiError> {
     check_head(&request)?;
     let path = request.uri().path().to_owned();
-    let matched = match routes::find(request.method(), &path) {
-        Match::Found(route, _) if !is_behind(state, door, route) => Match::None,
-        other => other,
-    };
+    let matched = routes::find(request.method(), &path, |route| is_behind(state, door, route));
     let open = matches!(matched, Match::Found(route, _) if route.route().access == Access::Open);
     // A probe or a scrape is answered whoever asks, and waits for nobody.
     let caller = if open { Caller::anybody() } else { state.auth.check(request.headers()).await? };
@@ -175,6 +173,7 @@ async fn dispatch(
         Target::Model => info::model(state, rest.unwrap_or_default()),
         Target::Tokenize => info::tokenize(state, request).await,
         Target::Detokenize => info::detokenize(state, request).await,
+        Target::Usage => usage::usage(state, request.uri(), usage::Sees::of(&caller)).await,
         Target::Version => Ok(info::version()),
         Target::OpenApi => Ok(info::openapi()),
         Target::Health | Target::HealthLive => Ok(health::answer(state, Probe::Live)),
@@ -187,8 +186,8 @@ async fn dispatch(
 }
 
 /// Whether a route answers at this door.
-fn is_behind(state: &State, door: Door, route: RouteId) -> bool {
-    let (target, access) = (route.route().target, route.route().access);
+fn is_behind(state: &State, door: Door, route: &Route) -> bool {
+    let (target, access) = (route.target, route.access);
     match door {
         Door::Main => match target {
             Target::Metrics => state.config.metrics_listen.is_none(),

@@ -13,7 +13,7 @@ use mirai_engine::{AdmissionError, EngineHandle, EngineRequest, SamplingParams, 
 use mirai_ledger::quota::Demand;
 use tokio::sync::{oneshot, watch};
 
-use super::admission::{account, deadline, refusal, refused, serving};
+use super::admission::{account, attributed, deadline, refusal, refused, serving};
 use super::judged;
 use crate::account::{Charge, Needs};
 use crate::auth::{self, Caller};
@@ -68,8 +68,7 @@ pub(crate) async fn pool(
     .await?;
     // The drain may have begun while the body came.
     serving(state)?;
-    let caller = state.auth.attributed(caller, &judged.attribution)?;
-    scope.called_by(&caller);
+    let caller = attributed(state, caller, &judged.attribution, scope)?;
     admit(state, &live, judged, &caller, scope).await
 }
 
@@ -84,7 +83,8 @@ async fn admit(
     let PoolingRequest { model, items, shape, .. } = judged;
     let count = items.len() as u32;
     let first = state.ids.engine(count);
-    let tokens = items.iter().map(|item| item.len() as u64).sum();
+    let lengths: Vec<u64> = items.iter().map(|item| item.len() as u64).collect();
+    let tokens: u64 = lengths.iter().sum();
     let demand = Demand { prompt_tokens: tokens, max_output_tokens: 0, choices: 0 };
     let held = quota::reserve(state, caller, demand).await?;
     let template = EngineRequest {
@@ -133,6 +133,9 @@ async fn admit(
     let mut submission = Submission { template, guard, engine: live.engine.clone() };
     scope.ticket = Some(ticket);
     state.metrics.prompt_tokens.add(tokens);
+    for length in lengths {
+        state.metrics.request_prompt_tokens.observe(length as f64);
+    }
     let mut submitted = submission.guard.submit(admission).map(|()| true);
     while let Ok(true) = submitted
         && let Some(item) = items.next()
@@ -238,8 +241,25 @@ mod tests {
         assert_eq!(lost.unwrap_err().code, "internal_error");
     }
 
-    /// An engine that takes items and computes none, and a call that has submitted nothing yet.
-    async fn frozen(max_queued_requests: usize) -> (EngineHandle, Submission) {
+    /// An engine that takes items and computes none until this is dropped: it could not end either.
+    struct Frozen(EngineHandle);
+
+    impl std::ops::Deref for Frozen {
+        type Target = EngineHandle;
+
+        fn deref(&self) -> &EngineHandle {
+            &self.0
+        }
+    }
+
+    impl Drop for Frozen {
+        fn drop(&mut self) {
+            self.hooks().thaw();
+        }
+    }
+
+    /// A frozen engine, and a call that has submitted nothing yet.
+    async fn frozen(max_queued_requests: usize) -> (Frozen, Submission) {
         let geometry = Geometry {
             groups: Vec::new(),
             blocks: 0,
@@ -256,6 +276,7 @@ mod tests {
         let make = move || Ok(Box::new(SimExecutor::new(SimConfig::new(geometry))) as _);
         let (engine, events) = mirai_engine::start(config, make).unwrap();
         std::thread::spawn(move || while events.recv().is_ok() {});
+        let engine = Frozen(engine);
         engine.hooks().freeze();
         while !engine.hooks().is_frozen() {
             tokio::task::yield_now().await;
@@ -275,7 +296,7 @@ mod tests {
                 sampling: Arc::new(SamplingParams::default()),
             },
             guard: guard(&engine),
-            engine: engine.clone(),
+            engine: engine.0.clone(),
         };
         (engine, submission)
     }
@@ -317,7 +338,6 @@ mod tests {
         call.template.deadline = None;
         call.guard = guard(&engine);
         assert_eq!(call.submit(item(), ended).await, full);
-        engine.hooks().thaw();
     }
 
     #[tokio::test]
@@ -334,6 +354,5 @@ mod tests {
         assert_eq!(call.submit(item(), ended.clone()).await, Ok(true));
         let waits = tokio::time::timeout(RETRY * 5, call.submit(item(), ended)).await;
         assert!(waits.is_err(), "one place was free: {waits:?}");
-        engine.hooks().thaw();
     }
 }

@@ -1,4 +1,4 @@
-//! Calls that the server itself makes: to identity providers.
+//! Calls that the server itself makes: to identity providers, and to who is told of usage.
 //!
 //! Owns the connections, and the bounds on what another server may cost: time, bytes, open connections. It follows
 //! no redirect, always verifies certificates, and never logs what it sends.
@@ -11,8 +11,8 @@ use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1::{self, SendRequest};
-use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue, USER_AGENT};
-use hyper::{Method, Request, StatusCode, Uri};
+use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderName, HeaderValue, USER_AGENT};
+use hyper::{Method, Request, Uri};
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
@@ -83,6 +83,14 @@ pub(crate) struct Target {
 impl Target {
     /// `None` for any other scheme, for credentials in the address, and for http to another machine.
     pub(crate) fn parse(url: &str) -> Option<Self> {
+        let target = Self::parse_any(url)?;
+        let local = target.host == "localhost"
+            || target.host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
+        (target.secure || local).then_some(target)
+    }
+
+    /// The same, but http to any machine: for what holds no secret.
+    pub(crate) fn parse_any(url: &str) -> Option<Self> {
         let uri: Uri = url.parse().ok()?;
         let secure = match uri.scheme_str()? {
             "https" => true,
@@ -93,9 +101,7 @@ impl Target {
         // An IPv6 address has brackets in an address, and nowhere else.
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
         let port = authority.port_u16().unwrap_or(if secure { 443 } else { 80 });
-        let local = host == "localhost"
-            || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
-        (secure || local).then_some(Self { uri, secure, host, port })
+        Some(Self { uri, secure, host, port })
     }
 
     pub(crate) fn is_secure(&self) -> bool {
@@ -129,6 +135,11 @@ type Sender = SendRequest<Full<Bytes>>;
 /// What a call sends.
 pub(crate) enum Call {
     Get,
+    /// Something to take note of, with its head.
+    Event {
+        headers: Vec<(HeaderName, HeaderValue)>,
+        body: String,
+    },
     /// A form, with the credentials of HTTP's basic scheme.
     Form {
         body: String,
@@ -156,7 +167,7 @@ impl Client {
         Self { timeout, trust, idle: Mutex::new(Vec::new()) }
     }
 
-    /// The body of a 200, at most `limit` bytes of it.
+    /// The body of a success (2xx), at most `limit` bytes of it.
     ///
     /// # Errors
     /// Anything else, and too late.
@@ -164,7 +175,7 @@ impl Client {
         let work = async {
             let request = request(target, call).map_err(|_| CallError::Content)?;
             let (response, sender) = self.send(target, request).await?;
-            if response.status() != StatusCode::OK {
+            if !response.status().is_success() {
                 return Err(CallError::Status(response.status().as_u16()));
             }
             let body = Limited::new(response.into_body(), limit).collect().await.map_err(|error| {
@@ -239,6 +250,11 @@ fn request(target: &Target, call: Call) -> Result<Request<Full<Bytes>>, hyper::h
         .header(ACCEPT, "application/json");
     match call {
         Call::Get => builder.method(Method::GET).body(Full::default()),
+        Call::Event { headers, body } => {
+            let mut request = builder.method(Method::POST).body(Full::new(body.into()))?;
+            request.headers_mut().extend(headers);
+            Ok(request)
+        }
         Call::Form { body, authorization } => builder
             .method(Method::POST)
             .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
@@ -351,7 +367,8 @@ mod tests {
 
     #[tokio::test]
     async fn what_another_server_may_cost_is_bounded() {
-        let cases: [(&'static [u8], Result<&[u8], CallError>); 7] = [
+        type Case = (&'static [u8], Result<&'static [u8], CallError>);
+        let cases: [Case; 7] = [
             (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", Ok(b"ok")),
             (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n123456789", Err(CallError::Long)),
             (
@@ -372,6 +389,59 @@ mod tests {
         let closed = Target::parse("http://127.0.0.1:1/").unwrap();
         let got = client(Duration::from_secs(20)).call(&closed, Call::Get, 8).await;
         assert_eq!(got, Err(CallError::Connect));
+    }
+
+    #[tokio::test]
+    async fn certificates_are_always_verified() {
+        let directory = tempfile::tempdir().unwrap();
+        let make = |name: &str| {
+            let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+            let path = directory.path().join(name);
+            std::fs::write(&path, made.cert.pem()).unwrap();
+            (made, path)
+        };
+        let ((made, ours), (_, other)) = (make("ours.pem"), make("other.pem"));
+        let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![made.cert.der().clone()], key)
+            .unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let acceptor = acceptor.clone();
+                tokio::spawn(async move {
+                    let Ok(mut stream) = acceptor.accept(stream).await else { return };
+                    let mut buffer = [0; 4096];
+                    if stream.read(&mut buffer).await.is_ok() {
+                        let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+                        stream.write_all(answer).await.unwrap();
+                    }
+                });
+            }
+        });
+        let trusting = |path: &Path| {
+            let trust = ArcSwapOption::new(Some(trust(Some(path)).unwrap()));
+            Client::new(Duration::from_secs(20), Arc::new(trust))
+        };
+        for (bundle, host, expected) in [
+            (&ours, "localhost", Ok("ok")),
+            (&other, "localhost", Err(CallError::Tls)),
+            (&ours, "127.0.0.1", Err(CallError::Tls)),
+        ] {
+            let target = Target::parse(&format!("https://{host}:{port}/")).unwrap();
+            let got = trusting(bundle).call(&target, Call::Get, 8).await;
+            assert_eq!(got.as_deref().map_err(|error| *error), expected.map(str::as_bytes), "{host}");
+        }
+        let target = Target::parse(&format!("https://localhost:{port}/")).unwrap();
+        let nobody = client(Duration::from_secs(20));
+        assert_eq!(nobody.call(&target, Call::Get, 8).await, Err(CallError::Tls), "no authority is trusted");
     }
 
     #[tokio::test]

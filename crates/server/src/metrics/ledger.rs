@@ -43,7 +43,7 @@ pub(super) fn ledger(page: &mut Page, ledger: &Ledger) {
         total += bucket.get();
         rows.push((*bound, total));
     }
-    let beyond = c.commit_buckets.last().map_or(0, |bucket| bucket.get());
+    let beyond = c.commit_buckets.last().map_or(0, mirai_ledger::Counter::get);
     let sum = c.commit_micros.get() as f64 * 1e-6;
     page.buckets(
         "mirai_ledger_commit_seconds",

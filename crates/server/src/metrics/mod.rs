@@ -9,6 +9,7 @@ pub(crate) mod identity;
 mod ledger;
 mod quota;
 mod render;
+mod usage;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
@@ -17,7 +18,7 @@ use std::time::{Duration, Instant};
 pub(crate) use device::Device;
 pub use device::DeviceFigure;
 pub(crate) use histogram::Histogram;
-pub(crate) use render::{CONTENT_TYPE, EngineView, render};
+pub(crate) use render::{CONTENT_TYPE, EngineView, Seen, render};
 
 use crate::routes::{ROUTES, RouteId};
 

@@ -11,7 +11,9 @@ use mirai_ledger::quota::Quotas;
 use super::identity::{Credential, Decision, IdentityMetrics, Lookup};
 use super::ledger::ledger;
 use super::quota;
+use super::usage::{by_application, events};
 use super::{CLASSES, DeviceFigure, Ended, Histogram, Metrics, Refused, Reloaded};
+use crate::events::EventCounters;
 use crate::routes::ROUTES;
 
 /// What Prometheus expects.
@@ -24,6 +26,15 @@ pub(crate) struct EngineView<'a> {
     pub(crate) counters: &'a Counters,
     /// Age of the oldest queued request, seconds.
     pub(crate) oldest_queued_seconds: f64,
+}
+
+/// What a scrape sees of the rest of the server: what is not there, or not yet, has no metrics.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Seen<'a> {
+    pub(crate) engine: Option<EngineView<'a>>,
+    pub(crate) rows: Option<&'a Ledger>,
+    pub(crate) quotas: Option<&'a Quotas>,
+    pub(crate) told: Option<&'a EventCounters>,
 }
 
 pub(super) struct Page {
@@ -84,14 +95,8 @@ impl Page {
 }
 
 /// Writes the page. The aliases and the engine's own metrics appear once a model is loaded.
-pub(crate) fn render(
-    metrics: &Metrics,
-    engine: Option<EngineView<'_>>,
-    rows: Option<&Ledger>,
-    quotas: Option<&Quotas>,
-    draining: bool,
-    tasks: usize,
-) -> String {
+pub(crate) fn render(metrics: &Metrics, seen: Seen<'_>, draining: bool, tasks: usize) -> String {
+    let Seen { engine, rows, quotas, told } = seen;
     let labels =
         engine.map_or_else(String::new, |e| format!("engine=\"0\",model_name=\"{}\"", escape(e.model)));
     let mut page = Page { out: String::with_capacity(32 << 10), labels };
@@ -108,6 +113,10 @@ pub(crate) fn render(
     device(&mut page, metrics);
     if let Some(rows) = rows {
         ledger(&mut page, rows);
+        by_application(&mut page, rows);
+    }
+    if let Some(counters) = told {
+        events(&mut page, counters);
     }
     if let Some(quotas) = quotas {
         quota::quotas(&mut page, quotas);
@@ -273,6 +282,17 @@ fn engine_metrics(page: &mut Page, view: EngineView<'_>) {
         page.sample(name, &format!("state=\"{state}\""), microjoules as f64 * 1e-6);
     }
     step_sizes(page, "mirai_engine_iteration_tokens", "", c);
+    let joules = "mirai_energy_joules_total";
+    page.family(
+        joules,
+        "counter",
+        "Energy by the GPU's counter: charged to requests, and while no step ran.",
+    );
+    for (state, microjoules) in
+        [("attributed", c.energy_attributed_microjoules), ("idle", c.energy_idle_microjoules)]
+    {
+        page.sample(joules, &format!("state=\"{state}\""), microjoules as f64 * 1e-6);
+    }
     page.family("mirai_kv_blocks", "gauge", "KV blocks by state.");
     for (state, value) in [("used", c.blocks_used), ("cached", c.blocks_cached), ("free", free)] {
         page.sample("mirai_kv_blocks", &format!("state=\"{state}\""), value as f64);
@@ -347,7 +367,7 @@ fn aliases(page: &mut Page, m: &Metrics, view: EngineView<'_>) {
 }
 
 /// Label values: backslash, quote and line feed.
-fn escape(value: &str) -> String {
+pub(super) fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
@@ -381,8 +401,9 @@ mod tests {
             Counters { blocks_total: 10, blocks_used: 5, step_tokens: 20_300, ..Counters::default() };
         // Steps of 300 and of 20,000 tokens.
         (counters.steps_by_tokens[7], counters.steps_by_tokens[13]) = (1, 1);
+        counters.energy_idle_microjoules = 2_500_000;
         let view = EngineView { model: "a\"b", counters: &counters, oldest_queued_seconds: 0.0 };
-        let page = render(&metrics, Some(view), None, None, false, 3);
+        let page = render(&metrics, Seen { engine: Some(view), ..Seen::default() }, false, 3);
         let map = series(&page);
         assert_eq!(map["vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"a\\\"b\"}"], 0.5);
         let steps = |suffix: &str, le: &str| {
@@ -395,6 +416,8 @@ mod tests {
         assert_eq!((steps("_sum", ""), steps("_count", "")), (20_300.0, 2.0));
         assert_eq!(map["mirai_choices_finished_total{reason=\"length\"}"], 1.0);
         assert_eq!(map["mirai_gpu_energy_joules_total"], 12.5);
+        assert_eq!(map["mirai_energy_joules_total{state=\"idle\"}"], 2.5);
+        assert_eq!(map["mirai_energy_joules_total{state=\"attributed\"}"], 0.0);
         assert!(!map.contains_key("mirai_gpu_power_watts"), "it is not known");
         assert_eq!(map["mirai_time_to_first_token_seconds_bucket{le=\"0.25\"}"], 1.0);
         assert_eq!(map["mirai_time_to_first_token_seconds_bucket{le=\"0.1\"}"], 0.0);
@@ -412,7 +435,7 @@ mod tests {
 
     #[test]
     fn without_a_model_there_are_no_aliases() {
-        let page = render(&Metrics::new(), None, None, None, true, 0);
+        let page = render(&Metrics::new(), Seen::default(), true, 0);
         assert!(!page.contains("vllm:"));
         assert_eq!(series(&page)["mirai_draining"], 1.0);
     }

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::client::{get, post, request};
 use crate::support::*;
+use crate::world::World;
 
 #[derive(Clone, Default)]
 struct Lines(Arc<Mutex<Vec<u8>>>);
@@ -108,4 +109,73 @@ async fn a_key_file_that_cannot_be_used_is_an_error_without_its_keys() {
     assert!(error.unwrap().contains(path.to_str().unwrap()) && error.unwrap().contains("line 1"), "{line}");
     assert!(!lines.text().contains("n0t"), "{}", lines.text());
     server.stop().await;
+}
+
+/// Keys, tokens, users and names that nobody knows: in no log line, no metric, no error.
+#[tokio::test]
+async fn no_credential_and_no_person_reaches_log_metric_or_error() {
+    let _alone = crate::ALONE.lock().await;
+    let lines = Lines::record();
+    let canary = "k4n4ry";
+    let world = World::start().await;
+    let personal = json!({"sub": format!("{canary}-sub"), "email": format!("{canary}@example.org")});
+    let mut active = world.active("4711@chat");
+    active["sub"] = json!(format!("{canary}-opaque-sub"));
+    active["username"] = json!(format!("{canary}-name"));
+    let stranger = crate::signer::Signer::new("ES256");
+    let tokens = [
+        world.keys[0].clone(),
+        world.keys[1].clone(),
+        world.keys[4].clone(),
+        world.signed("chat-app", &personal),
+        world.signed(&format!("{canary}-client"), &personal),
+        world.signed("chat-app", &json!({"exp": 1, "jti": canary})),
+        stranger.token(canary, &world.provider.claims("chat-app")),
+        world.opaque(&format!("{canary}-opaque"), active),
+        world.opaque(&format!("{canary}-odd"), json!({"active": canary})),
+        format!("{canary}-wrong"),
+        format!("mirai-{canary}"),
+        format!("{}{canary}", world.keys[1]),
+    ];
+    let mut pages = String::new();
+    for token in &tokens {
+        for consumer in [None, Some("chat"), Some("k4n4ry-consumer"), Some("k4n4ry,consumer")] {
+            let bearer = format!("Bearer {token}");
+            let mut headers = vec![("Authorization", bearer.as_str()), ("X-End-User", "k4n4ry-end-user")];
+            headers.extend(consumer.map(|consumer| ("X-Consumer-Username", consumer)));
+            let body = chat(
+                "hello",
+                &json!({"user": "k4n4ry-user", "safety_identifier": "k4n4ry-safety",
+                "metadata": {"application": "k4n4ry-application", "user": "k4n4ry-meta"}}),
+            );
+            let body = body.to_string();
+            let answer = request(
+                world.server.address,
+                "POST",
+                "/v1/chat/completions",
+                &headers,
+                Some(body.as_bytes()),
+            )
+            .await;
+            pages.push_str(&answer.text());
+            let admin = world.server.admin_address.unwrap();
+            pages.push_str(&request(admin, "GET", "/admin/applications", &headers, None).await.text());
+        }
+    }
+    world.provider.change(|behaviour| behaviour.broken = Some((500, "k4n4ry-broken".into())));
+    pages.push_str(&world.models("k4n4ry-unavailable").await.text());
+    pages.push_str(&get(world.server.address, "/metrics").await.text());
+    let secrets = world.path().join("pepper");
+    std::fs::write(&secrets, "1 k4n4ry-short\n").unwrap();
+    let refused = "mirai_file_reloads_total{files=\"identity\",result=\"refused\"}";
+    world.server.until("the file to be refused", PATIENCE, async |s| s.metric(refused).await >= 1.0).await;
+    world.server.stop().await;
+    let log = lines.text();
+    assert!(log.contains("not reloaded") && log.contains("could not be looked up"), "{log}");
+    for (place, text) in [("log", &log), ("answers and metrics", &pages)] {
+        assert!(!text.contains(canary), "{place}: {text}");
+        for token in &tokens {
+            assert!(!text.contains(token.as_str()), "{place}: {text}");
+        }
+    }
 }

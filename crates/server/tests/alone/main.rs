@@ -5,9 +5,15 @@
 #[path = "../suite/client.rs"]
 mod client;
 mod log;
+#[path = "../suite/provider.rs"]
+mod provider;
+#[path = "../suite/signer.rs"]
+mod signer;
 mod storm;
 #[path = "../suite/support.rs"]
 mod support;
+#[path = "../suite/world.rs"]
+mod world;
 
 /// Held by each test of this binary while it runs.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());

@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 use crate::client::{Answer, head, post, read_answer};
 use crate::support::*;
 
-fn ledger(file: &Path) -> Ledger {
+pub fn ledger(file: &Path) -> Ledger {
     let store = SqlStore::<Sqlite>::open(file, None, &mirai_ledger::store::sqlite::SqliteOptions::default());
     let config = LedgerConfig { writer: "w".into(), takeover: true, ..LedgerConfig::default() };
     Ledger::start(Box::new(store.unwrap()), None, config).unwrap()
@@ -25,7 +25,7 @@ fn rows(file: &Path) -> Vec<Row> {
     SqlStore::open_reading(file).unwrap().rows("", 1000).unwrap()
 }
 
-fn row_of(file: &Path, id: &str) -> Row {
+pub fn row_of(file: &Path, id: &str) -> Row {
     let id = id.split_once('-').unwrap().1;
     SqlStore::open_reading(file).unwrap().row(id).unwrap().unwrap()
 }

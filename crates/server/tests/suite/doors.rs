@@ -1,9 +1,13 @@
-//! Who gets in: every route, method and credential, from the document that the server itself publishes.
+//! Who gets in: every route, method and credential, from the table that the server itself publishes.
 
+use mirai_server::doors::{CREDENTIALS, Credential, Listener, doors};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::client::{head, raw, request};
+use crate::client::{Answer, head, raw, request};
+use crate::provider::now;
 use crate::support::*;
+use crate::world::World;
 
 const KEYS: [&str; 2] = ["alpha-key", "beta-key"];
 
@@ -13,76 +17,154 @@ async fn guarded() -> TestServer {
     TestServer::start(options).await
 }
 
-/// (method, path, whether a key is needed) of every route.
-fn routes() -> Vec<(String, String, bool)> {
-    let document: Value = serde_json::from_str(mirai_server::openapi::COMMITTED).unwrap();
-    let mut list = Vec::new();
-    for (path, methods) in document["paths"].as_object().unwrap() {
-        for (method, operation) in methods.as_object().unwrap() {
-            let path = path.replace("{model}", ALIAS);
-            let key = operation.get("security").is_some();
-            let short = path.strip_prefix("/v1").filter(|_| key).map(str::to_owned);
-            for path in [Some(path.clone()), short].into_iter().flatten() {
-                list.push((method.to_uppercase(), path, key));
-            }
+/// What to send for a kind of credential: headers, in all the shapes that mean the same.
+fn presented(world: &World, credential: Credential) -> Vec<Vec<(&'static str, String)>> {
+    let bearer = |token: &str| vec![("Authorization", format!("Bearer {token}"))];
+    let expired = json!({"exp": now() - 600});
+    match credential {
+        Credential::Nothing => vec![Vec::new()],
+        Credential::Wrong => {
+            let good = &world.keys[3];
+            let mut all: Vec<_> =
+                ["wrong", "", "mirai-", "' OR 1=1", &"x".repeat(8000), &good[..69], &format!("{good}0")]
+                    .map(bearer)
+                    .into();
+            all.push(vec![("Authorization", "Bearer".to_owned())]);
+            all.push(vec![("Authorization", format!("Basic {good}"))]);
+            all.push(vec![("Authorization", good.clone())]);
+            all.push([bearer(good), bearer(good)].concat());
+            all.push([bearer("wrong"), bearer(good)].concat());
+            all
+        }
+        Credential::PlainKey => vec![bearer(&world.keys[0])],
+        Credential::ApplicationKey => vec![bearer(&world.keys[1])],
+        Credential::UsageKey => vec![bearer(&world.keys[2])],
+        Credential::AdminKey => vec![bearer(&world.keys[3])],
+        Credential::Signed => vec![bearer(&world.signed("chat-app", &json!({})))],
+        Credential::SignedExpired => {
+            let stranger = crate::signer::Signer::new("ES256");
+            vec![
+                bearer(&world.signed("ops-app", &expired)),
+                bearer(&stranger.token("k0", &world.provider.claims("ops-app"))),
+            ]
+        }
+        Credential::SignedStranger => vec![bearer(&world.signed("nobody", &json!({})))],
+        Credential::Opaque => vec![bearer(&world.opaque("door-opaque", world.active("4711@chat")))],
+        Credential::OpaqueInactive => vec![bearer("door-inactive")],
+        Credential::Gateway => {
+            vec![[bearer(&world.keys[4]), vec![("X-Consumer-Username", "ops".to_owned())]].concat()]
         }
     }
-    assert!(list.len() >= 16, "{list:?}");
-    list
 }
 
+/// The table as published, every cell of it, with every method.
 #[tokio::test(flavor = "multi_thread")]
-async fn every_route_method_and_credential() {
-    let server = guarded().await;
-    let long = format!("Bearer {}", "x".repeat(8000));
-    let credentials: [(Option<&str>, bool); 12] = [
-        (None, false),
-        (Some("Bearer alpha-key"), true),
-        (Some("bearer beta-key"), true),
-        (Some("Bearer wrong"), false),
-        (Some("Bearer"), false),
-        (Some("Bearer "), false),
-        (Some("Bearer alpha-ke"), false),
-        (Some("Bearer alpha-keyy"), false),
-        (Some("Bearer ' OR 1=1"), false),
-        (Some("Basic alpha-key"), false),
-        (Some("alpha-key"), false),
-        (Some(&long), false),
-    ];
-    let mut cells = 0;
-    for (method, path, needs_key) in routes() {
-        for (credential, valid) in credentials {
-            for tried in ["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"] {
-                let headers: Vec<_> = credential.iter().map(|c| ("Authorization", *c)).collect();
+async fn every_door_opens_as_published() {
+    let world = World::with(|options| {
+        options.config.metrics_listen = Some("127.0.0.1:0".parse().unwrap());
+    })
+    .await;
+    let admin = world.server.admin_address.unwrap();
+    let metrics = world.server.metrics_address.unwrap();
+    let (mut cells, mut requests) = (0, 0);
+    for (credential, name, _, worth) in CREDENTIALS {
+        let shapes = presented(&world, credential);
+        for door in doors() {
+            cells += 1;
+            let address = match door.listener {
+                Listener::Main => world.server.address,
+                Listener::Metrics => metrics,
+                Listener::Admin => admin,
+            };
+            let path = door.path.replace("{model}", ALIAS);
+            // One shape with every method, the others with the door's own.
+            for (shape, tried) in METHODS
+                .iter()
+                .map(|tried| (&shapes[0], *tried))
+                .chain(shapes[1..].iter().map(|shape| (shape, door.method)))
+            {
+                let headers: Vec<_> = shape.iter().map(|(name, value)| (*name, value.as_str())).collect();
                 let body = (tried == "POST").then_some(b"{}".as_slice());
-                let answer = request(server.address, tried, &path, &headers, body).await;
-                let open = !needs_key && tried == method;
-                let expected: &[u16] = match (valid || open, tried == method) {
-                    (false, _) => &[401],
-                    (true, true) => &[200, 400],
-                    (true, false) => &[405],
-                };
-                assert!(
-                    expected.contains(&answer.status),
-                    "{tried} {path} {credential:?}: {}",
+                let bytes =
+                    [head(tried, &path, &headers, body.map(<[u8]>::len)), body.unwrap_or_default().to_vec()]
+                        .concat();
+                let status = if tried == "HEAD" {
+                    status_only(address, &bytes).await
+                } else {
+                    let answer = raw(address, &bytes).await.unwrap();
+                    check_refusal(&answer, &door.path);
                     answer.status
-                );
-                if answer.status == 401 {
-                    assert_eq!(answer.header("www-authenticate"), Some("Bearer"));
-                    assert_eq!(answer.json()["error"]["code"], "invalid_api_key");
-                }
-                if answer.status == 405 {
-                    assert!(
-                        answer.header("allow").is_some_and(|allow| allow.contains(&method)),
-                        "{tried} {path}"
-                    );
-                }
-                cells += 1;
+                };
+                requests += 1;
+                let own = tried == door.method || (tried == "HEAD" && door.method == "GET");
+                let expected: &[u16] = match (door.refusal(worth), own) {
+                    (None, true) => &[200, 400],
+                    (Some(refusal), true) => &[refusal],
+                    (_, false) => match worth {
+                        Ok(_) => &[405],
+                        Err(status) => &[status],
+                    },
+                };
+                assert!(expected.contains(&status), "{tried} {path} with {name}: {status}, not {expected:?}");
             }
         }
     }
-    println!("{cells} cells");
-    server.stop().await;
+    println!("{cells} cells, {requests} requests");
+    assert_eq!(cells, doors().len() * CREDENTIALS.len());
+    world.server.stop().await;
+}
+
+const METHODS: [&str; 8] = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"];
+
+fn check_refusal(answer: &Answer, path: &str) {
+    match answer.status {
+        401 => {
+            assert_eq!(answer.header("www-authenticate"), Some("Bearer"), "{path}");
+            assert_eq!(answer.json()["error"]["code"], "invalid_api_key", "{path}");
+        }
+        403 => assert_eq!(answer.json()["error"]["type"], "permission_error", "{path}"),
+        405 => assert!(answer.header("allow").is_some(), "{path}"),
+        _ => {}
+    }
+}
+
+/// Of an answer without a body.
+async fn status_only(address: std::net::SocketAddr, bytes: &[u8]) -> u16 {
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    stream.write_all(bytes).await.unwrap();
+    let mut line = [0; 12];
+    stream.read_exact(&mut line).await.unwrap();
+    std::str::from_utf8(&line[9..]).unwrap().parse().unwrap()
+}
+
+/// `MIRAI_BLESS=1` writes the page anew.
+#[test]
+fn the_page_of_doors_is_the_table() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/doors.md");
+    let made = mirai_server::doors::markdown();
+    if std::env::var_os("MIRAI_BLESS").is_some() {
+        std::fs::write(path, &made).unwrap();
+    }
+    let committed = std::fs::read_to_string(path).unwrap();
+    assert!(made == committed, "docs/doors.md is not what the routes say; see this test's comment");
+}
+
+/// What clients read names the same doors.
+#[test]
+fn the_document_knows_every_door_of_clients() {
+    let document: Value = serde_json::from_str(mirai_server::openapi::COMMITTED).unwrap();
+    let mut seen = 0;
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        for (method, operation) in methods.as_object().unwrap() {
+            let door =
+                doors().into_iter().find(|door| door.path == *path && door.method == method.to_uppercase());
+            let door = door.unwrap_or_else(|| panic!("{method} {path}"));
+            assert_eq!(operation.get("security").is_some(), door.needs != "nothing", "{path}");
+            assert_ne!(door.listener, Listener::Admin, "{path}");
+            seen += 1;
+        }
+    }
+    assert!(seen >= 17, "{seen}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -100,6 +182,15 @@ async fn other_spellings_do_not_open_a_door() {
         "/metrics/../v1/models",
         "/health?/v1/models",
         "http://evil/v1/models",
+        "http://evil/health/../v1/models",
+        "/v1%2Fmodels",
+        "/v1/models%00",
+        "/v1/models;/health",
+        "/v1\\models",
+        "/%2e%2e/v1/models",
+        "/health/live/../../v1/models",
+        "/v1/models%20",
+        "*",
         "/v1/models?x=/health",
         "/v1/models#/health",
     ];
@@ -114,6 +205,16 @@ async fn other_spellings_do_not_open_a_door() {
         "Authorization: Bearer alpha-key\r\nAuthorization: Bearer wrong\r\n",
         "Authorization: Bearer wrong\r\nAuthorization: Bearer alpha-key\r\n",
         "Authorization: Bearer alpha-key\0\r\n",
+        "Authorization: Bearer alpha-key, Bearer alpha-key\r\n",
+        "Authorization: Bearer\talpha-key\r\n",
+        "Authorization : Bearer alpha-key\r\n",
+        " Authorization: Bearer alpha-key\r\n",
+        "X: y\r\n Authorization: Bearer alpha-key\r\n",
+        "X-Api-Key: alpha-key\r\n",
+        "X-Original-URL: /health\r\nX-Rewrite-URL: /health\r\n",
+        "X-HTTP-Method-Override: HEAD\r\n",
+        "X-Forwarded-For: 127.0.0.1\r\n",
+        "Host: y\r\nAuthorization: Bearer alpha-key\r\n",
     ] {
         let bytes = format!("GET /v1/models HTTP/1.1\r\nHost: x\r\n{extra}\r\n");
         let answer = raw(server.address, bytes.as_bytes()).await.unwrap();

@@ -141,6 +141,7 @@ impl Default for Options {
 pub struct TestServer {
     pub address: SocketAddr,
     pub metrics_address: Option<SocketAddr>,
+    pub admin_address: Option<SocketAddr>,
     pub handle: ServerHandle,
     pub engine: EngineHandle,
     pub run: JoinHandle<ExitReason>,
@@ -174,6 +175,8 @@ pub fn model(options: &Options) -> ServedModel {
     let mut model = ServedModel {
         names: vec![MODEL.to_owned(), ALIAS.to_owned()],
         revision: String::new(),
+        estimate: None,
+        footprint: None,
         max_model_len: CONTEXT,
         tokenizer,
         template: options
@@ -199,6 +202,7 @@ impl TestServer {
         let server = Server::bind(options.config.clone()).await.unwrap();
         let handle = server.handle();
         let (address, metrics_address) = (server.local_addr(), server.metrics_addr());
+        let admin_address = server.admin_addr();
         if let Some(ledger) = options.ledger.take() {
             handle.account(Accounting { ledger, replica: "pod-0".to_owned() }).unwrap();
         }
@@ -208,7 +212,7 @@ impl TestServer {
         let served = model(&options);
         let engine = served.engine.clone();
         handle.ready(served).unwrap();
-        Self { address, metrics_address, handle, engine, run: tokio::spawn(server.run()) }
+        Self { address, metrics_address, admin_address, handle, engine, run: tokio::spawn(server.run()) }
     }
 
     pub async fn plain() -> Self {

@@ -334,9 +334,13 @@ fn sums_are_filtered_grouped_and_read_in_pages(db: &impl Database) {
         queued_at: 10 * n as i64 + n as i64 % 7,
         key_id: format!("k{}", n % 4),
         model: format!("m{}", n % 2),
-        price_version: (n % 5 > 0).then(|| format!("p{}", n % 5)),
+        price_version: (!n.is_multiple_of(5)).then(|| format!("p{}", n % 5)),
         energy_microjoules: n,
-        energy_method: if n % 2 == 0 { crate::EnergyMethod::Nvml } else { crate::EnergyMethod::Estimated },
+        energy_method: if n.is_multiple_of(2) {
+            crate::EnergyMethod::Nvml
+        } else {
+            crate::EnergyMethod::Estimated
+        },
         ..request(n)
     };
     let rows: Vec<Entry> = (0..60).map(|n| new(if n < 50 { closed(&row(n), n) } else { row(n) })).collect();
