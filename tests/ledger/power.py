@@ -93,7 +93,7 @@ class Trial:
             if life == "spooled":
                 disk.fails("write ENOSPC ledger" if part == 1 else None)
             mix = client.Mix(part, self.model, chat=self.model != "simulated", leave=0.2, longest=24)
-            await client.Load(client.Client(child.address), mix, 6, 8, tapes).run()
+            await client.Load(client.Client(child.address), mix, 4, 4, tapes).run()
         disk.fails(None)
         return tapes
 

@@ -156,17 +156,20 @@ impl Account {
         })
     }
 
-    /// Waits until they may.
+    /// Waits until they may. `status` is what the client gets otherwise: 200 where a head has left.
     ///
     /// # Errors
-    /// 503: not in time.
-    pub(crate) async fn wait(self, needs: Needs) -> Result<(), ApiError> {
+    /// 503: not in time. The row then ends with an error, whatever end it had.
+    pub(crate) async fn wait(self, needs: Needs, status: u16) -> Result<(), ApiError> {
         let Some(open) = self.open() else { return Ok(()) };
         let waited = match needs {
             Needs::Tokens(tokens) => open.may_send(tokens).await,
             Needs::Closed => open.closed().await,
         };
-        waited.map_err(|fault| refusal(&fault))
+        waited.map_err(|fault| {
+            open.fail(status);
+            refusal(&fault)
+        })
     }
 
     /// Tells how far the request is.

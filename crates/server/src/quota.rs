@@ -97,7 +97,7 @@ fn reset(time: Duration) -> String {
     if time < Duration::from_secs(1) {
         return format!("{}ms", time.as_micros().div_ceil(1000));
     }
-    let seconds = time.as_millis().div_ceil(1000);
+    let seconds = time.as_micros().div_ceil(1_000_000);
     let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
     match (hours, minutes) {
         (0, 0) => format!("{seconds}s"),

@@ -243,6 +243,28 @@ fn parquet_is_read_back_by_its_own_reader() {
     );
 }
 
+/// `LEDGER_GOLDEN=1 cargo test -p mirai-ledger published_examples` writes them anew.
+#[test]
+fn the_published_examples_are_what_is_written() {
+    let book = PriceBook::parse(BOOK).unwrap();
+    let mut request = request(Some(&book));
+    request.footprint = Some(Footprint { pue: 1.2, kg_per_kwh: 0.04 });
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/examples/");
+    for (format, name) in [
+        (Format::Table, "usage.txt"),
+        (Format::Csv, "usage.csv"),
+        (Format::Json, "usage.json"),
+        (Format::Focus, "usage-focus.csv"),
+    ] {
+        let (text, _) = written(&request, format);
+        let path = format!("{folder}{name}");
+        if std::env::var_os("LEDGER_GOLDEN").is_some() {
+            std::fs::write(&path, &text).unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), text, "{name}");
+    }
+}
+
 /// Rows hold a canary where a person would be. No export has it, nor its salt, nor its commitment.
 #[test]
 fn no_format_holds_a_user() {

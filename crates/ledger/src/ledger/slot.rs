@@ -67,6 +67,20 @@ struct Inner {
     queued: bool,
     /// Tokens of the last state that was queued.
     submitted: u64,
+    /// The status of the failure that its client was told of, if it was.
+    failed: Option<u16>,
+}
+
+impl Inner {
+    /// A client that was told of a failure does not pay for a success.
+    fn retract(&mut self) {
+        if let Some(status) = self.failed
+            && matches!(self.row.finish, Finish::Stop | Finish::Length)
+        {
+            self.row.finish = Finish::Error;
+            self.row.status = status;
+        }
+    }
 }
 
 /// What the handle and the thread share of a request.
@@ -92,7 +106,7 @@ fn apply(row: &mut Row, counts: &Counts) {
 impl Slot {
     pub(super) fn new(row: Row, began: Instant) -> Self {
         Self {
-            inner: Mutex::new(Inner { row, stored: false, queued: true, submitted: 0 }),
+            inner: Mutex::new(Inner { row, stored: false, queued: true, submitted: 0, failed: None }),
             began,
             durable: AtomicU64::new(0),
             phase: AtomicU8::new(0),
@@ -201,12 +215,28 @@ impl Open {
             };
             inner.row.status = outcome.status;
             inner.row.energy_method = outcome.energy_method.clone();
+            inner.retract();
             if inner.queued {
                 // It is still in the queue, and now it cannot wait.
                 self.shared.queue().urgent = true;
                 self.shared.work.notify_one();
             }
             !std::mem::replace(&mut inner.queued, true)
+        };
+        if submit {
+            self.shared.submit(&self.slot, true);
+        }
+    }
+
+    /// The client was told that its request failed, with this status, because its row is not known to be durable.
+    /// An end that says otherwise is taken back, even if it was written meanwhile.
+    pub fn fail(&self, status: u16) {
+        let submit = {
+            let mut inner = self.slot.lock();
+            let before = inner.row.finish.clone();
+            inner.failed.get_or_insert(status);
+            inner.retract();
+            inner.row.finish != before && !std::mem::replace(&mut inner.queued, true)
         };
         if submit {
             self.shared.submit(&self.slot, true);

@@ -7,7 +7,8 @@
 //! | nothing | any | it is stored |
 //! | open | open | the later one; tokens never fall |
 //! | open | closed | closed as it comes |
-//! | closed by its owner | any | unchanged |
+//! | closed by its owner, well | closed by its owner, with an error | closed as it comes |
+//! | closed by its owner | any other | unchanged |
 //! | closed by recovery | open, of a living owner | open again, tokens never fall |
 //! | closed by recovery | closed by its owner | closed as it comes |
 //! | closed by recovery | closed by recovery | tokens never fall |
@@ -217,7 +218,11 @@ impl<C: Sql> SqlStore<C> {
 /// What a stored row becomes when another state of the same request comes; `None` if nothing changes.
 fn joined(old: &Row, new: Row) -> Option<Row> {
     if old.state == State::Closed && old.finish != Finish::Crashed {
-        return None;
+        // Nobody knew that it was written, so the client was told of a failure.
+        let was_good = matches!(old.finish, Finish::Stop | Finish::Length);
+        if !was_good || new.state != State::Closed || new.finish != Finish::Error {
+            return None;
+        }
     }
     let mut row = new;
     if row.state == State::Open || row.is_crashed() {

@@ -123,7 +123,7 @@ pub struct AuditLink {
 /// Durable storage of rows. Every method that writes is one transaction, or a bounded number of them.
 ///
 /// Rows are merged, never blindly written, so that any commit may be repeated: tokens of an open row only grow;
-/// an end by the owner stands against everything; an end by recovery gives way to what the owner knows.
+/// an end by the owner stands against everything but its word that the client was told of a failure; an end by recovery gives way to what the owner knows.
 pub trait Store: Send {
     /// Begins a run of a writer: a new epoch. With `takeover` all its earlier runs are given up at once, which
     /// is right only if they are known to be over.

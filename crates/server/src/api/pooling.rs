@@ -31,7 +31,7 @@ pub struct EmbeddingRequest {
     /// Let the tokenizer add its special tokens to texts. Default true.
     pub add_special_tokens: Option<bool>,
     /// On whose behalf; recorded as a pseudonym, if at all.
-    pub user: Option<String>,
+    pub user: Name,
     /// The same under its newer name.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
@@ -142,7 +142,7 @@ pub struct RerankRequest {
     #[schema(value_type = Option<Truncate>)]
     pub truncate: Option<Truncate>,
     /// On whose behalf; recorded as a pseudonym, if at all.
-    pub user: Option<String>,
+    pub user: Name,
     /// The same under its newer name.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
@@ -247,7 +247,7 @@ pub struct ScoreRequest {
     #[schema(value_type = Option<Truncate>)]
     pub truncate: Option<Truncate>,
     /// On whose behalf; recorded as a pseudonym, if at all.
-    pub user: Option<String>,
+    pub user: Name,
     /// The same under its newer name.
     #[serde(default)]
     #[schema(value_type = Option<String>)]

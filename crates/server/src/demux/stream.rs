@@ -178,7 +178,10 @@ impl StreamReader {
                 Polled::Bytes(bytes) => return Poll::Ready(Some(bytes)),
                 Polled::End => return Poll::Ready(None),
                 Polled::Nothing => return Poll::Pending,
-                Polled::Held(needs) => self.wait = Some(Box::pin(self.buffer.account.clone().wait(needs))),
+                // The head has left as 200.
+                Polled::Held(needs) => {
+                    self.wait = Some(Box::pin(self.buffer.account.clone().wait(needs, 200)));
+                }
             }
         }
     }

@@ -124,12 +124,12 @@ async fn admit(
     match answer {
         Answer::Stream(buffer) => {
             // The head of a 200 tells that there is a row.
-            account.wait(Needs::Tokens(0)).await.inspect_err(|_| ticket.give_up(503))?;
+            account.wait(Needs::Tokens(0), 503).await.inspect_err(|_| ticket.give_up(503))?;
             Ok(Reply::stream(StreamReader::new(buffer, state.config.error_message_copy, guard)))
         }
         Answer::Whole(receiver) => {
             let bytes = receiver.await.unwrap_or_else(|_| Err(ApiError::internal("the answer was lost")))?;
-            account.wait(Needs::Closed).await?;
+            account.wait(Needs::Closed, 503).await?;
             drop(guard);
             Ok(Reply::new(hyper::StatusCode::OK, JSON, bytes))
         }

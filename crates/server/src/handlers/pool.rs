@@ -148,7 +148,7 @@ async fn admit(
     }
     let values = answer.await.unwrap_or_else(|_| Err(ApiError::internal("the answer was lost")))?;
     drop(submission);
-    account.wait(Needs::Closed).await?;
+    account.wait(Needs::Closed, 503).await?;
     write(shape, values, id, model, tokens).await
 }
 

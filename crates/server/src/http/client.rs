@@ -367,6 +367,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_another_server_may_cost_is_bounded() {
+        /// What is answered, what is made of it.
         type Case = (&'static [u8], Result<&'static [u8], CallError>);
         let cases: [Case; 7] = [
             (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", Ok(b"ok")),

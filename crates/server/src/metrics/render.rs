@@ -274,13 +274,6 @@ fn engine_metrics(page: &mut Page, view: EngineView<'_>) {
     ] {
         page.single(name, kind, help, value);
     }
-    let name = "mirai_energy_joules_total";
-    page.family(name, "counter", "Energy of the devices: of requests, and while no step ran.");
-    for (state, microjoules) in
-        [("attributed", c.energy_attributed_microjoules), ("idle", c.energy_idle_microjoules)]
-    {
-        page.sample(name, &format!("state=\"{state}\""), microjoules as f64 * 1e-6);
-    }
     step_sizes(page, "mirai_engine_iteration_tokens", "", c);
     let joules = "mirai_energy_joules_total";
     page.family(

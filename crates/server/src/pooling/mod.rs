@@ -50,7 +50,7 @@ pub(crate) fn judge(mut body: Body, rules: Rules<'_>, style: Style) -> Result<Po
         Body::Rerank(body) => (&mut body.user, &mut body.safety_identifier, &mut body.metadata),
         Body::Score(body) => (&mut body.user, &mut body.safety_identifier, &mut body.metadata),
     };
-    let attribution = Attribution::of(Name(take(user)), take(safety_identifier), take(metadata));
+    let attribution = Attribution::of(take(user), take(safety_identifier), take(metadata));
     let (name, wanted) = match &body {
         Body::Embeddings(body) => (&body.model, Wanted::Embeddings),
         Body::Rerank(body) => (&body.model, Wanted::Scores),

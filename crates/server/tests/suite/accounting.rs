@@ -5,19 +5,24 @@ use std::time::Duration;
 
 use mirai_engine::EngineConfig;
 use mirai_ledger::store::SqlStore;
-use mirai_ledger::store::{Store, sqlite::Sqlite};
+use mirai_ledger::store::{
+    Store,
+    sqlite::{Sqlite, SqliteOptions},
+};
 use mirai_ledger::{Finish, Ledger, LedgerConfig, Row, State};
 use rusqlite::Connection;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::client::{Answer, head, post, read_answer};
+use crate::client::{Answer, get, head, post, read_answer};
 use crate::support::*;
 
-pub fn ledger(file: &Path) -> Ledger {
-    let store = SqlStore::<Sqlite>::open(file, None, &mirai_ledger::store::sqlite::SqliteOptions::default());
-    let config = LedgerConfig { writer: "w".into(), takeover: true, ..LedgerConfig::default() };
+pub fn ledger(file: &Path, config: LedgerConfig) -> Ledger {
+    // Another process that writes is waited for in small portions.
+    let options = SqliteOptions { busy_timeout: Duration::from_millis(100), ..SqliteOptions::default() };
+    let store = SqlStore::<Sqlite>::open(file, None, &options);
+    let config = LedgerConfig { writer: "w".into(), takeover: true, ..config };
     Ledger::start(Box::new(store.unwrap()), None, config).unwrap()
 }
 
@@ -37,8 +42,12 @@ struct Bed {
 
 impl Bed {
     async fn start(options: Options) -> Self {
+        Self::with(options, LedgerConfig::default()).await
+    }
+
+    async fn with(options: Options, config: LedgerConfig) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let ledger = Some(ledger(&folder.path().join("ledger.db")));
+        let ledger = Some(ledger(&folder.path().join("ledger.db"), config));
         let server = TestServer::start(Options { ledger, ..options }).await;
         Self { folder, server }
     }
@@ -206,6 +215,37 @@ async fn nothing_leaves_that_a_stalled_store_does_not_know() {
     let events = answer.events();
     assert_eq!(events.last().unwrap()["usage"]["completion_tokens"], 1500);
     assert_eq!(rows(&bed.file())[0].completion_tokens, 1500);
+    bed.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_is_told_of_a_failure_has_a_row_that_says_so() {
+    let config = LedgerConfig { stall: Duration::from_millis(300), ..LedgerConfig::default() };
+    let bed = Bed::with(Options { step: Duration::from_millis(4), ..Options::default() }, config).await;
+    let address = bed.server.address;
+    for (stream, status) in [(false, 503), (true, 200)] {
+        let known = rows(&bed.file()).len();
+        let body = chat("count", &json!({"stream": stream, "max_tokens": 500}));
+        let client = tokio::spawn(async move { post(address, "/v1/chat/completions", &body).await });
+        let file = bed.file();
+        let opened = async |_: &TestServer| rows(&file).len() > known;
+        bed.server.until("a durable opening", PATIENCE, opened).await;
+        // Another process writes while the answer comes to its end, which is computed and cannot be written.
+        let other = Connection::open(bed.file()).unwrap();
+        other.busy_timeout(PATIENCE).unwrap();
+        other.execute_batch("BEGIN IMMEDIATE").unwrap();
+        let answer = client.await.unwrap();
+        assert_eq!(answer.status, status, "{}", answer.text());
+        assert!(answer.text().contains("ledger_unavailable"), "{}", answer.text());
+        let done = async |server: &TestServer| server.metric("mirai_streams").await == 0.0;
+        bed.server.until("the engine's end", PATIENCE, done).await;
+        other.execute_batch("COMMIT").unwrap();
+        let closed = bed.closed_rows().await;
+        let row = closed.last().unwrap();
+        assert_eq!((closed.len(), &row.finish, row.status), (known + 1, &Finish::Error, status), "{row:?}");
+        let ready = async |_: &TestServer| get(address, "/health/ready").await.status == 200;
+        bed.server.until("a ledger that takes more", PATIENCE, ready).await;
+    }
     bed.server.stop().await;
 }
 

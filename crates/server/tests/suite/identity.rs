@@ -442,6 +442,7 @@ async fn rows_say_who_called_and_never_by_name() {
     let opaque = world.opaque("row-opaque", world.active("4711@chat"));
     let consumer = ("X-Consumer-Username", "Consumer-1");
     let body = json!({"user": "zoe-in-body"});
+    /// Token, headers, more of the body; application and key, version, user of the row.
     type Case<'a> =
         (&'a str, &'a [(&'a str, &'a str)], serde_json::Value, [&'a str; 2], u32, Option<&'a str>);
     let cases: [Case<'_>; 7] = [

@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 use crate::client::{Answer, head, request};
 use crate::support::*;
 
-const PEPPER: &str = "of 32 bytes or more, as it should be";
+const PEPPER: &str = "a-secret-of-32-bytes-or-more-without-spaces";
 
 /// Applications and their keys, in files as an operator has them.
 struct Applications {

@@ -70,6 +70,40 @@ fn the_end_is_durable_before_it_is_told_and_the_first_end_counts() {
     sound(&mut rig.db.connect());
 }
 
+#[test]
+fn a_client_that_was_told_of_a_failure_does_not_pay_for_a_success() {
+    for when in ["before the end", "before it is written", "after it was written"] {
+        let mut rig = Rig::new(config(), None);
+        let open = rig.open(1).unwrap();
+        rig.settle();
+        if when == "before the end" {
+            open.fail(503);
+        }
+        open.close(&ended(18));
+        if when == "after it was written" {
+            rig.settle();
+            assert_eq!(rig.row(1).unwrap().finish, Finish::Stop);
+        }
+        open.fail(503);
+        open.fail(200);
+        rig.settle();
+        let row = rig.row(1).unwrap();
+        assert_eq!((row.completion_tokens, row.finish, row.status), (18, Finish::Error, 503), "{when}");
+        let counters = &rig.shared.counters;
+        assert_eq!((counters.closed.get(), counters.closed_tokens.get()), (1, 18), "{when}");
+        assert_eq!(rig.shared.open.load(Ordering::Acquire), 0, "{when}");
+        sound(&mut rig.db.connect());
+    }
+    // What has failed by itself stays what it is.
+    let mut rig = Rig::new(config(), None);
+    let open = rig.open(1).unwrap();
+    open.close(&Outcome { finish: Finish::Abort, status: 499, ..ended(3) });
+    open.fail(503);
+    rig.settle();
+    let row = rig.row(1).unwrap();
+    assert_eq!((row.finish, row.status), (Finish::Abort, 499));
+}
+
 use super::super::counters::Counter;
 
 #[test]

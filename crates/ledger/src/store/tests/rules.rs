@@ -26,6 +26,7 @@ on_each! {
     a_request_opens_goes_on_and_ends
     every_commit_may_be_repeated
     a_row_closed_at_once_has_both_links
+    a_good_end_gives_way_to_an_error_and_never_the_reverse
     recovery_closes_at_the_last_checkpoint_and_only_once
     a_writer_that_was_given_up_is_refused_and_may_come_back
     what_an_owner_knows_replaces_what_recovery_guessed
@@ -87,6 +88,20 @@ fn a_row_closed_at_once_has_both_links(db: &impl Database) {
     store.commit(&me, LEASE, &[new(closed(&request(1), 4))]).unwrap();
     let report = sound(&mut store);
     assert_eq!((report.rows, report.links), (1, 2));
+}
+
+fn a_good_end_gives_way_to_an_error_and_never_the_reverse(db: &impl Database) {
+    let mut store = db.connect();
+    let me = store.register("a", LEASE, false).unwrap();
+    let good = closed(&request(1), 4);
+    let failed = Row { finish: Finish::Error, status: 503, ..good.clone() };
+    for step in [&good, &failed, &good, &failed, &good] {
+        store.commit(&me, LEASE, &[old(step.clone())]).unwrap();
+        sound(&mut store);
+    }
+    let row = store.row(&good.id).unwrap().unwrap();
+    assert_eq!((row.finish, row.status, row.completion_tokens), (Finish::Error, 503, 4));
+    assert_eq!(sound(&mut store).links, 3, "each end that changed something has a link");
 }
 
 fn recovery_closes_at_the_last_checkpoint_and_only_once(db: &impl Database) {

@@ -30,11 +30,11 @@ pub(super) fn two_versions(db: &impl Database) {
     let mut newer = db.connect();
     newer.migrate(&next(1)).unwrap();
     newer.migrate(&next(1)).unwrap();
-    assert_eq!(newer.schema().unwrap(), newest() + 1);
+    assert_eq!(newer.schema().unwrap(), 2);
     store.commit(&me, LEASE, &[old(closed(&request(1), 5)), new(request(2))]).unwrap();
     // An old one that starts later leaves it as it is.
     let mut later = db.connect();
-    assert_eq!(later.schema().unwrap(), newest() + 1);
+    assert_eq!(later.schema().unwrap(), 2);
     let other = later.register("later", LEASE, false).unwrap();
     later.commit(&other, LEASE, &[new(request(3))]).unwrap();
     // A row with a word and a version that the old one does not know is read, counted, and let be.
@@ -67,7 +67,7 @@ fn the_first_release_runs_beside_this_one() {
     let mut old = SqlStore::reading(Sqlite::new(connection, 64, None).unwrap()).unwrap();
     assert_eq!(old.check_schema(first, false).unwrap(), 1);
     let mut ours = db.connect();
-    assert_eq!(ours.schema().unwrap(), newest());
+    assert_eq!(ours.schema_version(false).unwrap(), (newest(), 1));
     old.migrate(first).unwrap();
     assert_eq!(old.check_schema(first, false).unwrap(), newest(), "and it may go on");
     let me = old.register("old", LEASE, false).unwrap();
@@ -83,7 +83,6 @@ fn a_database_of_the_first_release_is_read() {
     connection.execute_batch(include_str!("../../../tests/golden/ledger-v1.sql")).unwrap();
     drop(connection);
     let mut store = db.connect();
-    assert_eq!(store.schema().unwrap(), newest());
     let report = sound(&mut store);
     assert_eq!((report.rows, report.open, report.links, report.unsigned), (3, 1, 5, 0));
     let rows = store.rows("", 10).unwrap();
