@@ -3,18 +3,26 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::shell::{self, root};
 
-/// Runs clippy over the workspace; its warnings as one SARIF document.
+/// Runs clippy over the workspace; its warnings and errors as one SARIF document. An error is a result like others:
+/// only a clippy that said nothing of the kind has failed.
 pub(crate) fn clippy() -> Result<Value> {
-    let output = shell::output(
-        "cargo",
-        &["clippy", "--workspace", "--all-targets", "--quiet", "--message-format=json"],
-    )?;
-    Ok(sarif(&output))
+    let words = ["clippy", "--workspace", "--all-targets", "--quiet", "--message-format=json"];
+    let output = shell::command("cargo", &words).output().context("cannot start cargo clippy")?;
+    let document = sarif(&String::from_utf8_lossy(&output.stdout));
+    let errors =
+        document["runs"][0]["results"].as_array().is_some_and(|r| r.iter().any(|r| r["level"] == "error"));
+    ensure!(
+        output.status.success() || errors,
+        "cargo clippy ended with {}: {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(document)
 }
 
 /// Converts cargo's JSON lines.
