@@ -372,6 +372,8 @@ impl Group {
     fn complete(&mut self) {
         self.closed = true;
         self.ticket.finish(1);
+        // Before the answer: what it says of the application's limits has happened.
+        self.settle();
         match &mut self.sink {
             Sink::Stream(buffer) => {
                 if self.output.include_usage {
