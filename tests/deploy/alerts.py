@@ -122,6 +122,10 @@ CASES = {
         (counter("mirai_identity_decisions_total", "0+2x30", ',credential="jwt",decision="unavailable"'), 20, ALL),
         (counter("mirai_identity_decisions_total", "0+2x30", ',credential="jwt",decision="refused"'), 20, None),
     ],
+    "MiraiQuotaAway": [
+        (counter("mirai_quota_health", "0x5 1x20"), 15, ONE),
+        (counter("mirai_quota_health", "0x5 1x3 0x20"), 15, None),
+    ],
     "MiraiGpuFault": [(counter("mirai_gpu_last_xid", "0x5 79x5"), 8, ONE), (counter("mirai_gpu_last_xid", "0x10"), 8, None)],
     "MiraiGpuIdle": [
         (counter("mirai_engine_steps_total", "5x120") | counter("mirai_gpu_power_watts", "70x120"), 110, ONE),

@@ -294,7 +294,7 @@ class Fetching(unittest.TestCase):
     """The init container's own script, with an rclone that copies from a folder."""
 
     RCLONE = "#!/bin/sh\n[ \"$1\" = copy ] || exit 9\nfor a; do last=$a; prev2=$prev; prev=$a; done\n" \
-             "while read -r f; do mkdir -p \"$(dirname \"$last/$f\")\"; cp \"$prev2/$f\" \"$last/$f\"; done < \"$3\"\necho copied >> \"$CALLS\"\n"
+             "while read -r f; do mkdir -p \"$(dirname \"$last/$f\")\"; cp \"$prev2/$f\" \"$last/$f\"; done\necho copied >> \"$CALLS\"\n"
 
     def run_script(self, folder, damage=None, before=None):
         """Runs it on a store of two files; returns (exit code, calls of rclone, what is in the volume)."""

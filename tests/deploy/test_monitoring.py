@@ -19,6 +19,7 @@ from test_rules import FILE, RULES
 
 DASHBOARDS = {p.stem: json.loads(p.read_text()) for p in sorted((chart.CHART / "files" / "dashboards").glob("*.json"))}
 DRIVER = pathlib.Path(os.environ.get("MIRAI_TEST_CUDA_DRIVER", chart.ROOT / "target" / "cuda-emu" / "driver"))
+KEY = "a-key-for-the-load"
 # What Grafana would put for its own variables, short enough for a short test.
 GRAFANA = {"$__rate_interval": "10s", "$__range": "10s", "$job": "mirai", "$instance": ".*"}
 
@@ -78,7 +79,7 @@ class Live(unittest.TestCase):
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             ledger = lambda name: ("--ledger", f"sqlite://{folder}/{name}.sqlite")  # noqa: E731
-            addresses = [stack.enter_context(running.server(folder, "cpu", *ledger("cpu")))[0]]
+            addresses = [stack.enter_context(running.server(folder, "cpu", *ledger("cpu"), *cls.applications(folder)))[0]]
             cls.gpu = (DRIVER / "libcuda.so.1").exists()
             if cls.gpu:
                 flags = ("--device", "cuda", "--max-num-seqs", "4", "--max-num-batched-tokens", "64", *ledger("gpu"))
@@ -87,11 +88,19 @@ class Live(unittest.TestCase):
             cls.addresses = addresses
             for address in addresses:
                 prompt = {"model": "mirai-demo", "prompt": "Comment compter les jetons ? " * 8, "max_tokens": 8}
-                call = lambda a=address, p=prompt: running.post(f"{a}/v1/completions", p)  # noqa: E731
+                call = lambda a=address, p=prompt: running.post(f"{a}/v1/completions", p, key=KEY)  # noqa: E731
                 stack.enter_context(running.load([call, call]))
             targets = [a.removeprefix("http://") for a in addresses]
             cls.query = staticmethod(stack.enter_context(running.prometheus(folder, targets, rules=FILE)))
             cls.addClassCleanup(stack.pop_all().close)
+
+    @staticmethod
+    def applications(folder):
+        """Flags for one application with a limit, so that quotas are counted; the load comes with a plain key."""
+        file, pepper = pathlib.Path(folder) / "applications.toml", pathlib.Path(folder) / "pepper"
+        file.write_text('[[application]]\nname = "notes"\n[application.quota]\nrequests_per_minute = 100\n')
+        pepper.write_text("1 " + "p" * 43 + "\n")
+        return "--applications", str(file), "--pepper-file", str(pepper), "--api-key", KEY
 
     def without_gpu(self, expression):
         """Whether an expression needs the emulated driver and there is none."""

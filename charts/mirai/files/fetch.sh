@@ -6,6 +6,5 @@ if sha256sum -c "$sums" >/dev/null 2>&1; then
   echo "model is here and right"
   exit 0
 fi
-sed 's/^[0-9a-f]*  //' "$sums" > /tmp/mirai-files
-rclone copy --files-from /tmp/mirai-files --checksum --transfers 8 "$SOURCE" .
+sed 's/^[0-9a-f]*  //' "$sums" | rclone copy --files-from - --checksum --transfers 8 "$SOURCE" .
 sha256sum -c "$sums"
