@@ -20,11 +20,11 @@ use tokio::net::TcpStream;
 use crate::client::{Answer, get, head, post, read_answer};
 use crate::support::*;
 
-pub fn ledger(file: &Path, config: LedgerConfig) -> Ledger {
+pub fn ledger(file: &Path, config: &LedgerConfig) -> Ledger {
     // Another process that writes is waited for in small portions.
     let options = SqliteOptions { busy_timeout: Duration::from_millis(100), ..SqliteOptions::default() };
     let store = SqlStore::<Sqlite>::open(file, None, &options);
-    let config = LedgerConfig { writer: "w".into(), takeover: true, ..config };
+    let config = LedgerConfig { writer: "w".into(), takeover: true, ..config.clone() };
     Ledger::start(Box::new(store.unwrap()), None, config).unwrap()
 }
 
@@ -49,7 +49,7 @@ impl Bed {
 
     async fn with(options: Options, config: LedgerConfig) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let ledger = Some(ledger(&folder.path().join("ledger.db"), config));
+        let ledger = Some(ledger(&folder.path().join("ledger.db"), &config));
         let server = TestServer::start(Options { ledger, ..options }).await;
         Self { folder, server }
     }

@@ -439,7 +439,7 @@ async fn rows_say_who_called_and_never_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("ledger.db");
     let world =
-        World::with(|options| options.ledger = Some(ledger(&file, mirai_ledger::LedgerConfig::default())))
+        World::with(|options| options.ledger = Some(ledger(&file, &mirai_ledger::LedgerConfig::default())))
             .await;
     let opaque = world.opaque("row-opaque", world.active("4711@chat"));
     let consumer = ("X-Consumer-Username", "Consumer-1");
