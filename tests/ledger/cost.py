@@ -101,7 +101,7 @@ def main():
     folder = pathlib.Path(args.folder)
     flags, _ = server.model_args(args)
     flags += ["--max-num-seqs", args.streams]
-    postgres = Postgres(folder)
+    postgres = Postgres()
     found = {"load average before": os.getloadavg()[0], "sync p99 ms": sync_p99(folder)}
     if postgres.programs:
         postgres.up()

@@ -9,13 +9,14 @@ a server under streams. Then its health and answers must be as documented, and a
 
 import argparse
 import asyncio
+import atexit
 import json
 import os
 import pathlib
-import pwd
 import random
 import shutil
 import subprocess
+import tempfile
 
 import client
 import server
@@ -127,9 +128,10 @@ class Bed:
 class Postgres:
     """A server of our own."""
 
-    def __init__(self, folder):
-        self.folder = pathlib.Path(folder).resolve() / "postgres"
-        self.folder.mkdir()
+    def __init__(self):
+        # Short, because a socket lies in it, and of nobody else's folder: it may belong to another user.
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="mirai-postgres-"))
+        atexit.register(self.end)
         programs = [pathlib.Path(p) for p in os.environ.get("PATH", "").split(":")]
         programs += sorted(pathlib.Path("/usr/lib/postgresql").glob("*/bin"))
         self.programs = next((p for p in programs if (p / "initdb").exists() and (p / "psql").exists()), None)
@@ -139,9 +141,6 @@ class Postgres:
         if self.user:
             # It refuses to run as root.
             shutil.chown(self.folder, self.user)
-            for parent in self.folder.parents:
-                if parent != pathlib.Path("/"):
-                    os.chmod(parent, os.stat(parent).st_mode | 0o011)
         self.run("initdb", "-D", self.folder / "data", "-A", "trust", "-U", "mirai", "-E", "UTF8", "--no-sync")
 
     def run(self, program, *args):
@@ -158,6 +157,12 @@ class Postgres:
         """As if it had been killed."""
         self.run("pg_ctl", "-D", self.folder / "data", "-w", "-m", "immediate", "stop")
 
+    def end(self):
+        """Leaves nothing behind."""
+        if (self.folder / "data" / "postmaster.pid").exists():
+            self.down()
+        shutil.rmtree(self.folder)
+
     def conninfo(self):
         return f"host={self.folder} user=mirai dbname=postgres"
 
@@ -169,8 +174,11 @@ class Postgres:
         return ["--postgres", self.conninfo(), "--psql", self.programs / "psql"]
 
     def ask(self, query):
+        """One number; none from a server that does not answer yet."""
         command = [self.programs / "psql", "-X", "-A", "-t", "-d", self.conninfo(), "-c", query]
-        return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+        with open(self.folder / "log", "ab") as log:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log)
+        return int(done.stdout) if done.returncode == 0 else None
 
     def clear(self):
         """As before the first start."""
@@ -330,7 +338,7 @@ def main():
     args.seed = random.randrange(1 << 32) if args.seed is None else args.seed
     print(f"seed {args.seed}", flush=True)
     shim = build(args.folder)
-    postgres = Postgres(args.folder)
+    postgres = Postgres()
     for name in args.only:
         if "postgres" in name or name == "both_killed":
             if postgres.programs is None:

@@ -12,6 +12,7 @@ import asyncio
 import json
 import pathlib
 import random
+import sys
 import time
 
 import client
@@ -137,6 +138,7 @@ def main():
         total["tokens"] += found["tokens"]
         total["most a row lacks"] = max(total["most a row lacks"], found["lacks"])
         total["closed by recovery"] += found["finish"].get("crashed", 0)
+        print(f"{first + min(ROUNDS, args.kills - first)} kills: {json.dumps(total)}", file=sys.stderr, flush=True)
     print(json.dumps({
         "kills": args.kills, "of them while starting": rounds.killed_starting, **total,
         "streams cut": rounds.cut, "cut before the head": rounds.unseen,

@@ -4,6 +4,7 @@
 
 use std::io::Read;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mirai_ledger::location::Location;
@@ -13,6 +14,7 @@ use mirai_server::Accounting;
 
 use crate::config::{LedgerConfig, UsageConfig};
 use crate::exit::Failure;
+use crate::usage::read_prices;
 
 /// Most bytes of a file of secrets.
 const MAX_SECRETS: u64 = 64 << 10;
@@ -108,6 +110,7 @@ pub(crate) fn start(config: &LedgerConfig, usage: &UsageConfig) -> Result<Option
     let spool = config.spool.as_deref().map(|path| Spool::open(path, config.spool_bytes));
     let spool = spool.transpose().map_err(Failure::environment)?;
     let replica = writer(config);
+    let prices = usage.price_file.as_deref().map(read_prices).transpose()?.map(Arc::new);
     let settings = mirai_ledger::LedgerConfig {
         writer: replica.clone(),
         takeover: location.is_exclusive(),
@@ -123,5 +126,5 @@ pub(crate) fn start(config: &LedgerConfig, usage: &UsageConfig) -> Result<Option
         StartError::Thread(_) => Failure::environment(error),
     })?;
     tracing::info!(store = %location, writer = replica, "requests are accounted for");
-    Ok(Some(Accounting { ledger, replica }))
+    Ok(Some(Accounting { ledger, replica, prices }))
 }

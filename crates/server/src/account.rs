@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use mirai_ledger::price::{Money, PriceBook, Work};
 use mirai_ledger::quota::Reservation;
 use mirai_ledger::store::sqlite::system_micros;
 use mirai_ledger::{Counts, Endpoint, Ledger, Open, Outcome, Row, Unavailable};
@@ -22,6 +23,23 @@ pub struct Accounting {
     pub ledger: Ledger,
     /// Where requests run: the pod or the machine.
     pub replica: String,
+    /// What usage costs, if that is told: rows name the list in force, and answers their cost.
+    pub prices: Option<Arc<PriceBook>>,
+}
+
+/// The price list that was in force when a request arrived.
+#[derive(Debug)]
+pub(crate) struct Rate {
+    book: Arc<PriceBook>,
+    version: String,
+    model: String,
+}
+
+/// A request's row, and what it will be charged by.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    open: Open,
+    rate: Option<Rate>,
 }
 
 /// What is known of a request when the engine has room for it.
@@ -42,14 +60,20 @@ impl Accounting {
     ///
     /// # Errors
     /// 503: the request cannot be accounted for.
-    pub(crate) fn open(&self, charge: &Charge<'_>, auth: &Auth) -> Result<Open, ApiError> {
+    pub(crate) fn open(&self, charge: &Charge<'_>, auth: &Auth) -> Result<Opened, ApiError> {
         let caller = charge.caller;
         let pseudonym = auth.pseudonym(caller);
         let since = i64::try_from(charge.arrived.elapsed().as_micros()).unwrap_or(i64::MAX);
+        let queued_at = system_micros().saturating_sub(since);
+        let rate = self.prices.as_ref().and_then(|book| {
+            let version = book.at(queued_at)?.version().to_owned();
+            Some(Rate { book: book.clone(), version, model: charge.model.to_owned() })
+        });
         let row = Row {
             id: charge.id.to_owned(),
             endpoint: charge.endpoint.clone(),
-            queued_at: system_micros().saturating_sub(since),
+            queued_at,
+            price_version: rate.as_ref().map(|rate| rate.version.clone()),
             model: charge.model.to_owned(),
             model_revision: charge.revision.to_owned(),
             replica: self.replica.clone(),
@@ -63,7 +87,7 @@ impl Accounting {
             ..Row::default()
         };
         match self.ledger.open(row, charge.arrived) {
-            Ok(open) => Ok(open),
+            Ok(open) => Ok(Opened { open, rate }),
             Err(fault) => Err(refusal(&fault)),
         }
     }
@@ -110,6 +134,7 @@ struct Kept {
     open: Option<Open>,
     held: Mutex<Option<Reservation>>,
     prompt_tokens: u64,
+    rate: Option<Rate>,
     /// Output tokens told last.
     told: AtomicU64,
 }
@@ -131,11 +156,12 @@ impl Drop for Kept {
 }
 
 impl Account {
-    pub(crate) fn new(open: Option<Open>, held: Option<Reservation>, prompt_tokens: u64) -> Self {
-        if open.is_none() && held.is_none() {
+    pub(crate) fn new(opened: Option<Opened>, held: Option<Reservation>, prompt_tokens: u64) -> Self {
+        if opened.is_none() && held.is_none() {
             return Self::default();
         }
-        let kept = Kept { open, held: Mutex::new(held), prompt_tokens, told: AtomicU64::new(0) };
+        let (open, rate) = opened.map_or((None, None), |opened| (Some(opened.open), opened.rate));
+        let kept = Kept { open, held: Mutex::new(held), prompt_tokens, rate, told: AtomicU64::new(0) };
         Self(Some(Arc::new(kept)))
     }
 
@@ -170,6 +196,19 @@ impl Account {
             open.fail(status);
             refusal(&fault)
         })
+    }
+
+    /// What the request costs, in the price list's currency, if its model has a price.
+    pub(crate) fn cost(&self, counts: &Counts) -> Option<f64> {
+        let kept = self.0.as_deref()?;
+        let rate = kept.rate.as_ref()?;
+        let work = Work {
+            prompt_tokens: kept.prompt_tokens,
+            cached_tokens: counts.cached_tokens,
+            completion_tokens: counts.completion_tokens,
+            gpu_micros: counts.gpu_micros,
+        };
+        rate.book.version(&rate.version)?.of(&rate.model, &work).map(Money::to_f64)
     }
 
     /// Tells how far the request is.

@@ -69,7 +69,7 @@ impl Tokenizer {
     /// # Errors
     /// Malformed JSON, a component that cannot be reproduced exactly, or a size beyond the limits.
     pub fn from_json_bytes(bytes: &[u8]) -> Result<Self, TokenizerError> {
-        crate::hf::load(bytes).map(Self::from_parts)
+        crate::hf::load(bytes).and_then(Self::from_parts)
     }
 
     /// Reads a `tokenizer.json` file.
@@ -89,7 +89,7 @@ impl Tokenizer {
     /// # Errors
     /// [`TokenizerError::Invalid`] naming the field, or a size beyond the limits.
     pub fn from_tekken_bytes(bytes: &[u8]) -> Result<Self, TokenizerError> {
-        crate::tekken::load(bytes).map(Self::from_parts)
+        crate::tekken::load(bytes).and_then(Self::from_parts)
     }
 
     /// Builds a tokenizer from the vocabulary of a GGUF file.
@@ -97,16 +97,22 @@ impl Tokenizer {
     /// # Errors
     /// [`TokenizerError::Gguf`] naming the field, or [`TokenizerError::UnknownPreTokenizer`].
     pub fn from_gguf_vocab(vocab: GgufVocab) -> Result<Self, TokenizerError> {
-        crate::gguf::load(vocab).map(Self::from_parts)
+        crate::gguf::load(vocab).and_then(Self::from_parts)
     }
 
-    fn from_parts(parts: Parts) -> Self {
-        Self {
+    fn from_parts(parts: Parts) -> Result<Self, TokenizerError> {
+        // What every text would begin or end with must mean something.
+        let vocab_size = parts.table.len();
+        if let Some(&id) = parts.prefix.iter().chain(&parts.suffix).find(|id| parts.table.get(**id).is_none())
+        {
+            return Err(TokenizerError::UnknownId { id, vocab_size });
+        }
+        Ok(Self {
             inner: Arc::new(Inner { encoder: parts.encoder, table: parts.table, leading: parts.leading }),
             prefix: parts.prefix.into(),
             suffix: parts.suffix.into(),
             max_input_bytes: DEFAULT_MAX_INPUT_BYTES,
-        }
+        })
     }
 
     /// The same tokenizer with another input limit, in bytes of UTF-8.

@@ -75,7 +75,7 @@ fn store_failure(location: &Location) -> impl Fn(StoreError) -> Failure {
     }
 }
 
-fn read_prices(path: &Path) -> Result<PriceBook, Failure> {
+pub(crate) fn read_prices(path: &Path) -> Result<PriceBook, Failure> {
     let failure = |error: &dyn std::fmt::Display| Failure::usage(format!("{}: {error}", path.display()));
     let text = std::fs::read_to_string(path).map_err(|error| failure(&error))?;
     PriceBook::parse(&text).map_err(|error| failure(&error))

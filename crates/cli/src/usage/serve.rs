@@ -34,10 +34,10 @@ pub(crate) fn check(config: &UsageConfig, ledger: bool) -> Result<(), Failure> {
 /// Lets the server read its ledger, and tell others of it. Needs the runtime that serves.
 pub(crate) fn start(config: &Config, replica: &str, server: &ServerHandle) -> Result<(), Failure> {
     let usage = &config.usage;
-    let prices = usage.price_file.as_deref().map(read_prices).transpose()?.map(Arc::new);
     let Some(location) = ledger::place(&config.ledger)? else { return Ok(()) };
     server.read_usage(location.clone()).map_err(Failure::run)?;
     let Some(url) = &usage.events_url else { return Ok(()) };
+    let prices = usage.price_file.as_deref().map(read_prices).transpose()?.map(Arc::new);
     let events = UsageEvents {
         ledger: location,
         url: url.clone(),

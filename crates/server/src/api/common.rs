@@ -240,6 +240,9 @@ pub struct Usage {
     pub prompt_tokens_details: PromptTokensDetails,
     /// Parts of `completion_tokens`.
     pub completion_tokens_details: CompletionTokensDetails,
+    /// In the currency of the server's price list; only where the model has a price.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cost: Option<f64>,
     /// Only where the server knows its site, and the request's energy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub impacts: Option<Impacts>,

@@ -31,6 +31,8 @@ pub struct EmbeddingRequest {
     /// Let the tokenizer add its special tokens to texts. Default true.
     pub add_special_tokens: Option<bool>,
     /// On whose behalf; recorded as a pseudonym, if at all.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub user: Name,
     /// The same under its newer name.
     #[serde(default)]
@@ -142,6 +144,8 @@ pub struct RerankRequest {
     #[schema(value_type = Option<Truncate>)]
     pub truncate: Option<Truncate>,
     /// On whose behalf; recorded as a pseudonym, if at all.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub user: Name,
     /// The same under its newer name.
     #[serde(default)]
@@ -247,6 +251,8 @@ pub struct ScoreRequest {
     #[schema(value_type = Option<Truncate>)]
     pub truncate: Option<Truncate>,
     /// On whose behalf; recorded as a pseudonym, if at all.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub user: Name,
     /// The same under its newer name.
     #[serde(default)]

@@ -362,6 +362,7 @@ impl Group {
         let stopped = ended == Ended::Stop;
         let wasted = self.settlement.part_ended(reason, stopped, usage, choice.tokens, estimate);
         self.usage.impacts = self.settlement.impacts(cx.model.footprint);
+        self.usage.cost = self.settlement.cost(self.usage, &self.ticket);
         metrics.wasted_tokens.add(wasted);
         metrics.preemptions.observe(f64::from(usage.preemptions));
         metrics.request_generation_tokens.observe(f64::from(choice.tokens));
@@ -372,6 +373,8 @@ impl Group {
     fn complete(&mut self) {
         self.closed = true;
         self.ticket.finish(1);
+        // Before the answer: what it says of the application's limits has happened.
+        self.settle();
         match &mut self.sink {
             Sink::Stream(buffer) => {
                 if self.output.include_usage {

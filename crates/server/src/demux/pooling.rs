@@ -168,6 +168,8 @@ impl Call {
         self.progress = None;
         let values: Option<Pooled> = self.values.iter_mut().map(Option::take).collect();
         self.ticket.finish(if values.is_some() { 1 } else { 2 });
+        // Before the answer: what it says of the application's limits has happened.
+        self.settle();
         // A receiver that is gone was its client's.
         let _ = sink.send(values.ok_or_else(|| ApiError::internal("an item ended without its numbers")));
     }

@@ -115,6 +115,11 @@ impl Settlement {
         Some(footprint.impacts(self.spent.energy_microjoules))
     }
 
+    /// What the request costs so far, if it has a price.
+    pub(super) fn cost(&self, usage: UsageCounts, ticket: &Ticket) -> Option<f64> {
+        self.account.cost(&self.counts(usage, ticket))
+    }
+
     /// The request was ended with an error.
     pub(super) fn failed(&mut self, error: &ApiError) {
         let finish = if error.code == "deadline_exceeded" { Finish::Timeout } else { Finish::Error };

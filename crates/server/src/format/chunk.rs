@@ -15,6 +15,8 @@ pub(crate) struct UsageCounts {
     pub(crate) cached: u64,
     pub(crate) completion: u64,
     pub(crate) reasoning: u64,
+    /// In the price list's currency, once all of it has ended and where its model has a price.
+    pub(crate) cost: Option<f64>,
     /// kWh and kgCO2eq, once all of it has ended and where the site says what energy means.
     pub(crate) impacts: Option<(f64, f64)>,
 }
@@ -33,8 +35,11 @@ impl UsageCounts {
             json::int(out, value);
         }
         out.push(b'}');
+        // As OpenGateLLM names them.
+        if let Some(cost) = self.cost {
+            out.extend_from_slice(format!(",\"cost\":{cost}").as_bytes());
+        }
         if let Some((kwh, kgco2eq)) = self.impacts {
-            // As OpenGateLLM names them.
             let impacts = format!(",\"impacts\":{{\"kWh\":{kwh},\"kgCO2eq\":{kgco2eq}}}");
             out.extend_from_slice(impacts.as_bytes());
         }
@@ -283,7 +288,8 @@ mod tests {
         let events = Events::new(Kind::Chat, "chatcmpl-1", 7, "a\"b");
         let before = events.before_text(3);
         let impacts = Some((1.5e-7, 6e-9));
-        let counts = UsageCounts { prompt: 5, cached: 2, completion: 3, reasoning: 1, impacts };
+        let counts =
+            UsageCounts { prompt: 5, cached: 2, completion: 3, reasoning: 1, cost: Some(2.85e-4), impacts };
         let ids = [1, 2];
         let mut out = Vec::new();
         let piece = Piece { text: b"\\n\\u0000", token_ids: Some(&ids), ..Piece::default() };
@@ -294,6 +300,7 @@ mod tests {
         assert_eq!(value["choices"][0]["index"], 3);
         assert_eq!(value["usage"]["total_tokens"], 8);
         assert_eq!(value["usage"]["prompt_tokens_details"]["cached_tokens"], 2);
+        assert_eq!(value["usage"]["cost"], 2.85e-4);
         assert_eq!(value["usage"]["impacts"]["kWh"], 1.5e-7);
         assert_eq!(value["usage"]["impacts"]["kgCO2eq"], 6e-9);
         for text in [&b""[..], b"so"] {

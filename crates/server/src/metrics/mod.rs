@@ -146,10 +146,10 @@ pub(crate) struct Metrics {
     started: Instant,
     /// Answers by route (the last row: no route) and status class.
     http: Vec<[Counter; 4]>,
-    finished: [Counter; 4],
-    refused: [Counter; 8],
+    finished: [Counter; Ended::ALL.len()],
+    refused: [Counter; Refused::ALL.len()],
     /// By [`Reloaded`]: taken, and refused because the files are not usable.
-    reloads: [[Counter; 2]; 3],
+    reloads: [[Counter; 2]; Reloaded::ALL.len()],
     /// Who was let in.
     pub(crate) identity: Arc<identity::IdentityMetrics>,
     /// Open connections.

@@ -12,7 +12,7 @@ use std::mem::take;
 use std::sync::Arc;
 
 use crate::api::pooling::{EmbeddingRequest, RerankRequest, ScoreRequest, Truncate};
-use crate::api::wire::{Name, OneOrMany, PromptInput};
+use crate::api::wire::{OneOrMany, PromptInput};
 use crate::auth::Attribution;
 use crate::error::ApiError;
 use crate::task::{EmbedSpec, ScoreSpec, Task, Wanted};

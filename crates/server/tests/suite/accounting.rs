@@ -1,9 +1,11 @@
 //! Rows of the ledger: one for each request that the engine took, with what its client was told.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mirai_engine::EngineConfig;
+use mirai_ledger::price::PriceBook;
 use mirai_ledger::store::SqlStore;
 use mirai_ledger::store::{
     Store,
@@ -18,11 +20,11 @@ use tokio::net::TcpStream;
 use crate::client::{Answer, get, head, post, read_answer};
 use crate::support::*;
 
-pub fn ledger(file: &Path, config: LedgerConfig) -> Ledger {
+pub fn ledger(file: &Path, config: &LedgerConfig) -> Ledger {
     // Another process that writes is waited for in small portions.
     let options = SqliteOptions { busy_timeout: Duration::from_millis(100), ..SqliteOptions::default() };
     let store = SqlStore::<Sqlite>::open(file, None, &options);
-    let config = LedgerConfig { writer: "w".into(), takeover: true, ..config };
+    let config = LedgerConfig { writer: "w".into(), takeover: true, ..config.clone() };
     Ledger::start(Box::new(store.unwrap()), None, config).unwrap()
 }
 
@@ -47,7 +49,7 @@ impl Bed {
 
     async fn with(options: Options, config: LedgerConfig) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let ledger = Some(ledger(&folder.path().join("ledger.db"), config));
+        let ledger = Some(ledger(&folder.path().join("ledger.db"), &config));
         let server = TestServer::start(Options { ledger, ..options }).await;
         Self { folder, server }
     }
@@ -281,4 +283,31 @@ async fn a_drain_closes_every_row() {
         assert_eq!((&row.state, &row.finish, row.status), (&State::Closed, &Finish::Error, 200), "{row:?}");
         assert!(row.completion_tokens > 0);
     }
+}
+
+/// Prices of millions of tokens: an answer's cost is its row's by the list that the row names, to the last digit.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_says_what_it_costs() {
+    let book = "currency = 'EUR'\n[[list]]\nversion = 'p1'\nvalid_from = 2026-01-01\n\
+                [[list.model]]\nname = '*'\ninput = 0.15\ncached_input = 0.075\noutput = 0.6\n";
+    let book = Arc::new(PriceBook::parse(book).unwrap());
+    let bed = Bed::start(Options { prices: Some(book.clone()), ..Options::default() }).await;
+    // The second finds its prompt in the cache.
+    for _ in 0..2 {
+        let long = "a prompt of more than one block of tokens, so that some of it can be cached";
+        let body = chat(long, &json!({"n": 2, "max_tokens": 40}));
+        let whole = post(bed.server.address, "/v1/chat/completions", &body).await.json();
+        let row = row_of(&bed.file(), whole["id"].as_str().unwrap());
+        assert_eq!(row.price_version.as_deref(), Some("p1"));
+        let cost = book.cost(&row).unwrap().to_f64();
+        assert!(cost > 0.0);
+        assert_eq!(whole["usage"]["cost"].as_f64(), Some(cost));
+        let usage = |name: &str| whole["usage"].pointer(name).and_then(Value::as_f64).unwrap();
+        let (cached, answer) = (usage("/prompt_tokens_details/cached_tokens"), usage("/completion_tokens"));
+        let expected = (usage("/prompt_tokens") - cached) * 0.15 + cached * 0.075 + answer * 0.6;
+        assert!((cost * 1e6 - expected).abs() < 1e-6, "{cost} {expected}");
+    }
+    let more = json!({"stream": true, "stream_options": {"include_usage": true}});
+    assert!(bed.chat(&more).await.events().last().unwrap()["usage"]["cost"].as_f64().unwrap() > 0.0);
+    bed.server.stop().await;
 }

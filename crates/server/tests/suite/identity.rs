@@ -438,7 +438,9 @@ async fn administrators_have_a_door_of_their_own() {
 async fn rows_say_who_called_and_never_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("ledger.db");
-    let world = World::with(|options| options.ledger = Some(ledger(&file))).await;
+    let world =
+        World::with(|options| options.ledger = Some(ledger(&file, &mirai_ledger::LedgerConfig::default())))
+            .await;
     let opaque = world.opaque("row-opaque", world.active("4711@chat"));
     let consumer = ("X-Consumer-Username", "Consumer-1");
     let body = json!({"user": "zoe-in-body"});

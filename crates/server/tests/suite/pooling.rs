@@ -438,8 +438,8 @@ async fn a_client_that_leaves_takes_its_items_along() {
     let mut stream = tokio::net::TcpStream::connect(server.address).await.unwrap();
     tokio::io::AsyncWriteExt::write_all(&mut stream, &bytes).await.unwrap();
     server
-        .until("items with the engine", Duration::from_secs(5), async |s| {
-            s.metric("mirai_prompt_tokens_total").await > 10.0
+        .until("items with the engine", PATIENCE, async |s| {
+            s.metric("mirai_streams").await == 1.0 && s.engine.counters().running > 0
         })
         .await;
     drop(stream);

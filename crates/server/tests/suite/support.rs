@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use mirai_engine::sim::{Draw, DrawFn, PoolFn, SimConfig, SimExecutor};
 use mirai_engine::{EngineConfig, EngineHandle, Geometry, GroupKind};
 use mirai_ledger::Ledger;
+use mirai_ledger::price::PriceBook;
 use mirai_ledger::quota::Quotas;
 use mirai_server::{
     Accounting, ExitReason, FimTokens, GenerationDefaults, ServedModel, Server, ServerConfig, ServerHandle,
@@ -111,6 +112,8 @@ pub struct Options {
     pub setup: fn(&mut ServedModel),
     /// What requests are accounted in.
     pub ledger: Option<Ledger>,
+    /// What it costs.
+    pub prices: Option<Arc<PriceBook>>,
     /// What counts limits.
     pub quotas: Option<Quotas>,
 }
@@ -132,6 +135,7 @@ impl Default for Options {
             task: Task::Generate,
             setup: |_| {},
             ledger: None,
+            prices: None,
             quotas: None,
         }
     }
@@ -204,7 +208,9 @@ impl TestServer {
         let (address, metrics_address) = (server.local_addr(), server.metrics_addr());
         let admin_address = server.admin_addr();
         if let Some(ledger) = options.ledger.take() {
-            handle.account(Accounting { ledger, replica: "pod-0".to_owned() }).unwrap();
+            handle
+                .account(Accounting { ledger, replica: "pod-0".to_owned(), prices: options.prices.take() })
+                .unwrap();
         }
         if let Some(quotas) = options.quotas.take() {
             handle.quotas(quotas).unwrap();

@@ -52,6 +52,9 @@ fn named_corruptions() {
     assert!(load("{}").is_err() && load(&good[..good.len() / 2]).is_err());
     let huge_id = change("\"<0x00>\": 3", "\"<0x00>\": 4294967295");
     assert!(load(&huge_id).unwrap_err().to_string().contains("vocabulary"));
+    // What every text would begin with is no token: found when it is loaded, not when a text is decoded.
+    let no_token = change("\"ids\": [1]", "\"ids\": [600]");
+    assert!(matches!(load(&no_token), Err(TokenizerError::UnknownId { id: 600, .. })));
 }
 
 #[test]
