@@ -130,6 +130,12 @@ void reads_before_its_wait(float* out) {
     dependency_wait();
     out[threadIdx.x] = early + 1;
 }
+void adds_one(float* out) {
+    dependency_wait();
+    if (threadIdx.x == 0) {
+        *out += 1;
+    }
+}
 void unwritten_shared(float* out) {
     PORT_SHARED(float, tile, 64);
     dependency_wait();
@@ -230,6 +236,25 @@ int main() {
             _exit(got[0] == 3 ? 0 : 50);
         });
         expect("reads before its wait are early", status != 0);
+    }
+#ifdef __SANITIZE_THREAD__
+    const bool race = true;
+#else
+    const bool race = false;
+#endif
+    for (const bool lazy : {true, false}) {
+        // What a host would find that reads without waiting; ThreadSanitizer ends it.
+        Buffer<float> out(std::vector<float>(1, 0.0f));
+        const int status = run_in_child([&] {
+            emu::set_lazy(lazy);
+            for (int i = 0; i < 8; i++) {
+                queue(adds_one, 1, out.get());
+            }
+            const float early = *out.get();
+            const float late = out.download()[0];
+            _exit(early == (lazy ? 0 : 6) && late == 8 ? 0 : 50);
+        });
+        expect(lazy ? "lazy grids wait for the host" : "at most two grids wait", (status == 0) != race);
     }
     return report();
 }

@@ -28,6 +28,8 @@ void set_order(Order order, uint64_t seed) {
     seed_random(seed);
 }
 
+void set_lazy(bool lazy) { machine.lazy = lazy; }
+
 void start_machine() {
     adopt_running_stack(machine.host);
     if (machine.configured) {
@@ -36,6 +38,8 @@ void start_machine() {
     machine.configured = true;
     const char* order = getenv("EMU_ORDER");
     const char* seed = getenv("EMU_SEED");
+    const char* lazy = getenv("EMU_LAZY");
+    machine.lazy = lazy && !strcmp(lazy, "1");
     if (order && !strcmp(order, "rev")) {
         machine.order = Order::Reverse;
     }

@@ -130,7 +130,7 @@ void launch(const Launch& request, std::function<void()> body) {
         synchronize();
     }
     machine.pending.push_back(std::move(grid));
-    while (machine.pending.size() > kPendingGrids) {
+    while (!machine.lazy && machine.pending.size() > kPendingGrids) {
         finish_oldest();
     }
 }

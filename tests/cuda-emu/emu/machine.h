@@ -18,7 +18,7 @@ constexpr unsigned kMaxCopies = 512;        // in flight, of one thread
 constexpr size_t kMaxShared = 227 * 1024;   // of a block, sm_90
 constexpr size_t kArenaBytes = 512 * 1024;  // of a team, under ThreadSanitizer
 constexpr unsigned kMaxVariables = 32;      // in shared memory, of a block
-constexpr size_t kPendingGrids = 2;         // queued behind the one that runs
+constexpr size_t kPendingGrids = 2;         // queued behind the one that runs, unless lazy
 constexpr unsigned kEarlyBlocks = 2;        // of a grid, that start before their dependencies have ended
 constexpr unsigned kSpinRounds = 20000;     // without any progress, before it is a deadlock
 
@@ -113,6 +113,7 @@ struct Machine {
     std::vector<std::unique_ptr<Team>> teams;
     size_t next_team = 0;
     Order order = Order::Forward;
+    bool lazy = false;
     uint64_t random = 0;
     bool configured = false;
 };

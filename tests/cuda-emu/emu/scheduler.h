@@ -4,7 +4,8 @@
 // operations, asynchronous copies, the wait for the grid before. It knows no instruction; `warp.h` gives those their
 // meaning. Faults end the process with exit code 70 and a line that names block, thread and cause.
 //
-// Environment: EMU_ORDER = fwd | rev | rand, order of threads and blocks; EMU_SEED, a number, for rand.
+// Environment: EMU_ORDER = fwd | rev | rand, order of threads and blocks; EMU_SEED, a number, for rand; EMU_LAZY = 1,
+// grids wait for the host's `synchronize`.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -33,6 +34,8 @@ extern Extent3 block_extent, grid_extent;
 enum class Order { Forward, Reverse, Random };
 // Instead of what the environment says.
 void set_order(Order order, uint64_t seed);
+// Queued grids end only when the host waits for them; otherwise two at most stay behind the one that runs.
+void set_lazy(bool lazy);
 
 struct Launch {
     Extent3 grid, block;
