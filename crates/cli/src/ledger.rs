@@ -14,7 +14,7 @@ use mirai_server::Accounting;
 
 use crate::config::{LedgerConfig, UsageConfig};
 use crate::exit::Failure;
-use crate::usage::read_prices;
+use crate::prices;
 
 /// Most bytes of a file of secrets.
 const MAX_SECRETS: u64 = 64 << 10;
@@ -110,7 +110,7 @@ pub(crate) fn start(config: &LedgerConfig, usage: &UsageConfig) -> Result<Option
     let spool = config.spool.as_deref().map(|path| Spool::open(path, config.spool_bytes));
     let spool = spool.transpose().map_err(Failure::environment)?;
     let replica = writer(config);
-    let prices = usage.price_file.as_deref().map(read_prices).transpose()?.map(Arc::new);
+    let prices = usage.price_file.as_deref().map(prices::read).transpose()?.map(Arc::new);
     let settings = mirai_ledger::LedgerConfig {
         writer: replica.clone(),
         takeover: location.is_exclusive(),

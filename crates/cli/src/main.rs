@@ -16,6 +16,7 @@ mod keys;
 mod ledger;
 mod load;
 mod logging;
+mod prices;
 mod pull;
 mod quotas;
 mod serve;

@@ -13,9 +13,10 @@ use crate::door::{AdmissionError, Door};
 use crate::ids::RequestId;
 use crate::mailbox::Mailbox;
 use crate::queue::Queue;
-use crate::request::{EngineRequest, Time};
+use crate::request::EngineRequest;
 use crate::stats::{Counters, EngineStats};
 use crate::step::Geometry;
+use crate::time::Time;
 
 /// Any error of the code that loads an executor.
 pub type BoxError = Box<dyn Error + Send + Sync>;

@@ -25,6 +25,7 @@ mod slab;
 mod stats;
 mod step;
 mod thread;
+mod time;
 
 pub use config::EngineConfig;
 pub use door::{AdmissionError, MAX_CHOICES};
@@ -33,7 +34,7 @@ pub use executor::{DeviceFault, Executor};
 pub use handle::{Admission, BoxError, EngineHandle, EngineHealth, StartError};
 pub use ids::{BLOCK_TOKENS, BlockId, RequestId, SeqId, SlotId, SnapshotId, TenantId, TokenId};
 pub use params::{SamplingParams, Task};
-pub use request::{EngineRequest, Event, FinishReason, SeqUsage, Time};
+pub use request::{EngineRequest, Event, FinishReason, SeqUsage};
 pub use scheduler::{CommitError, HashKey, IntegrityError, MAX_PREEMPTIONS, Scheduler};
 pub use stats::{Counters, EngineStats, STEP_TOKEN_BOUNDS};
 pub use step::{
@@ -41,3 +42,4 @@ pub use step::{
     SnapshotSave, StepOutcome, StepPlan, TokenLogprobs,
 };
 pub use thread::start;
+pub use time::Time;

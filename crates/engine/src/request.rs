@@ -3,15 +3,12 @@
 //! Owns the request and event types; it never validates an API field (the server did) and never sees text.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::energy::EnergyMethod;
 use crate::ids::{RequestId, TenantId, TokenId};
 use crate::params::{SamplingParams, Task};
 use crate::step::{RowFault, TokenLogprobs};
-
-/// Time since the engine's start. The scheduler has no clock of its own: `now` is always an argument.
-pub type Time = Duration;
+use crate::time::Time;
 
 /// One request: a prompt, and `choices` continuations of it or what the model's pooling head makes of it.
 #[derive(Clone, Debug)]

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use crate::ids::{BLOCK_TOKENS, BlockId, RequestId, SeqId, SlotId, TokenId};
 use crate::params::{SamplingParams, Task};
 use crate::prefix::{BlockKey, NodeId, ROOT, Room};
-use crate::request::{EngineRequest, SeqUsage, Time};
+use crate::request::{EngineRequest, SeqUsage};
 use crate::step::{RowOutput, TokenLogprobs};
+use crate::time::Time;
 
 /// Where a sequence is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

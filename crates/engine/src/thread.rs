@@ -17,9 +17,10 @@ use crate::energy::{EnergyCounter, READ_INTERVAL};
 use crate::executor::{DeviceFault, Executor};
 use crate::handle::{BoxError, EngineHandle, Shared, StartError};
 use crate::mailbox::Letters;
-use crate::request::{Event, FinishReason, SeqUsage, Time};
+use crate::request::{Event, FinishReason, SeqUsage};
 use crate::scheduler::{CommitError, HashKey, Scheduler};
 use crate::step::{StepOutcome, StepPlan};
+use crate::time::Time;
 
 /// Time between two beats while idle.
 const IDLE_BEAT: Duration = Duration::from_secs(1);

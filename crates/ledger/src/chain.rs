@@ -7,10 +7,7 @@ use sha2::{Digest, Sha256};
 
 use crate::row::{FIELDS, Row, Settled};
 use crate::secret::{Secret, ShortSecret};
-use crate::value::{Hex, Value, words};
-
-/// A SHA-256 digest.
-pub type Hash = Hex<32>;
+use crate::value::{Hash, Hex, Value, words};
 
 words! {
     /// What a link of the chain attests.

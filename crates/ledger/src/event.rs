@@ -5,10 +5,10 @@
 
 use serde_json::{Map, Value};
 
-use crate::chain::Hash;
 use crate::date;
 use crate::price::PriceBook;
 use crate::row::{Class, FIELDS, Field, Row};
+use crate::value::Hash;
 
 /// The event's type. A change that a reader of this one would not understand has another number.
 pub const TYPE: &str = "fr.gouv.interieur.mirai.inference.usage.v1";

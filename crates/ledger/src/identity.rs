@@ -9,10 +9,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::chain::Hash;
 use crate::scope::Scopes;
 use crate::secret::{Secret, ShortSecret};
-use crate::value::Hex;
+use crate::value::{Hash, Hex};
 
 /// Most bytes of the file.
 pub const MAX_FILE: usize = 4 << 20;

@@ -22,7 +22,7 @@ pub mod store;
 mod value;
 mod verify;
 
-pub use chain::{ChainKey, Epoch, Hash, Link, LinkKind, commitment, content_digest, open_digest};
+pub use chain::{ChainKey, Epoch, Link, LinkKind, commitment, content_digest, open_digest};
 pub use error::StoreError;
 pub use ledger::{
     ApplicationCounts, COMMIT_SECONDS, Counter, Counters, Counts, Health, Ledger, LedgerConfig, Open,
@@ -35,5 +35,5 @@ pub use row::{
 pub use scope::{Scope, Scopes};
 pub use secret::{MIN_SECRET, ShortSecret};
 pub use spool::{Spool, SpoolError};
-pub use value::{CellError, Hex, Value};
+pub use value::{CellError, Hash, Hex, Value};
 pub use verify::{Problem, Report, verify};

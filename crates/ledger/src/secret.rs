@@ -6,8 +6,7 @@
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
-use crate::chain::Hash;
-use crate::value::Hex;
+use crate::value::{Hash, Hex};
 
 /// Fewest bytes of a secret.
 pub const MIN_SECRET: usize = 32;

@@ -12,10 +12,11 @@
 
 use std::collections::HashMap;
 
-use crate::chain::{ChainKey, Epoch, Hash, commitment, content_digest, genesis, next_head, open_digest};
+use crate::chain::{ChainKey, Epoch, commitment, content_digest, genesis, next_head, open_digest};
 use crate::error::StoreError;
 use crate::row::{Row, SCHEMA_VERSION, State};
 use crate::store::{AuditLink, ChainHead, PurgeRecord, Store};
+use crate::value::Hash;
 
 /// Links read at a time.
 const PAGE: usize = 512;

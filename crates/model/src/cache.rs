@@ -10,6 +10,7 @@ use crate::backend::{
     AttentionSpec, CacheDtype, CacheLayout, DeltaShape, ExpertOutline, GroupLayout, Outline, PageLayout,
     StateLayout, Stored, Visibility,
 };
+use crate::budget::CacheBudget;
 use crate::error::{ModelError, Result};
 use crate::spec::{AttentionLayer, Ffn, Head, KvSource, Mixer, ModelSpec};
 
@@ -21,17 +22,6 @@ const MAX_BLOCKS: u64 = 1 << 31;
 const MAX_SNAPSHOTS: u64 = 1 << 20;
 /// Snapshots may take this part of a budget in bytes, unless the user says otherwise.
 const SNAPSHOT_SHARE: u64 = 8;
-
-/// How much memory the cache may take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CacheBudget {
-    /// Bytes of pages, recurrent states and snapshots together.
-    Bytes(u64),
-    /// Tokens, summed over sequences, that all groups can hold at once. States and snapshots come on top.
-    Tokens(u64),
-    /// What the device has left beside the weights ([`Backend::cache_room`](crate::backend::Backend::cache_room)).
-    Device,
-}
 
 /// What the cache has room for, for the log and for `/metrics`.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 //! Owns the error type of this crate. Every variant says which file, which tensor or field, and what was found.
 
 use crate::backend::{BackendError, Storage};
-use crate::cache::CacheBudget;
+use crate::budget::CacheBudget;
 
 /// Loading failed. Messages name the file and what in it is wrong.
 #[derive(Debug, thiserror::Error)]

@@ -300,7 +300,8 @@ const fn element(cache: CacheDtype) -> f64 {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::loader::{ModelSource, read_spec};
+    use crate::loader::read_spec;
+    use crate::source::ModelSource;
 
     /// Rates of one H200 at which the table of published floors was made.
     const H200: Ceilings = Ceilings { bytes: 4.3e12, bf16: 790e12, e4m3: 1580e12 };

@@ -11,10 +11,11 @@ use crate::backend::{CacheDtype, GroupLayout, Storage};
 use crate::cache::Grouping;
 use crate::error::{ModelError, Result};
 use crate::gguf::GgufSource;
-use crate::loader::{ModelSource, describe_files};
+use crate::loader::describe_files;
 use crate::pooling::{PublishedPooling, Task};
 use crate::quant::Quantized;
 use crate::safetensors::{SafetensorsSource, Unused};
+use crate::source::ModelSource;
 use crate::spec::{Ffn, Head, KvSource, Mixer, ModelSpec, PoolOutput};
 use crate::weights::{TensorId, WeightSource, embedding_id, shape, tensors};
 

@@ -6,6 +6,7 @@
 
 pub mod arch;
 pub mod backend;
+pub mod budget;
 pub mod cache;
 pub mod config;
 pub mod convert;
@@ -26,6 +27,7 @@ pub mod quant;
 pub mod reference;
 pub mod rope;
 pub mod safetensors;
+pub mod source;
 pub mod spec;
 mod storage;
 #[cfg(feature = "test-support")]
@@ -33,10 +35,12 @@ pub mod testing;
 pub mod texts;
 pub mod weights;
 
-pub use cache::{CacheBudget, CacheReport};
+pub use budget::CacheBudget;
+pub use cache::CacheReport;
 pub use convert::Quantization;
 pub use error::ModelError;
 pub use executor::ModelExecutor;
-pub use loader::{LoadOptions, LoadedModel, ModelSource, load};
+pub use loader::{LoadOptions, LoadedModel, load};
 pub use mmap::FileSource;
+pub use source::ModelSource;
 pub use spec::ModelSpec;

@@ -10,8 +10,8 @@ use serde_json::{Map, Value};
 use crate::config::{Config, MAX_CONFIG_BYTES, parse_object};
 use crate::error::{ModelError, Result};
 use crate::gguf::{GgufSource, GgufTokenizer};
-use crate::loader::ModelSource;
 use crate::mmap::FileSource;
+use crate::source::ModelSource;
 use crate::spec::ModelSpec;
 
 /// Largest tokenizer or template file.

@@ -11,6 +11,7 @@ mod account;
 pub mod api;
 mod auth;
 pub mod config;
+mod config_error;
 mod demux;
 pub mod doors;
 pub mod error;
@@ -30,6 +31,7 @@ mod prompt;
 mod quota;
 mod reload;
 mod routes;
+mod rules;
 mod server;
 mod state;
 mod task;
@@ -43,7 +45,8 @@ pub use auth::{
     Algorithm, ClaimsConfig, GatewayConfig, IdentityConfig, IdentityError, IdentityFileError,
     IdentitySummary, IntrospectionConfig, IssuerConfig, KeyFileError, MAX_KEYS, Unknown, read_keys,
 };
-pub use config::{ConfigError, Limits, ServerConfig, Timeouts, TlsConfig};
+pub use config::{Limits, ServerConfig, Timeouts, TlsConfig};
+pub use config_error::ConfigError;
 pub use events::{EventsError, UsageEvents};
 pub use file::FileError;
 pub use http::client::BundleError;

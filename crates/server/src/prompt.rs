@@ -13,7 +13,7 @@ use crate::api::completions::CompletionRequest;
 use crate::api::tokenize::TokenizeRequest;
 use crate::api::wire::{Kwargs, PromptInput};
 use crate::error::ApiError;
-use crate::validate::Rules;
+use crate::rules::Rules;
 
 /// A prompt in tokens.
 #[derive(Debug)]

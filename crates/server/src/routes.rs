@@ -6,9 +6,6 @@
 use hyper::Method;
 use mirai_ledger::Scope;
 
-use crate::auth::Caller;
-use crate::error::ApiError;
-
 /// Who may call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Access {
@@ -21,14 +18,11 @@ pub(crate) enum Access {
 }
 
 impl Access {
-    /// Whether a caller gets in.
-    ///
-    /// # Errors
-    /// 403 without the scope.
-    pub(crate) fn admits(self, caller: &Caller) -> Result<(), ApiError> {
+    /// What the caller's credential must allow.
+    pub(crate) fn scope(self) -> Option<Scope> {
         match self {
-            Self::Open | Self::Key => Ok(()),
-            Self::Needs(scope) => caller.needs(scope),
+            Self::Open | Self::Key => None,
+            Self::Needs(scope) => Some(scope),
         }
     }
 

@@ -13,7 +13,8 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::account::Accounting;
 use crate::auth::{Auth, IdentityError};
-use crate::config::{ConfigError, ServerConfig, seconds};
+use crate::config::ServerConfig;
+use crate::config_error::{ConfigError, seconds};
 use crate::demux::{Context, Demux};
 use crate::error::ApiError;
 use crate::events::{EventsError, Exporter, UsageEvents};

@@ -11,15 +11,16 @@ use mirai_ledger::quota::Quotas;
 
 use crate::account::Accounting;
 use crate::auth::Auth;
-use crate::config::{ServerConfig, seconds};
+use crate::config::ServerConfig;
+use crate::config_error::seconds;
 use crate::demux::Demux;
 use crate::error::ApiError;
 use crate::events::EventCounters;
 use crate::ids::Ids;
 use crate::metrics::Metrics;
 use crate::model::ModelInfo;
+use crate::rules::Rules;
 use crate::usage::Reader;
-use crate::validate::Rules;
 use crate::worker::Workers;
 
 /// A loaded model and its engine.

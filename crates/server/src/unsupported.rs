@@ -7,7 +7,7 @@ use crate::api::common::Common;
 use crate::api::completions::CompletionRequest;
 use crate::api::wire::Presence;
 use crate::error::ApiError;
-use crate::validate::Body;
+use crate::rules::Body;
 
 /// Refuses what asks for something that is not served.
 ///

@@ -9,23 +9,15 @@ use std::sync::Arc;
 use mirai_engine::SamplingParams;
 use mirai_text::ReasoningStart;
 
-use crate::api::chat::ChatRequest;
 use crate::api::common::Common;
-use crate::api::completions::CompletionRequest;
 use crate::api::wire::PromptInput;
 use crate::auth::Attribution;
 use crate::config::Limits;
 use crate::error::ApiError;
 use crate::model::ModelInfo;
+use crate::rules::{Body, Rules};
 use crate::task::Wanted;
 use crate::{prompt, unsupported};
-
-/// A generation body, as parsed.
-#[derive(Debug)]
-pub(crate) enum Body {
-    Chat(Box<ChatRequest>),
-    Completion(Box<CompletionRequest>),
-}
 
 /// Which shape the answer has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,13 +73,6 @@ pub(crate) struct OutputOptions {
     pub(crate) skip_special: bool,
     /// Reasoning is made and counted, but not shown.
     pub(crate) hide_reasoning: bool,
-}
-
-/// What requests are judged by.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Rules<'a> {
-    pub(crate) model: &'a ModelInfo,
-    pub(crate) limits: &'a Limits,
 }
 
 /// Judges a body.

@@ -15,7 +15,7 @@ use tokenizers::{
 
 use crate::byte_table::ByteTable;
 use crate::decode_rule::DecodeRule;
-use crate::tokenizer::{Encoder, MAX_VOCAB, Parts};
+use crate::parts::{Encoder, MAX_VOCAB, Parts};
 use crate::{TokenId, TokenizerError};
 
 const FILE: &str = "tokenizer.json";
@@ -101,7 +101,7 @@ pub(crate) fn finish(
     let mut plain_added = added.clone();
     plain_added.set_encode_special_tokens(true);
     Ok(Parts {
-        encoder: Encoder::Hf(Box::new(HfEncoder { tokenizer, plain_added })),
+        encoder: Box::new(HfEncoder { tokenizer, plain_added }),
         table: ByteTable::from_entries(entries.into_iter()),
         leading: rule.leading,
         prefix,
@@ -131,13 +131,8 @@ fn surrounding_ids(
     }
 }
 
-impl HfEncoder {
-    pub(crate) fn encode(
-        &self,
-        text: &str,
-        parse_special: bool,
-        ids: &mut Vec<TokenId>,
-    ) -> Result<(), TokenizerError> {
+impl Encoder for HfEncoder {
+    fn encode(&self, text: &str, parse_special: bool, ids: &mut Vec<TokenId>) -> Result<(), TokenizerError> {
         let failed = |e: tokenizers::Error| TokenizerError::Encode(e.to_string());
         let added = if parse_special { self.tokenizer.get_added_vocabulary() } else { &self.plain_added };
         let mut pieces = added.extract_and_normalize(self.tokenizer.get_normalizer(), text);
@@ -152,11 +147,11 @@ impl HfEncoder {
         Ok(())
     }
 
-    pub(crate) fn token_text(&self, id: TokenId) -> Option<String> {
+    fn token_text(&self, id: TokenId) -> Option<String> {
         self.tokenizer.id_to_token(id)
     }
 
-    pub(crate) fn token_to_id(&self, token: &str) -> Option<TokenId> {
+    fn token_to_id(&self, token: &str) -> Option<TokenId> {
         self.tokenizer.token_to_id(token)
     }
 }

@@ -11,6 +11,7 @@ mod detokenizer;
 mod error;
 mod gguf;
 mod hf;
+mod parts;
 mod reasoning;
 mod special;
 mod stop;

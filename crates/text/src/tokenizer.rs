@@ -8,37 +8,16 @@ use std::sync::Arc;
 
 use crate::byte_table::{ByteTable, TokenBytes};
 use crate::decode_rule::Leading;
-use crate::gguf::{GgufVocab, SpmEncoder};
-use crate::hf::HfEncoder;
-use crate::tekken::TekkenEncoder;
+use crate::gguf::GgufVocab;
+use crate::parts::{Encoder, Parts};
 use crate::{TokenId, TokenizerError};
 
 /// Input limit of a new tokenizer, in bytes of UTF-8. Encoding takes memory in proportion (about
 /// 100 bytes a byte in the worst case), so a caller with a context of n tokens should lower it.
 pub const DEFAULT_MAX_INPUT_BYTES: usize = 16 << 20;
 
-/// No real vocabulary has more entries; the byte table is sized by the largest id.
-pub(crate) const MAX_VOCAB: usize = 1 << 22;
-
-pub(crate) enum Encoder {
-    Hf(Box<HfEncoder>),
-    Spm(Box<SpmEncoder>),
-    Tekken(Box<TekkenEncoder>),
-}
-
-/// What a loader hands over.
-pub(crate) struct Parts {
-    pub(crate) encoder: Encoder,
-    pub(crate) table: ByteTable,
-    pub(crate) leading: Leading,
-    /// Ids put before a text that is encoded with special tokens.
-    pub(crate) prefix: Vec<TokenId>,
-    /// Ids put after it.
-    pub(crate) suffix: Vec<TokenId>,
-}
-
 struct Inner {
-    encoder: Encoder,
+    encoder: Box<dyn Encoder>,
     table: ByteTable,
     leading: Leading,
 }
@@ -167,11 +146,7 @@ impl Tokenizer {
         if add_special {
             ids.extend_from_slice(&self.prefix);
         }
-        match &self.inner.encoder {
-            Encoder::Hf(hf) => hf.encode(text, parse_special, &mut ids)?,
-            Encoder::Spm(spm) => spm.encode(text, parse_special, &mut ids)?,
-            Encoder::Tekken(tekken) => tekken.encode(text, parse_special, &mut ids)?,
-        }
+        self.inner.encoder.encode(text, parse_special, &mut ids)?;
         if add_special {
             ids.extend_from_slice(&self.suffix);
         }
@@ -204,21 +179,13 @@ impl Tokenizer {
     /// The vocabulary's own spelling of a token (`Ġthe`, `▁the`, `<0x0A>`).
     #[must_use]
     pub fn token_text(&self, id: TokenId) -> Option<String> {
-        match &self.inner.encoder {
-            Encoder::Hf(hf) => hf.token_text(id),
-            Encoder::Spm(spm) => spm.token_text(id),
-            Encoder::Tekken(tekken) => tekken.token_text(id),
-        }
+        self.inner.encoder.token_text(id)
     }
 
     /// The id of a token in the vocabulary's own spelling.
     #[must_use]
     pub fn token_to_id(&self, token: &str) -> Option<TokenId> {
-        match &self.inner.encoder {
-            Encoder::Hf(hf) => hf.token_to_id(token),
-            Encoder::Spm(spm) => spm.token_to_id(token),
-            Encoder::Tekken(tekken) => tekken.token_to_id(token),
-        }
+        self.inner.encoder.token_to_id(token)
     }
 
     /// One more than the largest id. A model's logits may be wider (padding) or, where a fine-tune

@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 
 use mirai_ledger::export::{ExportError, Exported, Footprint, Request, export};
 use mirai_ledger::location::Location;
-use mirai_ledger::price::PriceBook;
 use mirai_ledger::store::sqlite::system_micros;
 use mirai_ledger::store::{MAX_FILTER, UsageQuery};
 use mirai_ledger::{State, StoreError, date, event, registry_json, verify};
@@ -21,7 +20,7 @@ pub(crate) use serve::{check, start};
 
 use crate::config::LedgerConfig;
 use crate::exit::Failure;
-use crate::ledger;
+use crate::{ledger, prices};
 
 /// Rows read, erased or removed at a time: each time is one transaction, so others wait shortly.
 const BATCH: usize = 1000;
@@ -75,12 +74,6 @@ fn store_failure(location: &Location) -> impl Fn(StoreError) -> Failure {
     }
 }
 
-pub(crate) fn read_prices(path: &Path) -> Result<PriceBook, Failure> {
-    let failure = |error: &dyn std::fmt::Display| Failure::usage(format!("{}: {error}", path.display()));
-    let text = std::fs::read_to_string(path).map_err(|error| failure(&error))?;
-    PriceBook::parse(&text).map_err(|error| failure(&error))
-}
-
 fn query(args: &ReportArgs, now: i64) -> Result<UsageQuery, Failure> {
     let from = args.from.map_or_else(|| date::month(now).0, |moment| moment.0);
     let to = args.to.map_or(now, |moment| moment.0);
@@ -119,7 +112,7 @@ fn report(
     now: i64,
     out: &mut (dyn Write + Send),
 ) -> Result<Notes, Failure> {
-    let book = args.prices.as_deref().map(read_prices).transpose()?;
+    let book = args.prices.as_deref().map(prices::read).transpose()?;
     let request = Request {
         query: query(args, now)?,
         prices: book.as_ref(),

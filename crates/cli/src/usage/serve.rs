@@ -7,10 +7,9 @@ use std::sync::Arc;
 use mirai_ledger::event::EventOptions;
 use mirai_server::{ServerHandle, UsageEvents};
 
-use super::read_prices;
 use crate::config::{Config, UsageConfig};
 use crate::exit::Failure;
-use crate::ledger;
+use crate::{ledger, prices};
 
 /// Most bytes of the events' source: it is a header of each.
 const MAX_SOURCE: usize = 256;
@@ -37,7 +36,7 @@ pub(crate) fn start(config: &Config, replica: &str, server: &ServerHandle) -> Re
     let Some(location) = ledger::place(&config.ledger)? else { return Ok(()) };
     server.read_usage(location.clone()).map_err(Failure::run)?;
     let Some(url) = &usage.events_url else { return Ok(()) };
-    let prices = usage.price_file.as_deref().map(read_prices).transpose()?.map(Arc::new);
+    let prices = usage.price_file.as_deref().map(prices::read).transpose()?.map(Arc::new);
     let events = UsageEvents {
         ledger: location,
         url: url.clone(),

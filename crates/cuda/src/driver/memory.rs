@@ -145,7 +145,7 @@ impl Arena {
         };
         let at = self.base.add(self.used);
         #[cfg(feature = "test-hooks")]
-        self.redzones.watch(at.add(bytes), taken - bytes);
+        self.redzones.watch(at.add(bytes).address(), taken - bytes);
         self.used += taken;
         self.parts[part as usize] += taken;
         Ok(at)

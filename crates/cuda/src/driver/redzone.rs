@@ -4,8 +4,6 @@
 
 use cudarc::driver::sys;
 
-use super::memory::DevicePtr;
-
 /// Bytes behind a region.
 const GAP: u64 = 256;
 /// `void mirai_emu_redzone(unsigned long long address, size_t bytes)`: whoever touches them ends the process. Only a driver
@@ -29,10 +27,10 @@ impl Redzones {
     }
 
     /// Has the driver watch what lies behind a region.
-    pub(super) fn watch(&self, from: DevicePtr, bytes: u64) {
+    pub(super) fn watch(&self, address: u64, bytes: u64) {
         if let Some(watch) = self.0 {
             // SAFETY: bytes of the arena that are given to nobody.
-            unsafe { watch(from.address(), bytes as usize) };
+            unsafe { watch(address, bytes as usize) };
         }
     }
 }

@@ -19,7 +19,7 @@ mod power;
 use std::fmt::Debug;
 use std::time::Duration;
 
-use crate::request::Time;
+use crate::time::Time;
 use device::StepTimes;
 use power::Power;
 

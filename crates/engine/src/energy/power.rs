@@ -13,7 +13,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::request::Time;
+use crate::time::Time;
 
 /// Longest period of a counter that moves, nanoseconds.
 const PERIOD: u64 = 100_000_000;

@@ -5,9 +5,9 @@ use super::{Flight, MAX_PREEMPTIONS, Scheduler};
 use crate::door::{final_tokens, peak_blocks};
 use crate::ids::{BLOCK_TOKENS, BlockId, SnapshotId};
 use crate::prefix::{ROOT, window_start};
-use crate::request::Time;
 use crate::sequence::{Sequence, Stage};
 use crate::step::{GroupKind, SlotOpen, StepPlan};
+use crate::time::Time;
 
 /// Preemptions after which a sequence is only admitted with all the memory that it can ever need.
 const SECURE_AFTER: u32 = 3;

@@ -3,8 +3,9 @@
 use super::Scheduler;
 use crate::energy::Pending;
 use crate::ids::RequestId;
-use crate::request::{Event, FinishReason, Time};
+use crate::request::{Event, FinishReason};
 use crate::sequence::Stage;
+use crate::time::Time;
 
 impl Scheduler {
     /// Ends all choices of a request. Unknown or ended ones are ignored.

@@ -32,11 +32,12 @@ use crate::ids::{BLOCK_TOKENS, RequestId, SeqId, SlotId, SnapshotId, TenantId};
 use crate::params::{SamplingParams, Task};
 use crate::pool::PagePool;
 use crate::prefix::{NodeId, PrefixIndex, Room};
-use crate::request::{EngineRequest, Event, Time};
+use crate::request::{EngineRequest, Event};
 use crate::sequence::{Request, Sequence, Stage};
 use crate::slab::Slab;
 use crate::stats::Counters;
 use crate::step::{Geometry, GroupKind, RowOutput};
+use crate::time::Time;
 
 pub use audit::IntegrityError;
 pub use commit::CommitError;

@@ -2,8 +2,8 @@
 
 use super::{Flight, FlightRow, Scheduler};
 use crate::ids::BLOCK_TOKENS;
-use crate::request::Time;
 use crate::step::{Row, RowInput, RowOutput, StepPlan};
+use crate::time::Time;
 
 impl Scheduler {
     /// Writes the next step over `plan`, whose allocations are reused. Without rows there is nothing to submit

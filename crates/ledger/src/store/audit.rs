@@ -4,10 +4,10 @@
 
 use super::sql::{Sql, SqlStore, int, take, text};
 use super::{AuditLink, ChainHead, PurgeRecord};
-use crate::chain::{Epoch, Hash, Link};
+use crate::chain::{Epoch, Link};
 use crate::error::StoreError;
 use crate::row::{FIELDS, Row};
-use crate::value::{Hex, Value};
+use crate::value::{Hash, Hex, Value};
 
 fn chain(values: &mut impl Iterator<Item = Value>) -> Result<Epoch, StoreError> {
     Ok(Epoch { writer: take(values, "writer")?, epoch: take(values, "epoch")? })

@@ -18,10 +18,10 @@ use std::time::Duration;
 
 use super::sql::{Sql, SqlStore, int, micros, mutable_values, take, text};
 use super::{Committed, Entry};
-use crate::chain::{Epoch, Hash, LinkKind, content_digest, genesis, next_head, open_digest};
+use crate::chain::{Epoch, LinkKind, content_digest, genesis, next_head, open_digest};
 use crate::error::StoreError;
 use crate::row::{Finish, Row, State};
-use crate::value::{Cell, Value};
+use crate::value::{Cell, Hash, Value};
 
 /// The end of a chain within a transaction.
 pub(super) struct Tail {

@@ -5,6 +5,7 @@
 
 mod audit;
 mod merge;
+mod operations;
 mod outbox;
 #[cfg(feature = "postgres")]
 pub mod postgres;
@@ -24,9 +25,10 @@ pub use outbox::{Batch, Outbox};
 pub use sql::SqlStore;
 pub use usage::{Grouping, MAX_FILTER, UsageKey, UsageQuery, UsageRow, for_each_usage};
 
-use crate::chain::{Epoch, Hash, Link};
+use crate::chain::{Epoch, Link};
 use crate::error::StoreError;
 use crate::row::Row;
+use crate::value::Hash;
 
 /// Ends what a store is doing, from another thread.
 pub type Interrupter = Box<dyn Fn() + Send + Sync>;

@@ -7,10 +7,10 @@
 use std::time::Duration;
 
 use super::sql::{Sql, SqlStore, int, micros, take, text};
-use crate::chain::{Epoch, Hash};
+use crate::chain::Epoch;
 use crate::error::StoreError;
 use crate::row::{FIELDS, Row};
-use crate::value::{Hex, Value};
+use crate::value::{Hash, Hex, Value};
 
 /// Chains looked at for one batch.
 const CHAINS: u64 = 64;
@@ -67,17 +67,6 @@ pub trait Outbox: Send {
 /// Chains and how far a consumer was told of them.
 const BEHIND: &str = "FROM mirai_writer w LEFT JOIN mirai_outbox o ON o.consumer = $1 AND o.writer = w.writer \
                       AND o.epoch = w.epoch WHERE w.seq > COALESCE(o.seq, 0)";
-
-pub(super) fn tables() -> Vec<String> {
-    [
-        "CREATE TABLE mirai_outbox (consumer TEXT NOT NULL, writer TEXT NOT NULL, epoch BIGINT NOT NULL, \
-         seq BIGINT NOT NULL, PRIMARY KEY (consumer, writer, epoch))",
-        "CREATE TABLE mirai_outbox_lease (consumer TEXT NOT NULL PRIMARY KEY, holder TEXT NOT NULL, \
-         lease_until BIGINT NOT NULL)",
-    ]
-    .map(str::to_owned)
-    .to_vec()
-}
 
 impl<C: Sql> SqlStore<C> {
     fn hold_in(&mut self, consumer: &str, holder: &str, lease: Duration) -> Result<bool, StoreError> {

@@ -5,9 +5,9 @@
 
 use super::Purged;
 use super::sql::{Sql, SqlStore, int, take, text};
-use crate::chain::{Epoch, Hash};
+use crate::chain::Epoch;
 use crate::error::StoreError;
-use crate::value::{Cell, Value};
+use crate::value::{Cell, Hash, Value};
 
 /// Ended before `$1`. Additions of times cannot overflow: durations are bounded by the age of the process.
 const ENDED: &str = "r.state = 'closed' AND r.queued_at + r.duration < $1";

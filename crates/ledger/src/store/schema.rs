@@ -23,7 +23,7 @@ pub(super) const MIGRATIONS: &[Migration] = &[
     Migration { version: 1, needs: 1, statements: first },
     Migration { version: 2, needs: 1, statements: quotas },
     // How far consumers of ended rows were told. A build without it tells nobody.
-    Migration { version: 3, needs: 1, statements: super::outbox::tables },
+    Migration { version: 3, needs: 1, statements: outbox },
 ];
 
 /// The fields of the first release. Later ones come by `ALTER TABLE ... ADD COLUMN`.
@@ -65,6 +65,18 @@ fn quotas() -> Vec<String> {
         "CREATE TABLE mirai_quota_lease (holder TEXT NOT NULL, application TEXT NOT NULL, \
          kind TEXT NOT NULL, bucket BIGINT NOT NULL, amount BIGINT NOT NULL, \
          PRIMARY KEY (holder, application, kind, bucket))",
+    ]
+    .map(str::to_owned)
+    .to_vec()
+}
+
+/// How far consumers of ended rows were told, and who tells them.
+fn outbox() -> Vec<String> {
+    [
+        "CREATE TABLE mirai_outbox (consumer TEXT NOT NULL, writer TEXT NOT NULL, epoch BIGINT NOT NULL, \
+         seq BIGINT NOT NULL, PRIMARY KEY (consumer, writer, epoch))",
+        "CREATE TABLE mirai_outbox_lease (consumer TEXT NOT NULL PRIMARY KEY, holder TEXT NOT NULL, \
+         lease_until BIGINT NOT NULL)",
     ]
     .map(str::to_owned)
     .to_vec()

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use half::bf16;
 use mirai_engine::{BLOCK_TOKENS, SlotId};
 
-use super::ops::{Activation, AttentionSpec, DeltaShape};
+use super::ops::{Activation, AttentionSpec, DeltaShape, Stored};
 
 /// How the numbers of a weight lie in the file, and in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -191,16 +191,6 @@ pub enum CacheDtype {
     Bf16,
     /// 8-bit floats (e4m3): a quarter.
     F8E4M3,
-}
-
-/// What a page holds of each token and kv head of a layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stored {
-    /// A key, and a value of `value_dim` elements beside it: `[K|V][kv_heads][16][...]`.
-    KeysAndValues,
-    /// One vector that is the key, and whose first `value_dim` elements are the value: latent attention, and layers
-    /// whose keys and values are one projection.
-    ValueInKey,
 }
 
 /// Pages of one layer group: `layers` layers, back to back.

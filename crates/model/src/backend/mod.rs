@@ -18,11 +18,11 @@ use mirai_engine::{StepOutcome, StepPlan};
 pub use blocks::{AttentionBlock, BlockIo, DeltaBlock, LatentBlock, MlpBlock, MoeBlock, PostNormed};
 pub use data::{
     Batch, BatchRow, CacheDtype, CacheLayout, ExpertOutline, GroupLayout, HostTensor, LinearUse, Outline,
-    PageLayout, Rows, ScaleValues, Scales, StateLayout, StepLimits, StepShape, Storage, Stored,
+    PageLayout, Rows, ScaleValues, Scales, StateLayout, StepLimits, StepShape, Storage,
 };
 pub use ops::{
     Activation, AttentionSpec, DeltaRule, DeltaShape, Experts, HeadNorms, HeadView, LatentShape, LogitsHead,
-    Norm, NormKind, Pairing, Pooling, RopeTable, RouteGroups, RouteSpec, Scoring, Visibility,
+    Norm, NormKind, Pairing, Pooling, RopeTable, RouteGroups, RouteSpec, Scoring, Stored, Visibility,
 };
 
 /// A device operation failed, or a tensor cannot be taken.
@@ -138,7 +138,7 @@ pub trait Backend {
         Ok(())
     }
     /// Bytes that the cache may take, now that weights and buffers are there: for
-    /// [`CacheBudget::Device`](crate::cache::CacheBudget::Device). `draft` is the cache without its pages, with tables as
+    /// [`CacheBudget::Device`](crate::budget::CacheBudget::Device). `draft` is the cache without its pages, with tables as
     /// long as the context that was asked for, or the model's. None: the device does not manage its memory.
     /// # Errors
     /// No memory for what the layout needs beside the pages, or for a page of each group.

@@ -1,6 +1,14 @@
 //! Parameters of operations: shapes and constants of one layer, and views of its weights.
 
-use super::data::Stored;
+/// What a page holds of each token and kv head of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stored {
+    /// A key, and a value of `value_dim` elements beside it: `[K|V][kv_heads][16][...]`.
+    KeysAndValues,
+    /// One vector that is the key, and whose first `value_dim` elements are the value: latent attention, and layers
+    /// whose keys and values are one projection.
+    ValueInKey,
+}
 
 /// Which keys a query sees, apart from a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -82,7 +82,7 @@ fn budgets_become_pages() {
 /// Specification of a golden case.
 fn case(name: &str) -> ModelSpec {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
-    let source = crate::loader::ModelSource::directory(&folder).unwrap();
+    let source = crate::source::ModelSource::directory(&folder).unwrap();
     crate::loader::read_spec(&source).unwrap()
 }
 

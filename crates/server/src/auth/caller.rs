@@ -114,10 +114,8 @@ impl Caller {
 
     /// # Errors
     /// 403 without this scope.
-    pub(crate) fn needs(&self, scope: Scope) -> Result<(), ApiError> {
-        if self.scopes.has(scope) {
-            return Ok(());
-        }
+    pub(crate) fn needs(&self, scope: Option<Scope>) -> Result<(), ApiError> {
+        let Some(scope) = scope.filter(|scope| !self.scopes.has(*scope)) else { return Ok(()) };
         let word = Scope::ALL.into_iter().find(|(other, _)| *other == scope).map_or("", |(_, word)| word);
         Err(ApiError::insufficient_scope(format!("this credential lacks the scope `{word}`")))
     }
@@ -191,8 +189,9 @@ mod tests {
 
     #[test]
     fn a_missing_scope_is_named() {
-        let error = Caller::anybody().needs(Scope::Admin).unwrap_err();
+        let error = Caller::anybody().needs(Some(Scope::Admin)).unwrap_err();
         assert!(error.status == 403 && error.message.contains("`admin`"), "{error}");
-        Caller::anybody().needs(Scope::Infer).unwrap();
+        Caller::anybody().needs(Some(Scope::Infer)).unwrap();
+        Caller::anybody().needs(None).unwrap();
     }
 }

@@ -4,6 +4,7 @@
 //! decided elsewhere, before.
 
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value};
 
@@ -86,6 +87,11 @@ pub(super) fn identity(
         user: user.and_then(Value::as_str).and_then(User::new),
         scopes: config.scopes(|role| roles.is_some_and(|value| has_role(value, role))),
     })
+}
+
+/// Seconds since 1970.
+pub(super) fn unix_now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 
 #[cfg(test)]

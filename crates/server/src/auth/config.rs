@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use mirai_ledger::{Scope, Scopes};
 use serde::{Deserialize, Serialize};
 
-use crate::config::ConfigError;
+use crate::config_error::ConfigError;
 use crate::http::client::Target;
 
 /// The provider whose names a gateway uses; no identity provider may be called so.

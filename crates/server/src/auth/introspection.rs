@@ -17,11 +17,12 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::applications::{IdentityFileError, read_secret};
-use super::claims::{self, Identity};
+use super::claims::{self, Identity, unix_now};
 use super::config::IntrospectionConfig;
 use super::jwt::TokenError;
-use super::{Refusal, Seldom, unix_now};
-use crate::config::seconds;
+use super::refusal::Refusal;
+use super::seldom::Seldom;
+use crate::config_error::seconds;
 use crate::http::client::{Call, CallError, Client, Target, form_encode};
 use crate::metrics::identity::{IdentityMetrics, Lookup};
 

@@ -15,7 +15,7 @@ use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
 use super::applications::Numbers;
 use super::caller::Caller;
-use crate::config::key_problem;
+use crate::config_error::key_problem;
 use crate::file::{self, FileError};
 
 /// Most keys of a file: each of them is compared with every request's.

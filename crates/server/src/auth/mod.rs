@@ -7,24 +7,26 @@
 mod applications;
 mod caller;
 mod claims;
-mod config;
+pub(crate) mod config;
 mod gateway;
 mod introspection;
 mod jwt;
 mod keys;
 mod oidc;
+mod refusal;
+mod seldom;
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use hyper::HeaderMap;
 use hyper::header::AUTHORIZATION;
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 
 use crate::api::wire::{Metadata, Name};
-use crate::config::{ServerConfig, seconds};
+use crate::config::ServerConfig;
+use crate::config_error::seconds;
 use crate::error::ApiError;
 use crate::http::client::{self, BundleError, Client};
 use crate::metrics::identity::{Credential, Decision};
@@ -44,9 +46,10 @@ use applications::{Files, Numbers, Registry};
 use claims::Identity;
 use gateway::Gateway;
 use introspection::Introspection;
-use jwt::{Compact, TokenError};
+use jwt::Compact;
 use keys::PlainKeys;
 use oidc::Issuer;
+use refusal::Refusal;
 
 /// Beginning of the keys that `mirai keys new` makes: they are never shown to an identity provider.
 const KEY_PREFIX: &str = "mirai-";
@@ -63,30 +66,6 @@ pub enum IdentityError {
     /// The authorities for outbound calls.
     #[error(transparent)]
     Bundle(#[from] BundleError),
-}
-
-/// Why a token does not let its bearer in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Refusal {
-    Token(TokenError),
-    /// The identity provider could not be asked.
-    Unavailable,
-}
-
-impl From<TokenError> for Refusal {
-    fn from(error: TokenError) -> Self {
-        Self::Token(error)
-    }
-}
-
-impl From<Refusal> for ApiError {
-    fn from(refusal: Refusal) -> Self {
-        match refusal {
-            Refusal::Token(error) => Self::unauthorized(format!("the token is not valid: {error}")),
-            Refusal::Unavailable => Self::identity_unavailable("the identity provider does not answer")
-                .retry_after(Duration::from_secs(5)),
-        }
-    }
 }
 
 /// What a body says of whom it is for.
@@ -128,27 +107,6 @@ pub(crate) struct Auth {
     metrics: Arc<Metrics>,
     plain_watch: Watch,
     watch: Watch,
-}
-
-/// Something that is worth a line in the log, but not one for each request.
-#[derive(Debug, Default)]
-struct Seldom(Mutex<Option<Instant>>);
-
-impl Seldom {
-    /// True at first, and ten seconds after the last time.
-    fn is_due(&self) -> bool {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = last.is_none_or(|last| last.elapsed() >= Duration::from_secs(10));
-        if due {
-            *last = Some(Instant::now());
-        }
-        due
-    }
-}
-
-/// Seconds since 1970.
-fn unix_now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 
 impl Auth {

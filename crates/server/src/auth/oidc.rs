@@ -11,11 +11,11 @@ use serde::Deserialize;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use super::claims::{self, Identity};
+use super::claims::{self, Identity, unix_now};
 use super::config::{Algorithm, IssuerConfig};
 use super::jwt::{Compact, KeySet, TokenError};
-use super::{Refusal, unix_now};
-use crate::config::seconds;
+use super::refusal::Refusal;
+use crate::config_error::seconds;
 use crate::http::client::{Call, CallError, Client, Target};
 use crate::metrics::identity::{IdentityMetrics, Lookup};
 

@@ -84,13 +84,3 @@ fn a_body_names_a_user_where_nobody_has() {
     assert_eq!(user(&Attribution::default(), Caller::anybody()), None);
     assert!(!format!("{all:?}").contains("in-"), "{all:?}");
 }
-
-#[tokio::test(start_paused = true)]
-async fn what_happens_often_is_said_seldom() {
-    let seldom = Seldom::default();
-    assert!(seldom.is_due() && !seldom.is_due());
-    tokio::time::advance(Duration::from_secs(9)).await;
-    assert!(!seldom.is_due());
-    tokio::time::advance(Duration::from_secs(1)).await;
-    assert!(seldom.is_due() && !seldom.is_due());
-}

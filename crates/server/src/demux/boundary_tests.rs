@@ -12,8 +12,9 @@ use mirai_text::Tokenizer;
 use serde_json::{Value, json};
 use tokio::sync::{oneshot, watch};
 
-use super::sink::{LeaveGuard, Sink, Ticket};
+use super::sink::Sink;
 use super::stream::{Polled, StreamBuffer};
+use super::ticket::{LeaveGuard, Ticket};
 use super::{CallRegistration, Context, Demux, Registration};
 use crate::account::Account;
 use crate::error::ApiError;

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use super::sink::Ticket;
+use super::ticket::Ticket;
 use crate::metrics::Metrics;
 
 /// The times of one choice.

@@ -10,11 +10,13 @@ mod choice;
 mod clock;
 mod group;
 mod outcome;
+mod pending;
 mod pooling;
 mod settle;
 pub(crate) mod sink;
 pub(crate) mod stream;
 mod text;
+pub(crate) mod ticket;
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};

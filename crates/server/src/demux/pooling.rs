@@ -12,7 +12,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::outcome::outcome;
 use super::settle::Settlement;
-use super::sink::Ticket;
+use super::ticket::Ticket;
 use super::{Context, Fallible, guarded};
 use crate::account::Account;
 use crate::error::ApiError;

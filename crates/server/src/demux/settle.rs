@@ -10,7 +10,7 @@ use mirai_engine::{EnergyMethod as Method, FinishReason, SeqUsage};
 use mirai_ledger::impact::Footprint;
 use mirai_ledger::{Counts, EnergyMethod, Finish, Outcome};
 
-use super::sink::Ticket;
+use super::ticket::Ticket;
 use crate::account::Account;
 use crate::error::ApiError;
 use crate::format::chunk::UsageCounts;

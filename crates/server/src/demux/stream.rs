@@ -10,7 +10,7 @@ use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
 
-use super::sink::LeaveGuard;
+use super::ticket::LeaveGuard;
 use crate::account::{Account, Needs};
 use crate::error::ApiError;
 use crate::format::chunk;

@@ -8,7 +8,7 @@
 
 use mirai_text::{Detokenizer, Part, ReasoningParser, StopMatcher, Tokenizer};
 
-use super::choice::Pending;
+use super::pending::Pending;
 use crate::format::json;
 use crate::model::ModelInfo;
 use crate::validate::{OutputOptions, Prompt};

@@ -7,8 +7,8 @@ use mirai_engine::{AdmissionError, Time};
 
 use crate::account::{Account, Charge};
 use crate::auth::{Attribution, Caller};
-use crate::config::seconds;
-use crate::demux::sink::LeaveGuard;
+use crate::config_error::seconds;
+use crate::demux::ticket::LeaveGuard;
 use crate::error::ApiError;
 use crate::http::reply::Scope;
 use crate::metrics::Refused;
@@ -36,7 +36,7 @@ pub(super) fn attributed(
 ) -> Result<Caller, ApiError> {
     let caller = state.auth.attributed(caller, attribution)?;
     scope.called_by(&caller);
-    scope.route.map_or(Ok(()), |route| route.route().access.admits(&caller))?;
+    caller.needs(scope.route.and_then(|route| route.route().access.scope()))?;
     Ok(caller)
 }
 

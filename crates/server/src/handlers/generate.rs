@@ -18,13 +18,15 @@ use super::judged;
 use crate::account::{Charge, Needs};
 use crate::auth::{self, Caller};
 use crate::demux::Registration;
-use crate::demux::sink::{LeaveGuard, Sink, Ticket};
+use crate::demux::sink::Sink;
 use crate::demux::stream::{StreamBuffer, StreamReader};
+use crate::demux::ticket::{LeaveGuard, Ticket};
 use crate::error::ApiError;
 use crate::http::reply::{JSON, Reply, Scope};
 use crate::quota::{self, Held};
+use crate::rules::Body;
 use crate::state::{Live, State};
-use crate::validate::{self, Body, GenerationRequest, Kind};
+use crate::validate::{self, GenerationRequest, Kind};
 
 /// Answers a generation request.
 pub(crate) async fn generate(

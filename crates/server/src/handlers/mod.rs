@@ -30,8 +30,9 @@ use crate::ids;
 use crate::metrics::Refused;
 use crate::parse::parse;
 use crate::routes::{self, Access, Match, Route, Target};
+use crate::rules::Rules;
 use crate::state::{Drain, Live, State};
-use crate::validate::{Kind, Rules};
+use crate::validate::Kind;
 use crate::worker::JobError;
 
 /// Which listener a request came in on.
@@ -160,7 +161,7 @@ async fn dispatch(
     };
     scope.route = Some(route);
     scope.patience = patience(request.headers())?;
-    route.route().access.admits(&caller)?;
+    caller.needs(route.route().access.scope())?;
     match route.route().target {
         Target::Chat => generate::generate(state, request, caller, Kind::Chat, scope).await,
         Target::Completion => generate::generate(state, request, caller, Kind::Completion, scope).await,

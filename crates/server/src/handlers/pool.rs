@@ -18,7 +18,7 @@ use super::judged;
 use crate::account::{Charge, Needs};
 use crate::auth::{self, Caller};
 use crate::demux::CallRegistration;
-use crate::demux::sink::{LeaveGuard, Ticket};
+use crate::demux::ticket::{LeaveGuard, Ticket};
 use crate::error::ApiError;
 use crate::http::reply::{Reply, Scope};
 use crate::pooling::answer::{self, Identity, Shape, Style};

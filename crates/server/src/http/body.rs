@@ -12,7 +12,8 @@ use hyper::body::{Body as _, Incoming};
 use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderMap};
 use tokio::time::Instant;
 
-use crate::config::{Limits, Timeouts, seconds};
+use crate::config::{Limits, Timeouts};
+use crate::config_error::seconds;
 use crate::error::ApiError;
 use crate::metrics::{Metrics, Refused};
 

@@ -13,7 +13,8 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
-use crate::config::{Timeouts, seconds};
+use crate::config::Timeouts;
+use crate::config_error::seconds;
 use crate::metrics::Metrics;
 
 /// What a connection's handler tells its deadlines.

@@ -17,8 +17,8 @@ use mirai_ledger::quota::Standing;
 
 use super::io::ConnState;
 use crate::auth::Caller;
-use crate::demux::sink::Ticket;
 use crate::demux::stream::StreamReader;
+use crate::demux::ticket::Ticket;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
 use crate::quota;

@@ -4,7 +4,7 @@
 
 use mirai_ledger::{COMMIT_SECONDS, Ledger};
 
-use super::render::Page;
+use super::page::Page;
 
 pub(super) fn ledger(page: &mut Page, ledger: &Ledger) {
     let c = ledger.counters();

@@ -7,6 +7,7 @@ mod device;
 mod histogram;
 pub(crate) mod identity;
 mod ledger;
+mod page;
 mod quota;
 mod render;
 mod usage;

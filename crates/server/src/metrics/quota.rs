@@ -4,7 +4,7 @@
 
 use mirai_ledger::quota::{Kind, Quotas};
 
-use super::render::Page;
+use super::page::Page;
 
 pub(super) fn quotas(page: &mut Page, quotas: &Quotas) {
     let c = quotas.counters();

@@ -2,14 +2,13 @@
 //!
 //! Owns names, help texts and the aliases that gateways and autoscalers scrape; it never changes a value.
 
-use std::fmt::Write as _;
-
 use mirai_engine::{BLOCK_TOKENS, Counters, STEP_TOKEN_BOUNDS};
 use mirai_ledger::Ledger;
 use mirai_ledger::quota::Quotas;
 
 use super::identity::{Credential, Decision, IdentityMetrics, Lookup};
 use super::ledger::ledger;
+use super::page::{Page, escape};
 use super::quota;
 use super::usage::{by_application, events};
 use super::{CLASSES, DeviceFigure, Ended, Histogram, Metrics, Refused, Reloaded};
@@ -37,69 +36,10 @@ pub(crate) struct Seen<'a> {
     pub(crate) told: Option<&'a EventCounters>,
 }
 
-pub(super) struct Page {
-    out: String,
-    /// `engine="0",model_name="..."`, for the aliases.
-    labels: String,
-}
-
-impl Page {
-    pub(super) fn family(&mut self, name: &str, kind: &str, help: &str) {
-        let _ = writeln!(self.out, "# HELP {name} {help}\n# TYPE {name} {kind}");
-    }
-
-    pub(super) fn sample(&mut self, name: &str, labels: &str, value: f64) {
-        let _ = if labels.is_empty() {
-            writeln!(self.out, "{name} {value}")
-        } else {
-            writeln!(self.out, "{name}{{{labels}}} {value}")
-        };
-    }
-
-    pub(super) fn single(&mut self, name: &str, kind: &str, help: &str, value: f64) {
-        self.family(name, kind, help);
-        self.sample(name, "", value);
-    }
-
-    fn alias(&mut self, name: &str, kind: &str, help: &str, value: f64) {
-        self.family(name, kind, help);
-        let labels = std::mem::take(&mut self.labels);
-        self.sample(name, &labels, value);
-        self.labels = labels;
-    }
-
-    fn histogram(&mut self, name: &str, help: &str, labels: &str, histogram: &Histogram) {
-        let (rows, sum, count) = histogram.read();
-        self.buckets(name, help, labels, &rows, sum, count);
-    }
-
-    /// A histogram of which `rows` are (bound, observations up to it).
-    pub(super) fn buckets(
-        &mut self,
-        name: &str,
-        help: &str,
-        labels: &str,
-        rows: &[(f64, u64)],
-        sum: f64,
-        count: u64,
-    ) {
-        self.family(name, "histogram", help);
-        let comma = if labels.is_empty() { "" } else { "," };
-        for (bound, value) in rows {
-            let _ = writeln!(self.out, "{name}_bucket{{{labels}{comma}le=\"{bound:?}\"}} {value}");
-        }
-        let _ = writeln!(self.out, "{name}_bucket{{{labels}{comma}le=\"+Inf\"}} {count}");
-        self.sample(&format!("{name}_sum"), labels, sum);
-        self.sample(&format!("{name}_count"), labels, count as f64);
-    }
-}
-
 /// Writes the page. The aliases and the engine's own metrics appear once a model is loaded.
 pub(crate) fn render(metrics: &Metrics, seen: Seen<'_>, draining: bool, tasks: usize) -> String {
     let Seen { engine, rows, quotas, told } = seen;
-    let labels =
-        engine.map_or_else(String::new, |e| format!("engine=\"0\",model_name=\"{}\"", escape(e.model)));
-    let mut page = Page { out: String::with_capacity(32 << 10), labels };
+    let mut page = Page::new();
     let version = env!("CARGO_PKG_VERSION");
     page.family("mirai_build_info", "gauge", "Version of the server.");
     page.sample("mirai_build_info", &format!("version=\"{version}\""), 1.0);
@@ -128,7 +68,7 @@ pub(crate) fn render(metrics: &Metrics, seen: Seen<'_>, draining: bool, tasks: u
         engine_metrics(&mut page, view);
         aliases(&mut page, metrics, view);
     }
-    page.out
+    page.into_text()
 }
 
 fn http(page: &mut Page, metrics: &Metrics) {
@@ -310,6 +250,7 @@ fn usage(c: &Counters) -> f64 {
 
 /// The names that vLLM's users scrape.
 fn aliases(page: &mut Page, m: &Metrics, view: EngineView<'_>) {
+    let labels = format!("engine=\"0\",model_name=\"{}\"", escape(view.model));
     let c = view.counters;
     for (name, kind, help, value) in [
         ("vllm:num_requests_running", "gauge", "Requests inside the current batches.", c.running as f64),
@@ -323,9 +264,9 @@ fn aliases(page: &mut Page, m: &Metrics, view: EngineView<'_>) {
         ("vllm:generation_tokens_total", "counter", "Output tokens.", m.generation_tokens.get() as f64),
         ("vllm:corrupted_requests_total", "counter", "NaN logits seen.", m.corrupted.get() as f64),
     ] {
-        page.alias(name, kind, help, value);
+        page.family(name, kind, help);
+        page.sample(name, &labels, value);
     }
-    let labels = page.labels.clone();
     let name = "vllm:request_success_total";
     page.family(name, "counter", "Finished choices.");
     for ((_, reason), counter) in Ended::ALL.iter().zip(&m.finished) {
@@ -357,11 +298,6 @@ fn aliases(page: &mut Page, m: &Metrics, view: EngineView<'_>) {
     ] {
         page.histogram(name, help, &labels, histogram);
     }
-}
-
-/// Label values: backslash, quote and line feed.
-pub(super) fn escape(value: &str) -> String {
-    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use mirai_ledger::Ledger;
 
-use super::render::{Page, escape};
+use super::page::{Page, escape};
 use crate::events::EventCounters;
 
 /// Writes the figures by application: none unless they are kept.

@@ -15,8 +15,9 @@ use crate::api::pooling::{EmbeddingRequest, RerankRequest, ScoreRequest, Truncat
 use crate::api::wire::{OneOrMany, PromptInput};
 use crate::auth::Attribution;
 use crate::error::ApiError;
+use crate::rules::Rules;
 use crate::task::{EmbedSpec, ScoreSpec, Task, Wanted};
-use crate::validate::{Rules, resolve_model};
+use crate::validate::resolve_model;
 use answer::{Shape, Style};
 use tokens::{Pairs, Truncation};
 

@@ -4,8 +4,8 @@
 
 use crate::error::ApiError;
 use crate::prompt::encoding;
+use crate::rules::Rules;
 use crate::task::PairFormat;
-use crate::validate::Rules;
 
 /// What becomes of items that are too long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,7 +10,7 @@ use tokenizers::{AddedToken, PreTokenizerWrapper, SplitDelimiterBehavior};
 use super::{GgufVocab, bad, kind, pre};
 use crate::TokenizerError;
 use crate::decode_rule::DecodeRule;
-use crate::tokenizer::Parts;
+use crate::parts::Parts;
 
 pub(super) fn load(mut vocab: GgufVocab) -> Result<Parts, TokenizerError> {
     let pre = pre::find(vocab.pre.as_deref())?;

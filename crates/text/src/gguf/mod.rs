@@ -8,9 +8,8 @@ mod pre;
 mod spm;
 
 pub use pre::KNOWN_PRE_TOKENIZERS;
-pub(crate) use spm::SpmEncoder;
 
-use crate::tokenizer::{MAX_VOCAB, Parts};
+use crate::parts::{MAX_VOCAB, Parts};
 use crate::{TokenId, TokenizerError};
 
 /// The `tokenizer.ggml.*` metadata of a GGUF file. Fields are named after their keys.

@@ -12,7 +12,7 @@ use aho_corasick::{AhoCorasick, MatchKind};
 use super::{GgufVocab, bad, kind};
 use crate::byte_table::ByteTable;
 use crate::decode_rule::{DecodeRule, fallback_byte};
-use crate::tokenizer::{Encoder, Parts};
+use crate::parts::{Encoder, Parts};
 use crate::{TokenId, TokenizerError};
 
 const SPACE: &str = "▁";
@@ -115,7 +115,7 @@ pub(super) fn load(vocab: GgufVocab) -> Result<Parts, TokenizerError> {
         bytes,
         space_prefix,
     };
-    Ok(Parts { encoder: Encoder::Spm(Box::new(encoder)), table, leading: rule.leading, prefix, suffix })
+    Ok(Parts { encoder: Box::new(encoder), table, leading: rule.leading, prefix, suffix })
 }
 
 /// A stretch of the text during merging. `len` 0 means that it was merged into its left neighbour.
@@ -156,13 +156,8 @@ impl PartialEq for Candidate {
 
 impl Eq for Candidate {}
 
-impl SpmEncoder {
-    pub(crate) fn encode(
-        &self,
-        text: &str,
-        parse_special: bool,
-        out: &mut Vec<TokenId>,
-    ) -> Result<(), TokenizerError> {
+impl Encoder for SpmEncoder {
+    fn encode(&self, text: &str, parse_special: bool, out: &mut Vec<TokenId>) -> Result<(), TokenizerError> {
         let cutter = if parse_special { &self.all_special } else { &self.user_defined };
         cutter.cut(text, |plain, token| {
             if !plain.is_empty() {
@@ -178,6 +173,16 @@ impl SpmEncoder {
         })
     }
 
+    fn token_text(&self, id: TokenId) -> Option<String> {
+        self.tokens.get(id as usize).cloned()
+    }
+
+    fn token_to_id(&self, token: &str) -> Option<TokenId> {
+        self.ids.get(token).copied()
+    }
+}
+
+impl SpmEncoder {
     fn encode_plain(&self, text: &str, out: &mut Vec<TokenId>) -> Result<(), TokenizerError> {
         let (symbols, parts) = self.merge(text);
         let mut previous_unknown = false;
@@ -288,13 +293,5 @@ impl SpmEncoder {
         }
         *previous_unknown = true;
         Ok(())
-    }
-
-    pub(crate) fn token_text(&self, id: TokenId) -> Option<String> {
-        self.tokens.get(id as usize).cloned()
-    }
-
-    pub(crate) fn token_to_id(&self, token: &str) -> Option<TokenId> {
-        self.ids.get(token).copied()
     }
 }

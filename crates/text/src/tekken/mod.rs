@@ -16,7 +16,7 @@ use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer
 
 use crate::byte_table::ByteTable;
 use crate::decode_rule::Leading;
-use crate::tokenizer::{Encoder, MAX_VOCAB, Parts};
+use crate::parts::{Encoder, MAX_VOCAB, Parts};
 use crate::{SpecialTokens, TokenId, Tokenizer, TokenizerError};
 use bpe::Ranks;
 
@@ -135,7 +135,7 @@ pub(crate) fn load(bytes: &[u8]) -> Result<Parts, TokenizerError> {
     );
     let cutter = (!special.is_empty()).then_some(cutter);
     Ok(Parts {
-        encoder: Encoder::Tekken(Box::new(TekkenEncoder { split, ranks, special, cutter, tokens })),
+        encoder: Box::new(TekkenEncoder { split, ranks, special, cutter, tokens }),
         table,
         leading: Leading::Done,
         prefix: bos.map(as_id).into_iter().collect(),
@@ -208,13 +208,8 @@ fn vocabulary(entries: &[Entry]) -> Result<Vec<Box<[u8]>>, TokenizerError> {
     Ok(tokens)
 }
 
-impl TekkenEncoder {
-    pub(crate) fn encode(
-        &self,
-        text: &str,
-        parse_special: bool,
-        out: &mut Vec<TokenId>,
-    ) -> Result<(), TokenizerError> {
+impl Encoder for TekkenEncoder {
+    fn encode(&self, text: &str, parse_special: bool, out: &mut Vec<TokenId>) -> Result<(), TokenizerError> {
         let mut begin = 0;
         let cutter = self.cutter.as_ref().filter(|_| parse_special);
         for found in cutter.iter().flat_map(|cutter| cutter.find_iter(text)) {
@@ -225,21 +220,8 @@ impl TekkenEncoder {
         self.encode_plain(&text[begin..], out)
     }
 
-    fn encode_plain(&self, text: &str, out: &mut Vec<TokenId>) -> Result<(), TokenizerError> {
-        if text.is_empty() {
-            return Ok(());
-        }
-        let mut pieces = PreTokenizedString::from(text);
-        self.split.pre_tokenize(&mut pieces).map_err(|e| TokenizerError::Encode(e.to_string()))?;
-        let offset = as_id(self.special.len());
-        for (piece, _, _) in pieces.get_splits(OffsetReferential::Original, OffsetType::Byte) {
-            self.ranks.encode(piece.as_bytes(), |rank| out.push(offset + rank));
-        }
-        Ok(())
-    }
-
     /// A special token's name, or the text of an entry; bytes that are no text as `<0xE2><0x82>`.
-    pub(crate) fn token_text(&self, id: TokenId) -> Option<String> {
+    fn token_text(&self, id: TokenId) -> Option<String> {
         let index = usize::try_from(id).ok()?;
         if let Some(name) = self.special.get(index) {
             return Some(name.clone());
@@ -251,11 +233,26 @@ impl TekkenEncoder {
         })
     }
 
-    pub(crate) fn token_to_id(&self, token: &str) -> Option<TokenId> {
+    fn token_to_id(&self, token: &str) -> Option<TokenId> {
         if let Some(index) = self.special.iter().position(|name| name == token) {
             return Some(as_id(index));
         }
         self.ranks.get(token.as_bytes()).map(|rank| as_id(self.special.len()) + rank)
+    }
+}
+
+impl TekkenEncoder {
+    fn encode_plain(&self, text: &str, out: &mut Vec<TokenId>) -> Result<(), TokenizerError> {
+        if text.is_empty() {
+            return Ok(());
+        }
+        let mut pieces = PreTokenizedString::from(text);
+        self.split.pre_tokenize(&mut pieces).map_err(|e| TokenizerError::Encode(e.to_string()))?;
+        let offset = as_id(self.special.len());
+        for (piece, _, _) in pieces.get_splits(OffsetReferential::Original, OffsetType::Byte) {
+            self.ranks.encode(piece.as_bytes(), |rank| out.push(offset + rank));
+        }
+        Ok(())
     }
 }
 
