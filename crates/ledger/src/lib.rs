@@ -12,6 +12,7 @@ pub mod identity;
 pub mod impact;
 mod ledger;
 pub mod location;
+pub mod money;
 pub mod price;
 pub mod quota;
 mod row;

@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use mirai_ledger::price::{Money, PriceBook, Work};
+use mirai_ledger::money::Money;
+use mirai_ledger::price::{PriceBook, Work};
 use mirai_ledger::quota::Reservation;
 use mirai_ledger::store::sqlite::system_micros;
 use mirai_ledger::{Counts, Endpoint, Ledger, Open, Outcome, Row, Unavailable};

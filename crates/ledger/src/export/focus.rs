@@ -8,7 +8,8 @@ use std::io::Write;
 use super::text::{csv_line, plain};
 use super::{Cell, ExportError, Line, Request, Sink};
 use crate::date;
-use crate::price::{Meter, Money, PriceBook, PriceList, decimal};
+use crate::money::{Money, Price, decimal};
+use crate::price::{Meter, PriceBook, PriceList};
 
 /// The columns, in the order of the file. Those that never apply here (regions, commitments, contracts,
 /// invoices, resources) may be left out by who has none of them, but tools look for a few.
@@ -160,7 +161,7 @@ impl Sink for Focus<'_> {
             if work.of(meter) == 0 || (meter == Meter::GpuTime && price.is_none()) {
                 continue;
             }
-            let each = |price: crate::price::Price| match meter {
+            let each = |price: Price| match meter {
                 Meter::GpuTime => price.hour(),
                 _ => price.each(),
             };

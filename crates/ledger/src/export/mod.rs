@@ -11,7 +11,8 @@ mod text;
 use std::io::{self, Write};
 
 use crate::error::StoreError;
-use crate::price::{Money, PriceBook};
+use crate::money::Money;
+use crate::price::PriceBook;
 use crate::store::{Grouping, Store, UsageQuery, UsageRow, for_each_usage};
 
 /// Sums read at a time.

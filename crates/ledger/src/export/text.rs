@@ -6,7 +6,7 @@ use std::io::Write;
 
 use super::{Cell, Column, ExportError, Line, MAX_TABLE, Request, Sink};
 use crate::date;
-use crate::price::decimal;
+use crate::money::decimal;
 
 /// A cell as text; JSON and CSV agree on numbers.
 pub(super) fn plain(cell: &Cell) -> String {
