@@ -105,6 +105,7 @@ const fn postgres_kind(_: &str) -> Result<Kind, LocationError> {
 impl Location {
     /// With the password of the database's user. A store without users takes no notice of it.
     #[must_use]
+    #[cfg_attr(not(feature = "postgres"), expect(unused_variables, reason = "a file has no password"))]
     pub fn with_password(self, password: &str) -> Self {
         match self.kind {
             Kind::Sqlite(_) => self,

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::bounds;
+use super::common::Impacts;
 use super::wire::{Bounded, Metadata, Name, OneOrMany, PromptInput};
 
 /// Texts to embed.
@@ -108,13 +109,19 @@ pub enum EmbeddingValues {
 }
 
 /// Exact token counts of a call that generates nothing.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct PoolingUsage {
     /// Of all items.
     pub prompt_tokens: u64,
     /// The same.
     pub total_tokens: u64,
+    /// In the currency of the server's price list; only where the model has a price.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cost: Option<f64>,
+    /// Only where the server knows its site, and the call's energy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub impacts: Option<Impacts>,
 }
 
 /// Documents to put in the order of their relevance.

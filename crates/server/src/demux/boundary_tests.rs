@@ -15,7 +15,7 @@ use tokio::sync::{oneshot, watch};
 use super::sink::Sink;
 use super::stream::{Polled, StreamBuffer};
 use super::ticket::{LeaveGuard, Ticket};
-use super::{CallRegistration, Context, Demux, Registration};
+use super::{CallRegistration, Context, Demux, Pooled, Registration};
 use crate::account::Account;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
@@ -150,7 +150,7 @@ fn start() -> (Demux, mpsc::SyncSender<Vec<Event>>, Arc<Metrics>) {
 }
 
 /// A call of `items` items, and its two ends: progress and answer.
-type CallEnds = (watch::Receiver<u32>, oneshot::Receiver<Result<Vec<Box<[f32]>>, ApiError>>);
+type CallEnds = (watch::Receiver<u32>, oneshot::Receiver<Result<Pooled, ApiError>>);
 
 fn call(demux: &Demux, first: u64, items: u32) -> CallEnds {
     call_of(demux, first, items, Arc::new(Ticket::new(1)))
@@ -218,7 +218,7 @@ fn a_panic_in_one_call_ends_that_call_alone() {
     assert!(waits.as_mut().poll(&mut std::task::Context::from_waker(&bomb)).is_pending());
     // In one batch, the victim first: what comes after it must not be lost.
     events.send(pooled(1).into_iter().chain(pooled(3)).collect()).unwrap();
-    assert_eq!(neighbour.blocking_recv().unwrap().unwrap(), [Box::from([3.0])]);
+    assert_eq!(neighbour.blocking_recv().unwrap().unwrap().values, [Box::from([3.0])]);
     assert_eq!(victim.blocking_recv().unwrap().unwrap_err().code, "internal_error");
     assert_eq!(metrics.panics.get(), 1);
 }
@@ -238,7 +238,7 @@ fn a_panic_while_calls_are_aborted_spares_the_others() {
     // The thread lives, and serves the next one.
     let (_progress, next) = call(&demux, 3, 1);
     events.send(pooled(3).into()).unwrap();
-    assert_eq!(next.blocking_recv().unwrap().unwrap().len(), 1);
+    assert_eq!(next.blocking_recv().unwrap().unwrap().values.len(), 1);
 }
 
 #[test]

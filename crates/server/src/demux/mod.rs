@@ -28,7 +28,7 @@ use mirai_engine::{EngineHandle, Event, RequestId};
 use tokio::sync::Notify;
 
 pub(crate) use group::Registration;
-pub(crate) use pooling::Registration as CallRegistration;
+pub(crate) use pooling::{Pooled, Registration as CallRegistration};
 
 use crate::error::ApiError;
 use crate::metrics::Metrics;

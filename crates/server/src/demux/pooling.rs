@@ -19,8 +19,16 @@ use crate::error::ApiError;
 use crate::format::chunk::UsageCounts;
 use crate::metrics::Ended;
 
-/// What a call's items gave, in their order.
-pub(crate) type Pooled = Vec<Box<[f32]>>;
+/// What a call gave, and took.
+#[derive(Debug)]
+pub(crate) struct Pooled {
+    /// Of each item, in their order.
+    pub(crate) values: Vec<Box<[f32]>>,
+    /// In the price list's currency, where its model has a price.
+    pub(crate) cost: Option<f64>,
+    /// kWh and kgCO2eq, where the site says what energy means.
+    pub(crate) impacts: Option<(f64, f64)>,
+}
 
 /// A call on its way into the demultiplexer.
 #[derive(Debug)]
@@ -125,15 +133,18 @@ impl Call {
             progress.send_replace(self.ended);
         }
         if self.ended == self.items {
-            self.complete();
+            self.complete(cx);
             cx.metrics.e2e.observe_time(now.saturating_duration_since(self.arrived));
         }
     }
 
+    fn usage(&self) -> UsageCounts {
+        UsageCounts { cached: self.cached, ..UsageCounts::default() }
+    }
+
     /// Ends the call's row.
     fn settle(&self) {
-        let usage = UsageCounts { cached: self.cached, ..UsageCounts::default() };
-        self.settlement.close(usage, &self.ticket);
+        self.settlement.close(self.usage(), &self.ticket);
     }
 
     fn count_end(
@@ -163,15 +174,18 @@ impl Call {
     }
 
     /// Every item has ended.
-    fn complete(&mut self) {
+    fn complete(&mut self, cx: &Context) {
         let Some(sink) = self.sink.take() else { return };
         self.progress = None;
-        let values: Option<Pooled> = self.values.iter_mut().map(Option::take).collect();
+        let values: Option<Vec<_>> = self.values.iter_mut().map(Option::take).collect();
         self.ticket.finish(if values.is_some() { 1 } else { 2 });
+        let cost = self.settlement.cost(self.usage(), &self.ticket);
+        let impacts = self.settlement.impacts(cx.model.footprint);
         // Before the answer: what it says of the application's limits has happened.
         self.settle();
         // A receiver that is gone was its client's.
-        let _ = sink.send(values.ok_or_else(|| ApiError::internal("an item ended without its numbers")));
+        let pooled = values.map(|values| Pooled { values, cost, impacts });
+        let _ = sink.send(pooled.ok_or_else(|| ApiError::internal("an item ended without its numbers")));
     }
 }
 

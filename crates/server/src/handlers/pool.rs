@@ -16,9 +16,11 @@ use tokio::sync::{oneshot, watch};
 use super::admission::{account, attributed, deadline, refusal, refused, serving};
 use super::judged;
 use crate::account::{Charge, Needs};
+use crate::api::common::Impacts;
+use crate::api::pooling::PoolingUsage;
 use crate::auth::{self, Caller};
-use crate::demux::CallRegistration;
 use crate::demux::ticket::{LeaveGuard, Ticket};
+use crate::demux::{CallRegistration, Pooled};
 use crate::error::ApiError;
 use crate::http::reply::{Reply, Scope};
 use crate::pooling::answer::{self, Identity, Shape, Style};
@@ -146,21 +148,24 @@ async fn admit(
     if let Err(error) = submitted {
         return Err(refused(state, live, &submission.guard, &error));
     }
-    let values = answer.await.unwrap_or_else(|_| Err(ApiError::internal("the answer was lost")))?;
+    let pooled = answer.await.unwrap_or_else(|_| Err(ApiError::internal("the answer was lost")))?;
     drop(submission);
     account.wait(Needs::Closed, 503).await?;
-    write(shape, values, id, model, tokens).await
+    write(shape, pooled, id, model, tokens).await
 }
 
 async fn write(
     shape: Shape,
-    values: Vec<Box<[f32]>>,
+    pooled: Pooled,
     id: String,
     model: Arc<str>,
     tokens: u64,
 ) -> Result<Reply, ApiError> {
+    let Pooled { values, cost, impacts } = pooled;
+    let impacts = impacts.map(|(kwh, kgco2eq)| Impacts { kwh, kgco2eq });
+    let usage = PoolingUsage { prompt_tokens: tokens, total_tokens: tokens, cost, impacts };
     let bytes = shape.answer_bytes(&values);
-    written(bytes, move || answer::write(shape, &values, Identity { id: &id, model: &model, tokens })).await
+    written(bytes, move || answer::write(shape, &values, Identity { id: &id, model: &model, usage })).await
 }
 
 /// Runs what writes an answer of about `bytes`: where it is called, or, if that would hold up other connections,

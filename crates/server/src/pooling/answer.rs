@@ -79,14 +79,13 @@ pub(crate) enum Style {
     Texts,
 }
 
-/// The names on an answer.
-#[derive(Clone, Copy, Debug)]
+/// What stands on an answer beside its numbers.
+#[derive(Clone, Debug)]
 pub(crate) struct Identity<'a> {
     /// Without a prefix.
     pub(crate) id: &'a str,
     pub(crate) model: &'a str,
-    /// Of all items.
-    pub(crate) tokens: u64,
+    pub(crate) usage: PoolingUsage,
 }
 
 /// Another number of values than the model was loaded with: nothing that a client could mend.
@@ -97,9 +96,8 @@ fn unexpected(index: usize, count: usize) -> ApiError {
 
 /// Writes the answer of a call whose items gave `values`, in their order.
 pub(crate) fn write(shape: Shape, values: &[Box<[f32]>], identity: Identity<'_>) -> Result<Reply, ApiError> {
-    let Identity { id, model, tokens } = identity;
+    let Identity { id, model, usage } = identity;
     let model = model.to_owned();
-    let usage = PoolingUsage { prompt_tokens: tokens, total_tokens: tokens };
     match shape {
         Shape::Embeddings { base64, dimensions, normalize, width } => {
             let one = |(index, values): (usize, &[f32])| {
@@ -179,7 +177,7 @@ mod tests {
 
     #[test]
     fn the_size_of_an_answer_is_known_before_it_is_written() {
-        let identity = Identity { id: "x", model: "m", tokens: 3 };
+        let identity = || Identity { id: "x", model: "m", usage: PoolingUsage::default() };
         let rerank = |documents| Shape::Rerank {
             rule: ScoreRule::Sigmoid,
             raw: false,
@@ -198,7 +196,7 @@ mod tests {
             ("base64", embeddings(true), &vectors),
         ] {
             let guess = shape.answer_bytes(values);
-            let Content::Bytes(bytes) = write(shape, values, identity).unwrap().content else {
+            let Content::Bytes(bytes) = write(shape, values, identity()).unwrap().content else {
                 panic!("answers are whole")
             };
             assert!((bytes.len() / 2..3 * bytes.len()).contains(&guess), "{name}: {guess}, {}", bytes.len());
@@ -207,11 +205,11 @@ mod tests {
 
     #[test]
     fn an_answer_of_another_form_is_our_fault() {
-        let identity = Identity { id: "x", model: "m", tokens: 3 };
+        let identity = || Identity { id: "x", model: "m", usage: PoolingUsage::default() };
         let shape = Shape::Embeddings { base64: false, dimensions: None, normalize: true, width: 3 };
         let values: [Box<[f32]>; 1] = [Box::new([1.0, 2.0])];
-        assert_eq!(write(shape, &values, identity).unwrap_err().status, 500);
+        assert_eq!(write(shape, &values, identity()).unwrap_err().status, 500);
         let shape = Shape::Scores { rule: ScoreRule::Sigmoid, raw: false };
-        assert_eq!(write(shape, &values, identity).unwrap_err().status, 500);
+        assert_eq!(write(shape, &values, identity()).unwrap_err().status, 500);
     }
 }

@@ -285,12 +285,16 @@ async fn a_drain_closes_every_row() {
     }
 }
 
+fn prices() -> Arc<PriceBook> {
+    let book = "currency = 'EUR'\n[[list]]\nversion = 'p1'\nvalid_from = 2026-01-01\n\
+                [[list.model]]\nname = '*'\ninput = 0.15\ncached_input = 0.075\noutput = 0.6\n";
+    Arc::new(PriceBook::parse(book).unwrap())
+}
+
 /// Prices of millions of tokens: an answer's cost is its row's by the list that the row names, to the last digit.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_says_what_it_costs() {
-    let book = "currency = 'EUR'\n[[list]]\nversion = 'p1'\nvalid_from = 2026-01-01\n\
-                [[list.model]]\nname = '*'\ninput = 0.15\ncached_input = 0.075\noutput = 0.6\n";
-    let book = Arc::new(PriceBook::parse(book).unwrap());
+    let book = prices();
     let bed = Bed::start(Options { prices: Some(book.clone()), ..Options::default() }).await;
     // The second finds its prompt in the cache.
     for _ in 0..2 {
@@ -309,5 +313,19 @@ async fn an_answer_says_what_it_costs() {
     }
     let more = json!({"stream": true, "stream_options": {"include_usage": true}});
     assert!(bed.chat(&more).await.events().last().unwrap()["usage"]["cost"].as_f64().unwrap() > 0.0);
+    bed.server.stop().await;
+}
+
+#[tokio::test]
+async fn embeddings_say_what_they_cost_too() {
+    let bed = Bed::start(Options { prices: Some(prices()), ..super::pooling::embedder() }).await;
+    let body = json!({"input": ["one text", "and another one"]});
+    let answer = post(bed.server.address, "/v1/embeddings", &body).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let usage = answer.json()["usage"].clone();
+    let [row] = &bed.closed_rows().await[..] else { panic!("one call, one row") };
+    assert_eq!(usage["cost"].as_f64(), Some(prices().cost(row).unwrap().to_f64()));
+    let tokens = usage["prompt_tokens"].as_f64().unwrap();
+    assert!((usage["cost"].as_f64().unwrap() * 1e6 - tokens * 0.15).abs() < 1e-9, "{usage}");
     bed.server.stop().await;
 }
