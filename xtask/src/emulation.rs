@@ -61,10 +61,11 @@ const SANITIZER: &str = "MIRAI_TEST_ADDRESS_SANITIZER";
 
 /// What the server is told of the emulated GPU: it runs there, times no products, which say nothing of a real one, and is
 /// small, because every bucket of rows is computed twice before it is ready.
-const SERVER: [(&str, &str); 3] = [
+const SERVER: [(&str, &str); 4] = [
     ("MIRAI__MODEL__DEVICE", "cuda"),
     ("MIRAI__ENGINE__MATMUL_CANDIDATES", "1"),
     ("MIRAI__ENGINE__MAX_NUM_SEQS", "8"),
+    ("MIRAI__ENGINE__MAX_NUM_BATCHED_TOKENS", "512"),
 ];
 
 /// Runs the suites that talk to the real binary as clients do, with the server on the emulated GPU.

@@ -104,7 +104,7 @@ pub(crate) struct ServeArgs {
     /// Sequences that run at once [default: 256].
     #[arg(long, value_name = "N", help_heading = "Engine")]
     max_num_seqs: Option<u32>,
-    /// Tokens of one step [default: 512].
+    /// Tokens of one step [default: 512, on a GPU 2048].
     #[arg(long, value_name = "TOKENS", help_heading = "Engine")]
     max_num_batched_tokens: Option<u32>,
     /// Share of the GPU's memory that may be in use, weights, keys and values and all else [default: 0.9].

@@ -148,8 +148,8 @@ pub(crate) struct EngineConfig {
     /// Sequences that run at once.
     pub(crate) max_num_seqs: u32,
     /// Tokens of one step: decoding sequences first, then chunks of prompts. More of them make prefill cheaper and
-    /// running streams wait longer.
-    pub(crate) max_num_batched_tokens: u32,
+    /// running streams wait longer. Default: 512 on the processor, 2048 on a GPU.
+    pub(crate) max_num_batched_tokens: Option<u32>,
     /// Memory for keys and values in bytes; never more than `max_num_seqs` full contexts need. Default: a quarter of
     /// the machine's memory, at most 4 GiB; on a GPU, what its share leaves.
     pub(crate) kv_cache_memory_bytes: Option<u64>,
@@ -178,7 +178,7 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             max_num_seqs: 256,
-            max_num_batched_tokens: 512,
+            max_num_batched_tokens: None,
             kv_cache_memory_bytes: None,
             kv_cache_dtype: KvCacheDtype::default(),
             gpu_memory_utilization: None,

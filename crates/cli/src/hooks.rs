@@ -10,6 +10,7 @@ use mirai_server::{GenerationDefaults, ServedModel, ServerHandle};
 use mirai_text::Tokenizer;
 
 use crate::config::Config;
+use crate::device::Chosen;
 use crate::exit::Failure;
 use crate::{demo, device, load};
 
@@ -47,7 +48,7 @@ fn simulated(config: &Config, step_time: Duration) -> Result<ServedModel, Failur
         blocks: slots.saturating_mul(256).saturating_add(1),
         slots,
         snapshots: 0,
-        max_step_tokens: config.engine.max_num_batched_tokens,
+        max_step_tokens: load::step_tokens(config, Chosen::Cpu),
         max_context: context,
         vocab: tokenizer.vocab_size() as u32,
         generates: true,
@@ -58,7 +59,7 @@ fn simulated(config: &Config, step_time: Duration) -> Result<ServedModel, Failur
     let make = move || -> Result<Box<dyn Executor>, mirai_engine::BoxError> {
         Ok(Box::new(SimExecutor::new(SimConfig { step_time, ..SimConfig::new(geometry) })))
     };
-    let engine = load::engine_config(config);
+    let engine = load::engine_config(config, Chosen::Cpu);
     let (engine, events) = mirai_engine::start(engine, make).map_err(Failure::run)?;
     Ok(ServedModel {
         names: vec!["simulated".to_owned()],

@@ -55,7 +55,7 @@ pub(crate) fn load(config: &Config, device: Chosen, server: &ServerHandle) -> Re
     let engine = mirai_engine::EngineConfig {
         max_step_tokens: options.max_step_tokens as u32,
         energy,
-        ..engine_config(config)
+        ..engine_config(config, device)
     };
     let (send, described) = sync_channel(1);
     let told = server.clone();
@@ -88,10 +88,21 @@ fn executor<B: Backend + 'static>(
     Ok(Box::new(executor))
 }
 
+/// Tokens of one step. On a GPU a few hundred rows are where arithmetic and not memory limits its matmuls; the default
+/// is several times that, so that a prompt's steps are few, and yet some 50 ms of an H200 with 8 billion parameters,
+/// which running streams may have to wait. To be tuned where one is.
+pub(crate) fn step_tokens(config: &Config, device: Chosen) -> u32 {
+    let default = match device {
+        Chosen::Cpu => 512,
+        Chosen::Cuda(_) => 2048,
+    };
+    config.engine.max_num_batched_tokens.unwrap_or(default)
+}
+
 /// The engine's part of the configuration.
-pub(crate) fn engine_config(config: &Config) -> mirai_engine::EngineConfig {
+pub(crate) fn engine_config(config: &Config, device: Chosen) -> mirai_engine::EngineConfig {
     mirai_engine::EngineConfig {
-        max_step_tokens: config.engine.max_num_batched_tokens,
+        max_step_tokens: step_tokens(config, device),
         max_running: config.engine.max_num_seqs,
         max_queued_requests: config.engine.max_queued_requests,
         max_queued_tokens: config.engine.max_queued_tokens,
@@ -200,7 +211,7 @@ fn options(config: &Config, device: Chosen) -> LoadOptions {
         cache,
         max_model_len: config.model.max_len.map(|n| n as usize),
         max_slots: config.engine.max_num_seqs as usize,
-        max_step_tokens: config.engine.max_num_batched_tokens as usize,
+        max_step_tokens: step_tokens(config, device) as usize,
         ..LoadOptions::default()
     }
 }

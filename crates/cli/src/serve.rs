@@ -34,7 +34,7 @@ fn check_engine(config: &Config) -> Result<(), Failure> {
     let engine = &config.engine;
     let bounds: [(&str, u64, u64, u64); 6] = [
         ("engine.max_num_seqs", engine.max_num_seqs.into(), 1, 65_536),
-        ("engine.max_num_batched_tokens", engine.max_num_batched_tokens.into(), 1, 1 << 20),
+        ("engine.max_num_batched_tokens", engine.max_num_batched_tokens.unwrap_or(1).into(), 1, 1 << 20),
         ("engine.max_queued_requests", engine.max_queued_requests as u64, 1, 1 << 20),
         ("engine.max_queued_tokens", engine.max_queued_tokens as u64, 1, 1 << 40),
         ("engine.matmul_candidates", engine.matmul_candidates as u64, 1, 64),
